@@ -1,0 +1,87 @@
+"""Retrieved chunks, compressed once into the KV of a few anchor tokens and cached.
+
+The names below are the public face; each is loaded when it is first used, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sac_rag.cached import CachedCompressor
+    from sac_rag.chunk import Chunk
+    from sac_rag.compressors.config import CompressorConfig
+    from sac_rag.errors import (
+        ChunkMiss,
+        CorruptEntry,
+        ModelUnavailable,
+        PromptTooLong,
+        UnsupportedModel,
+    )
+    from sac_rag.generate import Decoding
+    from sac_rag.generator import Generator
+    from sac_rag.kv import AnchorKV
+    from sac_rag.pipeline import SacRAG
+    from sac_rag.reports import Answer
+    from sac_rag.retrieval import ChunkIndex, Embedder
+    from sac_rag.stores.disk import DiskStore
+    from sac_rag.stores.memory import MemoryStore
+    from sac_rag.template import Message, PromptFormat
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AnchorKV": "kv",
+    "Answer": "reports",
+    "CachedCompressor": "cached",
+    "Chunk": "chunk",
+    "ChunkIndex": "retrieval",
+    "ChunkMiss": "errors",
+    "CompressorConfig": "compressors.config",
+    "CorruptEntry": "errors",
+    "Decoding": "generate",
+    "DiskStore": "stores.disk",
+    "Embedder": "retrieval",
+    "Generator": "generator",
+    "MemoryStore": "stores.memory",
+    "Message": "template",
+    "ModelUnavailable": "errors",
+    "PromptFormat": "template",
+    "PromptTooLong": "errors",
+    "SacRAG": "pipeline",
+    "UnsupportedModel": "errors",
+}
+
+__all__ = [
+    "AnchorKV",
+    "Answer",
+    "CachedCompressor",
+    "Chunk",
+    "ChunkIndex",
+    "ChunkMiss",
+    "CompressorConfig",
+    "CorruptEntry",
+    "Decoding",
+    "DiskStore",
+    "Embedder",
+    "Generator",
+    "MemoryStore",
+    "Message",
+    "ModelUnavailable",
+    "PromptFormat",
+    "PromptTooLong",
+    "SacRAG",
+    "UnsupportedModel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sac_rag' has no attribute {name!r}")
+    return getattr(import_module(f"sac_rag.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

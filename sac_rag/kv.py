@@ -1,0 +1,119 @@
+"""AnchorKV, the one value that flows. Knows nothing of text, models or stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorKV:
+    """What the generator attends to in place of a chunk of text.
+
+    Keys are stored as computed at position 0 and are never stored moved; `rope.move` takes them
+    to their place in a prompt.
+
+    Attributes:
+        keys: Rotated for positions counted from the chunk's first token.
+            Shape: (layers, kv_heads, anchors, head_dim).
+        values: Shape: (layers, kv_heads, anchors, head_dim).
+        positions: Where in the chunk each anchor sits, in source tokens, int32.
+            Shape: (anchors,), or (layers, kv_heads, anchors) where heads keep different tokens.
+        num_tokens: Source tokens in the chunk, so that the next text knows where it starts.
+
+    Raises:
+        ValueError: if the shapes, dtypes or counts do not fit together.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.keys.shape)
+        if len(shape) != 4 or tuple(self.values.shape) != shape:
+            raise ValueError(
+                "keys and values must both have shape (layers, kv_heads, anchors, head_dim), "
+                f"were: {shape} and {tuple(self.values.shape)}"
+            )
+        if not self.keys.is_floating_point() or self.keys.dtype != self.values.dtype:
+            raise ValueError(
+                "keys and values must share one floating dtype, "
+                f"were: {self.keys.dtype} and {self.values.dtype}"
+            )
+        if tuple(self.positions.shape) not in {shape[2:3], shape[:3]}:
+            raise ValueError(
+                f"positions must have shape {shape[2:3]} or {shape[:3]}, "
+                f"was: {tuple(self.positions.shape)}"
+            )
+        if self.positions.dtype != torch.int32:
+            raise ValueError(f"positions must be int32, were: {self.positions.dtype}")
+        if not 1 <= shape[2] <= self.num_tokens:
+            raise ValueError(
+                "a chunk must have at least 1 anchor and no more than it has tokens, "
+                f"was: {shape[2]} anchors for {self.num_tokens} tokens"
+            )
+
+    @property
+    def num_anchors(self) -> int:
+        """Entries each head keeps for this chunk."""
+        return int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and positions."""
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype shared by keys and values."""
+        return self.keys.dtype
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AnchorKV:
+        """The same value on another device or in another floating dtype."""
+        return AnchorKV(
+            keys=self.keys.to(device=device, dtype=dtype),
+            values=self.values.to(device=device, dtype=dtype),
+            positions=self.positions.to(device=device),
+            num_tokens=self.num_tokens,
+        )
+
+    def bit_equal(self, other: AnchorKV) -> bool:
+        """Whether both hold the same bits in the same shapes and dtypes."""
+        return self.num_tokens == other.num_tokens and all(
+            mine.shape == theirs.shape
+            and mine.dtype == theirs.dtype
+            and torch.equal(_bytes_of(mine), _bytes_of(theirs))
+            for mine, theirs in zip(self._tensors(), other._tensors(), strict=True)
+        )
+
+    @classmethod
+    def join(cls, segments: Sequence[AnchorKV]) -> AnchorKV:
+        """Makes one value of a chunk's segments, each encoded at its own place in the chunk.
+
+        The segments' keys must already be rotated for, and their positions counted from, the
+        chunk's first token.
+        """
+        if not segments:
+            raise ValueError("a chunk has at least one segment, got none")
+        if len(segments) == 1:
+            return segments[0]
+        return cls(
+            keys=torch.cat([s.keys for s in segments], dim=2),
+            values=torch.cat([s.values for s in segments], dim=2),
+            positions=torch.cat([s.positions for s in segments], dim=-1),
+            num_tokens=sum(s.num_tokens for s in segments),
+        )
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.positions
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(torch.uint8)

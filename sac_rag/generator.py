@@ -1,0 +1,266 @@
+"""Generator, the frozen LM and its tokenizer. Knows nothing of chunks, anchors or prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sac_rag import models, rope
+from sac_rag.errors import UnsupportedModel
+
+# What, besides weights, turns tokens into KV. The rest of a config (names, versions, training
+# settings) changes between releases without changing a single key.
+_CONFIG_FIELDS = (
+    "model_type",
+    "rope_parameters",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "hidden_act",
+)
+
+
+class Generator:
+    """One loaded causal LM, frozen, that encodes chunks and writes answers.
+
+    The weights are read and hashed once, at construction; changing them afterwards is not seen.
+
+    Attributes:
+        model: The HF causal LM, in evaluation mode, no parameter trainable.
+        tokenizer: Its HF tokenizer.
+        frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
+        identity: Digests of everything in the model that determines a KV, by name.
+
+    Raises:
+        UnsupportedModel: if the model's keys cannot be moved (see `rope.require_movable`), or its
+            attention implementation takes no mask.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        attention = model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                "attention must take a mask over single entries: load the model with "
+                f"attn_implementation='sdpa' or 'eager', was: {attention!r}"
+            )
+        self.frequencies = rope.frequencies_of(model)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.identity = {
+            "weights": _weights_digest(model),
+            "tokenizer": _tokenizer_digest(tokenizer),
+            "model": digest_json({f: getattr(model.config, f, None) for f in _CONFIG_FIELDS}),
+        }
+        # Whether LoRA is on is state of the shared model, so everything that runs it takes turns.
+        self._lock = threading.RLock()
+        self._adapters: dict[str, list[tuple[str, nn.Parameter]]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "smollm2-135m",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Generator:
+        """Loads a default model by name, a local folder, or a hub id.
+
+        Args:
+            model: For example "smollm2-135m", "models/my-llama/" or "Qwen/Qwen3-0.6B".
+            device: Default: CUDA if there is one, else CPU.
+            dtype: torch.float32, torch.bfloat16, torch.float16 or their names. Default: bfloat16
+                where the device computes in it, else float32 on CPU and float16 on CUDA.
+
+        Raises:
+            ValueError: for an unknown name or dtype.
+            ModelUnavailable: if a default model cannot be fetched.
+            UnsupportedModel: before any weights are read, if its keys cannot be moved.
+        """
+        source = models.resolve(model)
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{source!r} is not a causal LM that transformers can load: {error}"
+            ) from error
+        rope.require_movable(config)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device))
+        return cls(network.to(device), AutoTokenizer.from_pretrained(source))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def max_positions(self) -> int:
+        """Positions the model was made for; no prompt may pass them."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the input embeddings."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(layers, kv_heads, head_dim) of every AnchorKV for this model."""
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None)
+        return (
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            head_dim or config.hidden_size // config.num_attention_heads,
+        )
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Turns text into token ids, without adding any.
+
+        Args:
+            text: What to tokenize.
+            special: Whether "<|im_end|>" in the text is that special token (the template's own
+                words) or ten ordinary characters (everybody else's: a chunk or a question must not
+                be able to end its turn).
+        """
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
+        ).input_ids
+        return ids
+
+    def attention_mask(self, sees: Tensor) -> Tensor:
+        """What the model adds to attention scores so that a query sees just the keys it may.
+
+        Additive, not boolean: eager attention adds whatever mask it gets, and would take True for
+        a score of 1.
+
+        Args:
+            sees: bool. Shape: (rows, 1, queries, keys)
+        """
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros_like(sees, dtype=self.dtype).masked_fill_(~sees, blocked)
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Input embeddings of token ids. Shape: (tokens,) to (tokens, hidden)."""
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self.device)
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)
+        return embeddings
+
+    def add_adapter(self, name: str, config: Any) -> list[tuple[str, nn.Parameter]]:
+        """Adds LoRA weights beside the frozen ones, switched off.
+
+        Args:
+            name: Must be new.
+            config: A peft.LoraConfig.
+
+        Returns:
+            Names, without the adapter's own, and parameters, in the model's order.
+        """
+        with self._lock, warnings.catch_warnings():
+            # peft warns of a second adapter; one compressor each is what they are for.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            self.model.add_adapter(config, adapter_name=name)
+            self._adapters[name] = [
+                (path.replace(f".{name}.", "."), parameter)
+                for path, parameter in self.model.named_parameters()
+                if f".{name}." in path
+            ]
+            self._switch_off()
+        return self._adapters[name]
+
+    @contextmanager
+    def running(self, adapter: str | None = None) -> Iterator[Any]:
+        """Gives the model to one thread: frozen as it came, or with one adapter on.
+
+        Never hold it across a `yield` to a caller: the model would wait for that caller.
+        """
+        with self._lock:
+            if adapter is None:
+                yield self.model
+                return
+            self.model.set_adapter(adapter)
+            self.model.enable_adapters()
+            try:
+                yield self.model
+            finally:
+                self._switch_off()
+
+    def _switch_off(self) -> None:
+        self.model.disable_adapters()
+        # peft stops their gradients too, even those of a pass that is still to run backward.
+        for parameters in self._adapters.values():
+            for _, parameter in parameters:
+                parameter.requires_grad_(True)
+
+
+def _dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted, None) or wanted
+    if wanted is None:
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, was: {wanted}")
+    return wanted
+
+
+def _cpu_computes_bfloat16() -> bool:
+    # Without these instructions bfloat16 is emulated and slower than float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """Digest of names, dtypes, shapes and bits of all weights, in the dtype they were loaded in."""
+
+    def digest(named: tuple[str, Tensor]) -> bytes:
+        name, weight = named
+        bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        header = f"{name} {weight.dtype} {tuple(weight.shape)}\0".encode()
+        return hashlib.sha256(header + hashlib.sha256(bits.data).digest()).digest()
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        digests = list(threads.map(digest, sorted(model.named_parameters())))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    description = json.loads(backend.to_str())
+    # State of the last call, not of the tokenizer.
+    description.pop("truncation", None)
+    description.pop("padding", None)
+    return digest_json(description)
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON value, the same for equal values whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

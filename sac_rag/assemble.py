@@ -1,0 +1,224 @@
+"""Text and AnchorKVs, interleaved in order, to a Prompt. Knows nothing of tokenizers or stores.
+
+Two counts must be kept apart. A *position* is a RoPE index, in source tokens: a chunk of 500 tokens
+moves what follows by 500, however few anchors it kept. An *entry* is a place in the HF KV cache:
+that chunk takes as many as it has anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sac_rag import rope
+from sac_rag.errors import PromptTooLong
+from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
+
+# Plain text as token ids, or a chunk.
+Part: TypeAlias = Sequence[int] | AnchorKV
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What one forward pass of the generator needs; rows may hold different chunks.
+
+    Plain text is padded on the left, so that the last token of every row is the last column;
+    anchors are padded on the right.
+
+    Attributes:
+        embeds: Plain text of all rows. Shape: (rows, tokens, hidden)
+        position_ids: Shape: (rows, tokens)
+        mask: True = attend. Shape: (rows, 1, tokens, entries + tokens)
+        cache: All anchors, moved to their places; the pass adds the plain text to it.
+        next_positions: Position of the first token of each answer. Shape: (rows,)
+        num_anchors: Anchors of each row, without padding.
+        num_tokens: Plain tokens of each row, without padding.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    cache: DynamicCache
+    next_positions: Tensor
+    num_anchors: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+
+
+@dataclass
+class _Row:
+    """Parts of one prompt with their places: (turn in the reading order, first position, part)."""
+
+    chunks: list[tuple[int, int, AnchorKV]]
+    texts: list[tuple[int, int, Tensor]]  # embeddings, Shape: (tokens, hidden)
+    end: int = 0  # position after the last part
+
+    @property
+    def num_anchors(self) -> int:
+        return sum(kv.num_anchors for _, _, kv in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(embeds) for _, _, embeds in self.texts)
+
+
+def assemble(
+    rows: Sequence[Sequence[Part]],
+    generator: Generator,
+    *,
+    cue: Tensor | None = None,
+    reserve: int = 0,
+) -> Prompt:
+    """Places parts one after the other and moves every chunk's keys to its place.
+
+    Args:
+        rows: One prompt each, any interleaving of text and chunks, ending in text.
+        generator: Whose embeddings, frequencies, dtype and last position count.
+        cue: Embedding put behind every chunk, at the position of the chunk's last token.
+            Shape: (hidden,)
+        reserve: Positions to keep free for the answer, in tokens.
+
+    Raises:
+        ValueError: if a row does not end in text, or a chunk is not of this generator's shape.
+        PromptTooLong: if a row and its reserve pass the model's last position.
+    """
+    if not rows:
+        raise ValueError("expected at least one row, got none")
+    placed = [_place(row, generator, cue) for row in rows]
+    for number, row in enumerate(placed):
+        require_room(number, row.end, reserve, generator)
+    cache, entry_turns = _cache(placed, generator)
+    embeds, position_ids, token_turns = _plain_text(placed, generator)
+    return Prompt(
+        embeds=embeds,
+        position_ids=position_ids,
+        mask=_mask(entry_turns, token_turns),
+        cache=cache,
+        next_positions=torch.tensor([row.end for row in placed], device=generator.device),
+        num_anchors=tuple(row.num_anchors for row in placed),
+        num_tokens=tuple(row.num_tokens for row in placed),
+    )
+
+
+def require_room(number: int, positions: int, reserve: int, generator: Generator) -> None:
+    """Refuses a prompt that does not fit the model.
+
+    Args:
+        number: Which prompt of the batch, for the message.
+        positions: What the prompt takes, in source tokens.
+        reserve: Positions to keep free for the answer, in tokens.
+        generator: Whose last position counts.
+
+    Raises:
+        PromptTooLong: with the numbers.
+    """
+    if positions + reserve > generator.max_positions:
+        raise PromptTooLong(
+            f"prompt {number} needs {positions} positions and {reserve} for the answer, but the "
+            f"model has {generator.max_positions}; retrieve fewer or shorter chunks, or lower "
+            "max_new_tokens"
+        )
+
+
+def _place(parts: Sequence[Part], generator: Generator, cue: Tensor | None) -> _Row:
+    if not parts or isinstance(parts[-1], AnchorKV) or not len(parts[-1]):
+        raise ValueError("a prompt must end in text: the model answers from its last token")
+    row = _Row([], [])
+    for turn, part in enumerate(parts):
+        if not isinstance(part, AnchorKV):
+            row.texts.append((turn, row.end, generator.embed(part)))
+            row.end += len(part)
+            continue
+        layers, heads, _, head_dim = part.keys.shape
+        if (layers, heads, head_dim) != generator.kv_shape:
+            raise ValueError(
+                "a chunk's KV must be of this model's (layers, kv_heads, head_dim) = "
+                f"{generator.kv_shape}, was: {(layers, heads, head_dim)}"
+            )
+        row.chunks.append((turn, row.end, part))
+        row.end += part.num_tokens
+        if cue is not None:
+            embeds = cue.to(generator.device, generator.dtype)[None]
+            row.texts.append((turn, row.end - 1, embeds))
+    return row
+
+
+def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, Tensor]:
+    """Moves all chunks into one HF cache.
+
+    Returns:
+        The cache, and each entry's turn, -1 for padding. Shape: (rows, entries)
+    """
+    layers, heads, head_dim = generator.kv_shape
+    device = generator.device
+    counts = [row.num_anchors for row in rows]
+    entries = max(counts)
+    turns = torch.full((len(rows), entries), -1, device=device)
+    cache = DynamicCache()
+    if not entries:
+        return cache, turns
+    shape = (layers, len(rows), heads, entries, head_dim)
+    # Padding is masked out, but NaN left in memory would spread even at weight 0.
+    new = torch.zeros if min(counts) < entries else torch.empty
+    keys, values = (new(shape, dtype=generator.dtype, device=device) for _ in range(2))
+    for row, chunks in enumerate(row.chunks for row in rows):
+        begin = 0
+        for turn, start, kv in chunks:
+            end = begin + kv.num_anchors
+            moved = rope.move(kv.keys.to(device), start, generator.frequencies)
+            keys[:, row, :, begin:end] = moved
+            values[:, row, :, begin:end] = kv.values
+            turns[row, begin:end] = turn
+            begin = end
+    for layer in range(layers):
+        cache.update(keys[layer], values[layer], layer)
+    return cache, turns
+
+
+def _plain_text(rows: list[_Row], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines up the plain text of all rows, padded on the left.
+
+    Returns:
+        embeds, Shape: (rows, tokens, hidden); positions and turns (-1 for padding),
+        Shape: (rows, tokens)
+    """
+    device = generator.device
+    tokens = max(row.num_tokens for row in rows)
+    embeds = torch.zeros(
+        len(rows), tokens, generator.hidden_size, dtype=generator.dtype, device=device
+    )
+    positions = torch.zeros(len(rows), tokens, dtype=torch.long, device=device)
+    turns = torch.full((len(rows), tokens), -1, device=device)
+    for number, row in enumerate(rows):
+        begin = tokens - row.num_tokens
+        for turn, start, text in row.texts:
+            end = begin + len(text)
+            embeds[number, begin:end] = text
+            positions[number, begin:end] = torch.arange(start, start + len(text), device=device)
+            turns[number, begin:end] = turn
+            begin = end
+    return embeds, positions, turns
+
+
+def _mask(entry_turns: Tensor, token_turns: Tensor) -> Tensor:
+    """A token sees the anchors of earlier turns and the plain text before it; nobody sees padding.
+
+    A cue has its chunk's own turn and sees that chunk.
+
+    Returns:
+        Shape: (rows, 1, tokens, entries + tokens)
+    """
+    tokens = token_turns.shape[1]
+    entries_seen = (entry_turns[:, None, :] >= 0) & (
+        entry_turns[:, None, :] <= token_turns[:, :, None]
+    )
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=token_turns.device).tril()
+    tokens_seen = causal & (token_turns[:, None, :] >= 0)
+    # A padding token sees itself: attention over nothing would be NaN.
+    tokens_seen = tokens_seen | torch.eye(tokens, dtype=torch.bool, device=token_turns.device)
+    return torch.cat([entries_seen, tokens_seen], dim=-1)[:, None]

@@ -1,0 +1,1 @@
+"""Compression methods, text to AnchorKV, one file each; they never import one another."""

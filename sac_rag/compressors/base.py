@@ -1,0 +1,216 @@
+"""Compressor, text to AnchorKV. Knows nothing of stores, prompts or answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sac_rag.anchors import segment_bounds
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.layout import Layout, after_sink, collate
+from sac_rag.errors import PromptTooLong
+from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
+
+# Raise it when the same weights and config come to mean other KV: old entries then miss.
+KV_FORMAT = 1
+
+# Padded tokens in one encoder pass: enough to fill the matrix units of a small machine, and a
+# bound on activations (about 60 MB for a 135M model, 1 GB for an 8B one).
+BATCH_TOKENS = 2048
+
+
+class Compressor(ABC):
+    """A compression method over one generator.
+
+    A method says how a segment is laid out for the encoder and which slots are kept (`layout`);
+    this class does everything else: tokens, segments, sink, batches, the encoder pass, read-out.
+
+    Attributes:
+        generator: The frozen LM, which also encodes.
+        config: What determines the KV besides weights.
+        weights: The trained tensors by name; none for a method without training.
+        cue: The learned embedding that follows each chunk in a prompt, if the method has one.
+            Shape: (hidden,)
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, generator: Generator, config: CompressorConfig) -> None:
+        if config.method != self.method:
+            raise ValueError(f"config.method must be {self.method!r}, was: {config.method!r}")
+        self.generator = generator
+        self.config = config
+        self.weights: dict[str, Tensor] = {}
+        self.cue: Tensor | None = None
+        self._adapter: str | None = None
+        self._sink_ids = generator.tokenize(config.sink, special=True)
+
+    @abstractmethod
+    def layout(self, tokens: Tensor) -> Layout:
+        """Lays out one segment.
+
+        Args:
+            tokens: Token ids, at least one. Shape: (tokens,)
+        """
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over trained weights.
+
+        Raises:
+            ValueError: if names or shapes are not those of this method, model and config.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        differing = sorted(
+            name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)
+        )
+        if differing:
+            raise ValueError(
+                f"{len(differing)} of the compressor's weights do not fit this model and config, "
+                f"the first is {differing[0]!r}: expected shape {expected.get(differing[0])}, "
+                f"got {got.get(differing[0])}; load it with the model it was trained for"
+            )
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                self.weights[name].copy_(tensor)
+
+    def compress(self, texts: Sequence[str]) -> list[AnchorKV]:
+        """Compresses chunks, each alone, as if each stood at position 0.
+
+        Args:
+            texts: Chunks; a chunk longer than a segment is encoded in several passes.
+
+        Returns:
+            One AnchorKV a text, in order, in the config's stored dtype.
+
+        Raises:
+            ValueError: for a text that is empty or only white space.
+            PromptTooLong: for a text longer than the model's context, before any work.
+        """
+        chunks = [self.tokenize(text) for text in texts]
+        limit = self.generator.max_positions
+        for number, ids in enumerate(chunks):
+            if len(ids) > limit:
+                raise PromptTooLong(
+                    f"chunk {number} has {len(ids)} tokens, but the model has {limit} positions; "
+                    "split it (sac_rag.corpus.split)"
+                )
+        return self.compress_tokens(chunks)
+
+    def tokenize(self, text: str) -> list[int]:
+        """A chunk's tokens; special tokens spelled out in it stay ordinary text.
+
+        Raises:
+            ValueError: if the text is empty or only white space.
+        """
+        if not text.strip():
+            raise ValueError("a chunk must have text, was: empty or only white space")
+        return self.generator.tokenize(text)
+
+    @torch.no_grad()
+    def compress_tokens(self, chunks: Sequence[Sequence[int]], *, start: int = 0) -> list[AnchorKV]:
+        """Compresses chunks given as token ids.
+
+        Args:
+            chunks: Token ids of each chunk, at least one each.
+            start: Position of each chunk's first token. Only a test of moving needs it: what is
+                stored is always computed at 0.
+        """
+        segments = [
+            (chunk, begin, end)
+            for chunk, ids in enumerate(chunks)
+            for begin, end in segment_bounds(len(ids), self.config.segment_tokens)
+        ]
+        encoded: dict[int, list[tuple[int, AnchorKV]]] = {i: [] for i in range(len(chunks))}
+        # Longest first: segments of like length share a pass, and a pass too large fails at once.
+        by_length = sorted(segments, key=lambda s: s[1] - s[2])
+        for batch in _batches(by_length, len(self._sink_ids)):
+            tokens = [
+                torch.tensor(chunks[chunk][begin:end], device=self.generator.device)
+                for chunk, begin, end in batch
+            ]
+            kvs = self.encode(tokens, [start + begin for _, begin, _ in batch])
+            for (chunk, begin, _), kv in zip(batch, kvs, strict=True):
+                encoded[chunk].append((begin, kv))
+        return [
+            AnchorKV.join([kv for _, kv in sorted(parts, key=lambda part: part[0])])
+            for parts in encoded.values()
+        ]
+
+    def encode(self, segments: Sequence[Tensor], starts: Sequence[int]) -> list[AnchorKV]:
+        """One encoder pass over segments, with gradients if the caller has them on.
+
+        Args:
+            segments: Token ids. Shape of each: (tokens,)
+            starts: Position of each segment's first token; the sink stands right before it.
+
+        Returns:
+            Keys rotated for, and positions counted from, position 0 of `starts`' count.
+        """
+        with self.generator.running(self._adapter) as model:
+            sink = self.generator.embed(self._sink_ids)
+            layouts = [after_sink(self.layout(tokens), sink) for tokens in segments]
+            embeds, positions, mask = collate(layouts)
+            positions = positions + torch.tensor(starts, device=positions.device)[:, None]
+            # The decoder stack only: KV needs no LM head.
+            cache = model.base_model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=self.generator.attention_mask(mask),
+                use_cache=True,
+            ).past_key_values
+        dtype = getattr(torch, self.config.stored_dtype)
+        return [
+            AnchorKV(
+                keys=torch.stack([layer.keys[row][:, layout.kept] for layer in cache.layers]).to(
+                    dtype
+                ),
+                values=torch.stack(
+                    [layer.values[row][:, layout.kept] for layer in cache.layers]
+                ).to(dtype),
+                positions=positions[row, layout.kept].int(),
+                num_tokens=len(segments[row]),
+            )
+            for row, layout in enumerate(layouts)
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that determines a KV but the text."""
+        canonical = json.dumps(self.fingerprint_fields(), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def fingerprint_fields(self) -> dict[str, str]:
+        """What the fingerprint covers, by name, so that a difference can be named."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            bits = tensor.detach().cpu().float().contiguous().numpy()
+            weights.update(f"{name} {tuple(tensor.shape)}\0".encode() + bits.tobytes())
+        return {
+            "kv_format": str(KV_FORMAT),
+            "compressor_weights": weights.hexdigest(),
+            **{f"generator.{name}": value for name, value in self.generator.identity.items()},
+            **{f"config.{name}": repr(value) for name, value in self.config.to_dict().items()},
+        }
+
+
+def _batches(
+    segments: list[tuple[int, int, int]], sink: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Groups segments, longest first, so that a padded pass has at most BATCH_TOKENS."""
+    batch: list[tuple[int, int, int]] = []
+    for segment in segments:
+        longest = sink + (batch or [segment])[0][2] - (batch or [segment])[0][1]
+        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(segment)
+    if batch:
+        yield batch

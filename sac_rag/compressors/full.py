@@ -1,0 +1,49 @@
+"""Full, which keeps every token. Knows nothing of training: it has nothing to learn."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.layout import Layout, causal
+from sac_rag.generator import Generator
+
+
+class Full(Compressor):
+    """Every token is an anchor: the oracle of the tests and the upper bound of the bench.
+
+    One chunk behind its real prefix gives the logits of plain reading; several chunks differ from
+    plain reading only in that no chunk has seen another.
+    """
+
+    method: ClassVar[str] = "full"
+
+    def __init__(self, generator: Generator, config: CompressorConfig) -> None:
+        if config.ratio != 1 or config.cue or config.lora_targets or config.attention != "causal":
+            raise ValueError(
+                "full keeps every token of plain reading: its config must have ratio=1, cue=False, "
+                "attention='causal' and lora_targets=(), "
+                f"was: ratio={config.ratio}, cue={config.cue}, attention={config.attention!r}, "
+                f"lora_targets={config.lora_targets}"
+            )
+        super().__init__(generator, config)
+
+    @classmethod
+    def default_config(cls, **changes: object) -> CompressorConfig:
+        """The config of plain reading, with a few fields of the caller's."""
+        plain = {"ratio": 1, "cue": False, "attention": "causal", "lora_targets": ()}
+        return CompressorConfig(**{"method": cls.method, **plain, **changes})  # type: ignore[arg-type]
+
+    def layout(self, tokens: Tensor) -> Layout:
+        """Plain reading of one segment. Shape of `tokens`: (tokens,)."""
+        where = torch.arange(len(tokens), device=tokens.device)
+        return Layout(
+            embeds=self.generator.embed(tokens),
+            positions=where,
+            sees=causal(len(tokens), tokens.device),
+            kept=where,
+        )

@@ -1,0 +1,217 @@
+"""Prompt to text: whole, streamed or batched. Knows nothing of chunks, stores or templates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sac_rag.assemble import Prompt
+from sac_rag.generator import Generator
+
+FinishReason = Literal["eos", "stop", "length"]
+
+# What a byte-level tokenizer shows for the first bytes of a character still to be completed.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen and when to end.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token (greedy); above 0 samples.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from this many likeliest tokens; 0 for no such limit.
+        stop: Texts at which an answer ends; they are not part of it.
+        seed: Makes sampling repeatable. None takes torch's own state.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for name, good, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or above"),
+            ("stop", all(self.stop), "made of texts that are not empty"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {expected}, was: {getattr(self, name)!r}")
+
+
+class Generation:
+    """Answers being written, one a row. Iterate it: each step gives the new text of every row.
+
+    Leaving the loop ends the work; what was written until then stays readable.
+
+    Attributes:
+        texts: What each row has so far.
+        num_tokens: Tokens each row has taken, its end token included.
+        finish_reasons: Why each row ended; None while it goes on.
+    """
+
+    def __init__(self, generator: Generator, prompt: Prompt, decoding: Decoding) -> None:
+        self._generator = generator
+        self._prompt = prompt
+        self._decoding = decoding
+        rows = len(prompt.num_tokens)
+        self._writers = [_Writer(generator.tokenizer, decoding.stop) for _ in range(rows)]
+        self.num_tokens = [0] * rows
+        self.finish_reasons: list[FinishReason | None] = [None] * rows
+        self._steps = self._write()
+
+    @property
+    def texts(self) -> list[str]:
+        """What each row has so far."""
+        return [writer.text for writer in self._writers]
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self._steps
+
+    def _write(self) -> Iterator[list[str]]:
+        for step, tokens in enumerate(next_tokens(self._generator, self._prompt, self._decoding)):
+            last = step + 1 == self._decoding.max_new_tokens
+            yield [self._take(row, token, last) for row, token in enumerate(tokens.tolist())]
+            if all(self.finish_reasons):
+                return
+
+    def _take(self, row: int, token: int, last: bool) -> str:
+        if self.finish_reasons[row]:
+            return ""
+        self.num_tokens[row] += 1
+        writer = self._writers[row]
+        if token in self._generator.eos_ids:
+            self.finish_reasons[row] = "eos"
+            return writer.flush()
+        piece = writer.feed(token)
+        if writer.stopped:
+            self.finish_reasons[row] = "stop"
+        elif last:
+            self.finish_reasons[row] = "length"
+            piece += writer.flush()
+        return piece
+
+
+def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Iterator[Tensor]:
+    """Reads a prompt in one forward pass, then chooses tokens one by one.
+
+    Yields:
+        The next token of every row. Shape: (rows,)
+    """
+    choose = _chooser(decoding, generator.device)
+    embeds, positions, mask = prompt.embeds, prompt.position_ids, prompt.mask
+    next_positions = prompt.next_positions[:, None]
+    for _ in range(decoding.max_new_tokens):
+        # The model is taken for each step alone: between two steps the caller may do as it likes.
+        with generator.running() as model, torch.no_grad():
+            logits: Tensor = model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=generator.attention_mask(mask),
+                past_key_values=prompt.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        tokens = choose(logits)
+        yield tokens
+        embeds = generator.embed(tokens[:, None])
+        positions = next_positions
+        next_positions = next_positions + 1
+        mask = torch.cat([mask[:, :, -1:], mask.new_ones(len(mask), 1, 1, 1)], dim=-1)
+
+
+def _chooser(decoding: Decoding, device: torch.device) -> Any:
+    if decoding.temperature == 0:
+        return lambda logits: logits.argmax(dim=-1)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature))])
+    if decoding.top_k:
+        warpers.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        warpers.append(TopPLogitsWarper(decoding.top_p))
+    random: torch.Generator | None = None
+    if decoding.seed is not None:
+        random = torch.Generator(device).manual_seed(decoding.seed)
+
+    def sample(logits: Tensor) -> Tensor:
+        chances = warpers(None, logits.float()).softmax(dim=-1)
+        return torch.multinomial(chances, 1, generator=random)[:, 0]
+
+    return sample
+
+
+class _Writer:
+    """Tokens to text, as soon as it is certain: whole characters, and no part of a stop text."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here: a few tokens back, for spaces depend on them
+        self._read = 0  # tokens whose text is in `_held` or given out
+        self._held = ""  # may be the beginning of a stop text
+        self.text = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """Takes a token; gives the text that is certain now."""
+        self._ids.append(token)
+        known = self._decode(self._ids[self._context : self._read])
+        text = self._decode(self._ids[self._context :])
+        if text.endswith(_INCOMPLETE):
+            return ""
+        self._held += text[len(known) :]
+        self._context, self._read = self._read, len(self._ids)
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._give(min(found), keep=False)
+        return self._give(len(self._held) - self._may_become_stop())
+
+    def flush(self) -> str:
+        """Gives what was held back: nothing more is to come."""
+        known = self._decode(self._ids[self._context : self._read])
+        self._held += self._decode(self._ids[self._context :])[len(known) :]
+        self._context = self._read = len(self._ids)
+        return self._give(len(self._held))
+
+    def _give(self, length: int, keep: bool = True) -> str:
+        piece, rest = self._held[:length], self._held[length:]
+        self._held = rest if keep else ""
+        self.text += piece
+        return piece
+
+    def _may_become_stop(self) -> int:
+        """Length of the longest ending of the held text that begins a stop text."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text

@@ -1,0 +1,167 @@
+"""Tiny models of every supported architecture, built in memory from configs, with real tokenizers.
+
+Weights are random but seeded, and large enough that every position, head and layer matters to the
+logits: with the default initialisation a wrong key would hardly be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.full import Full
+from sac_rag.compressors.sac import SAC
+from sac_rag.generator import Generator
+from sac_rag.template import opening
+
+# Matrices this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+ARCHITECTURES = ("llama", "llama3", "qwen2", "qwen3")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+PROSE = (
+    "The lighthouse keeper counted seven ships before the fog came in from the west.",
+    "Copper conducts electricity better than iron, and silver better than copper.",
+    "In 1889 the tower was finished, and for forty-one years nothing was taller.",
+    "A glacier moves so slowly that only a patient observer would call it a river.",
+    "She planted barley in March, harvested in August, and sold the straw in September.",
+    "The treaty was signed in two languages, neither of which the witnesses could read.",
+    "Owls hear a mouse under thirty centimetres of snow and never miss it.",
+    "Every Thursday the library stays open until the last reader has gone home.",
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens: any text goes in and comes out again."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(PROSE, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=chat_template,
+    )
+
+
+def make_model(architecture: str, attention: str = "sdpa", seed: int = 0) -> Any:
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "attn_implementation": attention,
+    }
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    torch.manual_seed(seed)
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
+        "llama3": lambda: LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=llama3)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape)),
+    }[architecture]()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.15 if "embed" not in name else 0.5)
+            else:
+                weight.add_(torch.randn_like(weight) * 0.1)
+        # A random model must not end its answers before they have begun.
+        model.lm_head.weight[0] = 0
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_generator(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Generator]:
+    """Makes a generator of a tiny model; equal arguments give equal weights."""
+
+    def make(architecture: str = "llama", attention: str = "sdpa", seed: int = 0) -> Generator:
+        return Generator(make_model(architecture, attention, seed), tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def generator(request: pytest.FixtureRequest, make_generator: Any) -> Generator:
+    """One tiny generator of every architecture, shared by all tests: they must not change it."""
+    made: Generator = make_generator(request.param)
+    return made
+
+
+@pytest.fixture(scope="session")
+def llama(make_generator: Any) -> Generator:
+    """A tiny Llama for what does not depend on the architecture; tests must not change it."""
+    made: Generator = make_generator("llama")
+    return made
+
+
+def make_compressor(generator: Generator, method: str, **changes: Any) -> Compressor:
+    """A compressor in float32 whose weights, if it has any, are random instead of untrained."""
+    sink = changes.pop("sink", opening(generator.tokenizer))
+    if method == "full":
+        return Full(generator, Full.default_config(sink=sink, stored_dtype="float32", **changes))
+    settings = {"ratio": 3, "lora_rank": 4, "lora_alpha": 8, "stored_dtype": "float32", **changes}
+    compressor = SAC(generator, CompressorConfig(method=method, sink=sink, **settings))
+    random = torch.Generator().manual_seed(1)
+    compressor.load_weights(
+        {
+            name: torch.randn(weight.shape, generator=random) * 0.1
+            for name, weight in compressor.weights.items()
+        }
+    )
+    return compressor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub() -> None:
+    """No test may need the network; a library that tries fails at once."""
+    import huggingface_hub.constants as hub
+
+    hub.HF_HUB_OFFLINE = True

@@ -1,0 +1,120 @@
+"""What the pipeline reports: answers and counts. Knows nothing of how they come about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sac_rag.chunk import Chunk
+from sac_rag.generate import FinishReason
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What became of one chunk of a question.
+
+    Attributes:
+        chunk: As it was handed over.
+        status: "hit", or why it was not in the store: "absent", "corrupt", "format",
+            "unreadable"; or "empty" for a chunk without text, which was left out.
+        read_as: "anchors", "text" (with on_miss="text"), or "nothing" for an empty chunk.
+        num_tokens: Source tokens.
+        num_anchors: KV entries that stand for them; the tokens themselves if read as text.
+        nbytes: Bytes of its keys and values in the store; 0 if read as text.
+    """
+
+    chunk: Chunk
+    status: str
+    read_as: str
+    num_tokens: int
+    num_anchors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of one answer.
+
+    Attributes:
+        positions_attended: KV entries the first answer token attends to: anchors and plain text.
+        plain_tokens: Tokens of plain text in the prompt, chunks read as text among them.
+        anchors_from_store: Anchors that were cached.
+        anchors_computed: Anchors that were computed for this answer.
+        source_tokens: Tokens of the text that the anchors stand for.
+        kv_bytes: Bytes of the anchors' keys and values as stored.
+        generated_tokens: Tokens of the answer, its end token included.
+    """
+
+    positions_attended: int
+    plain_tokens: int
+    anchors_from_store: int
+    anchors_computed: int
+    source_tokens: int
+    kv_bytes: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one answer; in a batch, of the whole batch.
+
+    Attributes:
+        load_s: Reading anchors from the store.
+        compress_s: Computing and storing the anchors that were missing.
+        relocate_s: Moving anchors to their places and putting the prompt together.
+        prefill_s: Reading the plain text, up to the first token of the answer.
+        decode_s: The rest of the answer, without the time a stream's consumer took.
+    """
+
+    load_s: float
+    compress_s: float
+    relocate_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        """What passes before an answer begins."""
+        return self.load_s + self.compress_s + self.relocate_s + self.prefill_s
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and its account.
+
+    Attributes:
+        text: The answer.
+        chunks: One report for each chunk handed over, in the same order.
+        usage: Counts.
+        timings: Seconds.
+        finish_reason: "eos", "stop" (a stop text) or "length" (max_new_tokens); None for a stream
+            that was left before its end.
+    """
+
+    text: str
+    chunks: tuple[ChunkReport, ...]
+    usage: Usage
+    timings: Timings
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class PrecompressReport:
+    """What a precompression did.
+
+    Attributes:
+        computed: Chunks compressed now.
+        hits: Chunks whose text was in the store before, or came up earlier in the same run.
+        empty: Chunks without text, left out.
+        source_tokens: Tokens of the computed chunks.
+        anchors: Anchors of the computed chunks.
+        nbytes: Bytes of their keys and values.
+        seconds: Wall time.
+    """
+
+    computed: int
+    hits: int
+    empty: int
+    source_tokens: int
+    anchors: int
+    nbytes: int
+    seconds: float

@@ -1,0 +1,117 @@
+"""Keeps AnchorKVs in this process's memory, up to a cap. Knows nothing of disks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, MutableMapping
+
+from sac_rag.kv import AnchorKV
+
+logger = logging.getLogger(__name__)
+
+# What an entry read from disk carries beside its tensors: two headers and their padding.
+_SLACK_BYTES = 16 * 1024
+
+
+class MemoryStore(MutableMapping[str, AnchorKV]):
+    """The most recently used AnchorKVs, as many as fit.
+
+    Reading an entry makes it the most recent; `in` and iteration do not. Safe to share between
+    threads.
+
+    Args:
+        max_bytes: Most bytes of tensors to hold. An entry larger than this is not kept.
+
+    Raises:
+        ValueError: if max_bytes is less than 1.
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, was: {max_bytes}")
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[str, AnchorKV] = OrderedDict()
+        self._nbytes = 0
+        self._evictions = 0
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors held."""
+        return self._nbytes
+
+    @property
+    def evictions(self) -> int:
+        """Entries dropped, or not kept, for want of room."""
+        return self._evictions
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        with self._lock:
+            kv = self._entries[key]
+            self._entries.move_to_end(key)
+            return kv
+
+    def __setitem__(self, key: str, kv: AnchorKV) -> None:
+        if not isinstance(kv, AnchorKV):
+            raise TypeError(f"a store holds AnchorKVs, got: {type(kv).__name__}")
+        kv = _without_surroundings(kv)
+        with self._lock:
+            self._drop(key)
+            if kv.nbytes > self.max_bytes:
+                self._evictions += 1
+                logger.warning(
+                    "%s not kept: %d bytes, the store's cap is %d", key, kv.nbytes, self.max_bytes
+                )
+                return
+            self._entries[key] = kv
+            self._nbytes += kv.nbytes
+            while self._nbytes > self.max_bytes:
+                oldest = next(iter(self._entries))
+                self._drop(oldest)
+                self._evictions += 1
+                logger.debug("%s evicted", oldest)
+
+    def __delitem__(self, key: str) -> None:
+        with self._lock:
+            if key not in self._entries:
+                raise KeyError(key)
+            self._drop(key)
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Drops every entry; none of them counts as evicted."""
+        with self._lock:
+            self._entries.clear()
+            self._nbytes = 0
+
+    def _drop(self, key: str) -> None:
+        kv = self._entries.pop(key, None)
+        if kv is not None:
+            self._nbytes -= kv.nbytes
+
+
+def _without_surroundings(kv: AnchorKV) -> AnchorKV:
+    """The same value, copied where its tensors are views that keep a larger buffer alive.
+
+    A chunk sliced out of a batch would otherwise hold the memory of the whole batch, unseen by
+    the cap.
+    """
+    tensors = (kv.keys, kv.values, kv.positions)
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if held <= kv.nbytes + _SLACK_BYTES:
+        return kv
+    keys, values, positions = (tensor.detach().clone() for tensor in tensors)
+    return AnchorKV(keys, values, positions, kv.num_tokens)

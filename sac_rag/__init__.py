@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sac_rag.cached import CachedCompressor
     from sac_rag.chunk import Chunk
     from sac_rag.compressors.config import CompressorConfig
+    from sac_rag.embedder import Embedder
     from sac_rag.errors import (
         ChunkMiss,
         CorruptEntry,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sac_rag.kv import AnchorKV
     from sac_rag.pipeline import SacRAG
     from sac_rag.reports import Answer
-    from sac_rag.retrieval import ChunkIndex, Embedder
+    from sac_rag.retrieval import ChunkIndex
     from sac_rag.stores.disk import DiskStore
     from sac_rag.stores.memory import MemoryStore
     from sac_rag.template import Message, PromptFormat
@@ -43,7 +44,7 @@ _HOME = {
     "CorruptEntry": "errors",
     "Decoding": "generate",
     "DiskStore": "stores.disk",
-    "Embedder": "retrieval",
+    "Embedder": "embedder",
     "Generator": "generator",
     "MemoryStore": "stores.memory",
     "Message": "template",

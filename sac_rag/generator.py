@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sac_rag import models, rope
+from sac_rag.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.errors import UnsupportedModel
 
 # What, besides weights, turns tokens into KV. The rest of a config (names, versions, training
@@ -59,8 +57,8 @@ class Generator:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.identity = {
-            "weights": _weights_digest(model),
-            "tokenizer": _tokenizer_digest(tokenizer),
+            "weights": weights_digest(model),
+            "tokenizer": tokenizer_digest(tokenizer),
             "model": digest_json({f: getattr(model.config, f, None) for f in _CONFIG_FIELDS}),
         }
         # Whether LoRA is on is state of the shared model, so everything that runs it takes turns.
@@ -234,33 +232,3 @@ def _cpu_computes_bfloat16() -> bool:
     # Without these instructions bfloat16 is emulated and slower than float32.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _weights_digest(model: nn.Module) -> str:
-    """Digest of names, dtypes, shapes and bits of all weights, in the dtype they were loaded in."""
-
-    def digest(named: tuple[str, Tensor]) -> bytes:
-        name, weight = named
-        bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        header = f"{name} {weight.dtype} {tuple(weight.shape)}\0".encode()
-        return hashlib.sha256(header + hashlib.sha256(bits.data).digest()).digest()
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        digests = list(threads.map(digest, sorted(model.named_parameters())))
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return digest_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    description = json.loads(backend.to_str())
-    # State of the last call, not of the tokenizer.
-    description.pop("truncation", None)
-    description.pop("padding", None)
-    return digest_json(description)
-
-
-def digest_json(value: Any) -> str:
-    """Digest of a JSON value, the same for equal values whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

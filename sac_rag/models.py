@@ -24,6 +24,8 @@ import platformdirs
 from sac_rag.errors import ModelUnavailable
 from sac_rag.sources import SOURCES, Source
 
+__all__ = ["SOURCES", "bytes_on_disk", "home", "names", "pull", "resolve", "verify"]
+
 _MANIFEST = "manifest.json"
 _BLOCK = 1 << 20  # bytes hashed or copied at a time
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -7,6 +7,7 @@ logits: with the default initialisation a wrong key would hardly be seen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,6 +158,13 @@ def make_compressor(generator: Generator, method: str, **changes: Any) -> Compre
         }
     )
     return compressor
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, so that no record of another run is believed."""
+    monkeypatch.setenv("SAC_RAG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,423 @@
+"""The command line: parses, calls the library, prints. Knows nothing that the library does not.
+
+Everything heavy is imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from sac_rag.chunk import Chunk
+    from sac_rag.collection import Collection
+    from sac_rag.demo import DemoResult
+    from sac_rag.reports import Answer
+    from sac_rag.retrieval import Hit
+
+app = typer.Typer(
+    name="sac-rag",
+    help="Answers from retrieved chunks whose KV is computed once and cached.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+models_app = typer.Typer(no_args_is_help=True, help="The default models and the demo's text.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
+app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
+
+out = Console(highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Store = Annotated[Path, typer.Option("--store", help="Folder of the collection.")]
+NumChunks = Annotated[int, typer.Option("--k", "-k", min=1, help="Chunks to answer from.")]
+
+
+class Dtype(str, Enum):
+    """What the model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """Runs the command line; mistakes and missing things are a sentence, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:
+        notes.print(f"sac-rag: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        notes.print("sac-rag: interrupted; what was finished is kept", style="red")
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Folder to keep the demo's collection in.")
+    ] = None,
+    k: NumChunks = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Answers five questions from Wikipedia leads, with cached anchors and with the text."""
+    from sac_rag import models
+    from sac_rag.demo import LEADS, ask_questions, index_leads
+
+    folder = store or models.home() / "demo"
+    _pull_missing()
+    collection = _open(folder)
+    with _progress("embedding leads, once", show=not as_json) as advance:
+        index_leads(collection, advance)
+    if not as_json:
+        _introduce(collection, folder)
+    results = []
+    with _progress("precompressing", show=not as_json) as advance:
+        for result in ask_questions(collection, k=k, on_progress=advance):
+            results.append(result)
+            if not as_json:
+                _print_demo(len(results), result)
+    if as_json:
+        _print_json({"questions": [result.to_dict() for result in results]})
+        return
+    out.print(f"Text: {models.SOURCES[LEADS].attribution}", style="dim")
+    out.print("\nYour own question, from the same leads:")
+    out.print(f'  sac-rag ask "Why is the sky blue?" --store {folder}', style="bold", markup=False)
+
+
+@app.command()
+def precompress(
+    paths: Annotated[
+        list[str], typer.Argument(help="txt, md or jsonl files, folders, - for stdin")
+    ],
+    store: Store,
+    model: Annotated[
+        str | None, typer.Option(help="Default model, local folder or hub id.")
+    ] = None,
+    compressor: Annotated[
+        str | None, typer.Option(help="'full', or the folder of a trained compressor.")
+    ] = None,
+    ratio: Annotated[int | None, typer.Option(min=1, help="Source tokens per anchor.")] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest chunk, in tokens. Default: 256.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cuts documents into chunks, makes them searchable and caches their anchors."""
+    from sac_rag.corpus import read_documents
+
+    _pull_missing()
+    given = {"model": model, "compressor": compressor, "ratio": ratio, "chunk_tokens": chunk_tokens}
+    collection = _open(store, **{name: v for name, v in given.items() if v is not None})
+    bad: list[str] = []
+
+    def report(place: str, problem: str) -> None:
+        bad.append(f"{place}: {problem}")
+        notes.print(f"skipped {place}: {problem}", style="yellow", markup=False)
+
+    chunks: list[Chunk] = []
+    with _progress("reading documents", show=not as_json) as advance:
+        for document in read_documents(paths, on_bad=report):
+            chunks += collection.split([document])
+            advance(1)
+    with _progress("embedding", total=len(chunks), show=not as_json) as advance:
+        added = collection.add(chunks, advance)
+    with _progress("compressing", total=len(chunks), show=not as_json) as advance:
+        done = collection.rag.precompress(chunks, on_progress=advance)
+    if as_json:
+        _print_json({"chunks": len(chunks), "indexed": added, **asdict(done), "skipped": bad})
+    else:
+        out.print(
+            f"{len(chunks)} chunks: {done.computed} compressed now ({done.source_tokens} tokens to "
+            f"{done.anchors} anchors, {_bytes(done.nbytes)}, {done.seconds:.1f} s), "
+            f"{done.hits} there before; {added} newly indexed"
+        )
+        out.print(f'Ask: sac-rag ask "…" --store {store}', style="dim", markup=False)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to answer.")],
+    store: Store,
+    k: NumChunks = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Finds the chunks most like a question and answers from their cached anchors."""
+    from sac_rag.collection import Collection
+    from sac_rag.generate import Decoding
+
+    if not Collection.exists(store):
+        raise ValueError(
+            f"{store} is no collection yet; make one: sac-rag precompress PATH --store {store}"
+        )
+    collection = _open(store)
+    hits = collection.search(question, k)
+    stream = collection.rag.stream(
+        question, [hit.chunk for hit in hits], Decoding(max_new_tokens=max_new_tokens)
+    )
+    for piece in stream:
+        if not as_json:
+            out.print(piece, end="", markup=False, soft_wrap=True)
+    answer = stream.answer
+    if as_json:
+        _print_json(_answer_as_json(question, answer, hits))
+        return
+    out.print("\n")
+    for number, (hit, report) in enumerate(zip(hits, answer.chunks, strict=True), start=1):
+        out.print(
+            f"[{number}] {hit.chunk.title or hit.chunk.id or 'untitled'}  "
+            f"(score {hit.score:.2f}, {report.status})",
+            style="dim",
+            markup=False,
+        )
+    usage = answer.usage
+    out.print(
+        f"{usage.source_tokens} source tokens as {usage.anchors_from_store} cached and "
+        f"{usage.anchors_computed} new anchors ({_bytes(usage.kv_bytes)}); first token after "
+        f"{answer.timings.time_to_first_token_s:.2f} s",
+        style="dim",
+    )
+
+
+@models_app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """Shows the default models, where they come from and what of them is on this disk."""
+    from rich.table import Table
+
+    from sac_rag import models
+
+    rows = [
+        {
+            "name": name,
+            "kind": source.kind,
+            "package": source.requirement,
+            "licence": source.licence,
+            "bytes": models.bytes_on_disk(name),
+        }
+        for name, source in models.SOURCES.items()
+    ]
+    if as_json:
+        _print_json({"models": rows, "folder": str(models.home())})
+        return
+    table = Table("name", "kind", "from", "licence", "on disk", box=None, pad_edge=False)
+    for row in rows:
+        size = "not pulled" if row["bytes"] is None else _bytes(int(str(row["bytes"])))
+        table.add_row(*(str(row[c]) for c in ("name", "kind", "package", "licence")), size)
+    out.print(table)
+    out.print(f"in {models.home()}", style="dim", markup=False)
+
+
+@models_app.command()
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None,
+) -> None:
+    """Downloads, verifies and converts default models, once."""
+    _pull_missing(names)
+    for name in names or _all_models():
+        out.print(f"{name} is ready")
+
+
+@models_app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Default: all that are pulled.")] = None,
+) -> None:
+    """Hashes everything that was pulled and says what has changed."""
+    from sac_rag import models
+
+    found = False
+    for name in names or [n for n in _all_models() if models.bytes_on_disk(n) is not None]:
+        problems = models.verify(name)
+        found = found or bool(problems)
+        for line in problems or [f"{name} is as it was pulled"]:
+            out.print(line, markup=False)
+    if found:
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def speed(
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Chunks; may be repeated.")] = None,
+    ratio: Annotated[
+        list[int] | None, typer.Option(min=1, help="Source tokens per anchor; may be repeated.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Default model, local folder or hub id.")
+    ] = "smollm2-135m",
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Best of so many.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Times the first token: cached anchors against reading the text, in one process."""
+    from rich.table import Table
+
+    from sac_rag.demo import wikipedia_leads
+    from sac_rag.evaluation.speed import measure
+    from sac_rag.generator import Generator
+
+    _pull_missing()
+    _quiet_transformers()
+    generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
+    columns = (
+        "k", "ratio", "store", "source tokens", "entries", "KV", "first token", "floor",
+        "full text", "speed-up",
+    )  # fmt: skip
+    table = Table(*columns, box=None, pad_edge=False, title=f"{model}, {generator.dtype}")
+    rows = []
+    with _progress("measuring", show=not as_json) as advance:
+        for row in measure(
+            generator,
+            (lead.text for lead in wikipedia_leads()),
+            ks=k or (1, 4, 8),
+            ratios=ratio or (1, 5, 15),
+            repeats=repeats,
+        ):
+            advance(1)
+            rows.append(asdict(row))
+            table.add_row(
+                str(row.k),
+                "full" if row.ratio == 1 else f"{row.ratio}x",
+                row.store,
+                str(row.source_tokens),
+                str(row.kv_entries),
+                _bytes(row.kv_bytes),
+                f"{row.ttft_s:.3f} s",
+                f"{row.floor_s:.3f} s",
+                f"{row.full_text_s:.2f} s",
+                f"{row.full_text_s / row.ttft_s:.1f}x",
+            )
+    if as_json:
+        _print_json({"rows": rows})
+    else:
+        out.print(table)
+
+
+def _open(folder: Path, **settings: Any) -> Collection:
+    from sac_rag.collection import Collection, CollectionSettings
+
+    _quiet_transformers()
+    with notes.status("loading models"):
+        return Collection(folder, CollectionSettings(**settings) if settings else None)
+
+
+def _all_models() -> list[str]:
+    from sac_rag import models
+
+    return list(models.names())
+
+
+def _pull_missing(names: list[str] | None = None) -> None:
+    from sac_rag import models
+
+    for name in names or _all_models():
+        with notes.status(name) as status:
+            models.pull(name, on_step=lambda step: status.update(step))
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def _progress(what: str, total: int | None = None, show: bool = True) -> Iterator[Any]:
+    """A bar on stderr; gives a function to call with how many more are done."""
+    from rich.progress import Progress
+
+    bar: Progress
+    with Progress(console=notes, transient=True, disable=not show) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _introduce(collection: Collection, folder: Path) -> None:
+    compressor = collection.rag.compressor.compressor
+    out.print(
+        f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
+        f"{collection.rag.generator.dtype}, in {folder}".replace("torch.", ""),
+        markup=False,
+    )
+    if compressor.method == "full":
+        out.print(
+            "Compressor: full. It keeps every token's KV (ratio 1): exact and fast, not small. "
+            "There are no trained SAC weights for this model yet.",
+            style="yellow",
+        )
+
+
+def _print_demo(number: int, result: DemoResult) -> None:
+    out.print(f"\n[bold]{number}. {result.question}[/bold]")
+    out.print(f"   {result.answer}", style="green", markup=False)
+    for source in result.sources:
+        out.print(
+            f"   [{source.number}] {source.title} (score {source.score:.2f})",
+            style="dim",
+            markup=False,
+        )
+    out.print(
+        f"   {result.hits} of {len(result.sources)} chunks were cached before; "
+        f"{result.source_tokens} source tokens as {result.kv_entries} KV entries, "
+        f"{_bytes(result.kv_bytes)}"
+    )
+    out.print(
+        f"   first token after {result.ttft_s:.3f} s; reading the text anew: "
+        f"{result.ttft_full_text_s:.3f} s ({result.ttft_full_text_s / result.ttft_s:.1f}x)"
+    )
+
+
+def _answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str, Any]:
+    sources = [
+        {
+            "number": number,
+            "title": hit.chunk.title,
+            "id": hit.chunk.id,
+            "score": hit.score,
+            "status": report.status,
+        }
+        for number, (hit, report) in enumerate(zip(hits, answer.chunks, strict=True), start=1)
+    ]
+    return {
+        "question": question,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "sources": sources,
+        "usage": asdict(answer.usage),
+        "timings": asdict(answer.timings),
+    }
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Collection, a folder of searchable chunks and their anchors. Knows nothing of the command line.
+
+collection.json   which model, compressor and embedder it was made with
+index/            the chunks' texts and embeddings (retrieval.ChunkIndex)
+anchors/          the chunks' KV (stores.DiskStore)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sac_rag.chunk import Chunk
+from sac_rag.embedder import Embedder
+from sac_rag.pipeline import SacRAG
+from sac_rag.retrieval import ChunkIndex, Hit
+from sac_rag.splitter import split
+from sac_rag.stores.disk import DiskStore
+
+FORMAT = 1
+
+_SETTINGS = "collection.json"
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """What a collection is made with; chosen at its start and kept beside it.
+
+    Attributes:
+        model: The generator: a default model's name, a local folder or a hub id.
+        compressor: "full", or the folder of a trained compressor.
+        ratio: Source tokens per anchor; None for the compressor's own.
+        embedder: Finds chunks: a default embedder's name, a local folder or a hub id.
+        chunk_tokens: Longest chunk, in tokens of the generator.
+    """
+
+    model: str = "smollm2-135m"
+    compressor: str = "full"
+    ratio: int | None = None
+    embedder: str = "minilm"
+    chunk_tokens: int = 256
+
+
+class Collection:
+    """Chunks that can be searched and asked, in a folder that outlives the process.
+
+    Args:
+        folder: Made, for its owner alone, if it is not there.
+        settings: For a new collection. Default: those it was made with, or the defaults.
+
+    Raises:
+        ValueError: if the folder holds something else, a later format, or a collection made with
+            other settings.
+        OSError: if the folder cannot be made or read.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], settings: CollectionSettings | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.settings = _claim(self.folder, settings)
+        self._embedder = Embedder.from_pretrained(self.settings.embedder)
+        if (self.folder / "index").exists():
+            self.index = ChunkIndex.load(self.folder / "index", self._embedder)
+        else:
+            self.index = ChunkIndex.build([], self._embedder)
+        self.rag = SacRAG.from_pretrained(
+            self.settings.model,
+            compressor=self.settings.compressor,
+            ratio=self.settings.ratio,
+            store=DiskStore(self.folder / "anchors"),
+        )
+
+    @classmethod
+    def exists(cls, folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder holds a collection."""
+        return (Path(folder) / _SETTINGS).is_file()
+
+    def split(self, documents: Iterable[Chunk]) -> list[Chunk]:
+        """Cuts documents into chunks of this collection's length."""
+        tokenizer, longest = self.rag.generator.tokenizer, self.settings.chunk_tokens
+        return [chunk for d in documents for chunk in split(d, tokenizer, max_tokens=longest)]
+
+    def add(self, chunks: Iterable[Chunk], on_progress: Callable[[int], None] | None = None) -> int:
+        """Makes chunks searchable, but for those that are already, and saves the index.
+
+        Args:
+            chunks: Chunks with text.
+            on_progress: Called with the number of chunks embedded since the last call.
+
+        Returns:
+            How many were new.
+        """
+        known = {(chunk.id, chunk.text) for chunk in self.index.chunks}
+        new = {(chunk.id, chunk.text): chunk for chunk in chunks}
+        added = [chunk for place, chunk in new.items() if place not in known]
+        if added:
+            self.index.add(added, on_progress=on_progress)
+            self.index.save(self.folder / "index")
+        return len(added)
+
+    def search(self, question: str, k: int = 4) -> list[Hit]:
+        """The k chunks most like the question, best first.
+
+        Raises:
+            ValueError: if the question is empty, k below 1, or there is nothing to search.
+        """
+        if not len(self.index):
+            raise ValueError(
+                f"{self.folder} has no chunks yet; add some: sac-rag precompress PATH "
+                f"--store {self.folder}"
+            )
+        return self.index.search(question, k)
+
+
+def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
+    path = folder / _SETTINGS
+    if path.is_file():
+        found = _read(path)
+        if wanted is not None and wanted != found:
+            differing = {
+                name: (getattr(found, name), value)
+                for name, value in asdict(wanted).items()
+                if value != getattr(found, name)
+            }
+            raise ValueError(
+                f"{folder} was made with other settings, (its own, those asked for): {differing}; "
+                "give another folder, or leave them out to use its own"
+            )
+        return found
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} holds something else (no {_SETTINGS}); give a new or an empty folder"
+        )
+    settings = wanted or CollectionSettings()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = folder / f"{_SETTINGS}.part"
+    part.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")
+    part.replace(path)
+    return settings
+
+
+def _read(path: Path) -> CollectionSettings:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+        version = values.pop("format")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not that of a collection: {error!r}") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{path.parent} is a collection of format {version!r}, this version of sac_rag reads "
+            f"format {FORMAT}; upgrade sac_rag or make it anew"
+        )
+    unknown = values.keys() ^ {field.name for field in fields(CollectionSettings)}
+    if unknown:
+        raise ValueError(f"{path} has unknown or missing settings: {', '.join(sorted(unknown))}")
+    return CollectionSettings(**values)

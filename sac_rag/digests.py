@@ -1,0 +1,42 @@
+"""Digests of models and tokenizers. Knows nothing of what they are used for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of names, dtypes, shapes and bits of all weights, in the dtype they were loaded in."""
+
+    def digest(named: tuple[str, Tensor]) -> bytes:
+        name, weight = named
+        bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        header = f"{name} {weight.dtype} {tuple(weight.shape)}\0".encode()
+        return hashlib.sha256(header + hashlib.sha256(bits.data).digest()).digest()
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        digests = list(threads.map(digest, sorted(model.named_parameters())))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of what turns text into tokens: not of the last call's padding or truncation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    description = json.loads(backend.to_str())
+    description.pop("truncation", None)
+    description.pop("padding", None)
+    return digest_json(description)
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON value, the same for equal values whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,180 @@
+"""How long the first token takes: cached anchors against reading the text. Knows no retrieval."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sac_rag.cached import CachedCompressor
+from sac_rag.chunk import ChunkLike
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.full import Full
+from sac_rag.compressors.sac import SAC
+from sac_rag.generate import Decoding
+from sac_rag.generator import Generator
+from sac_rag.pipeline import SacRAG
+from sac_rag.stores.disk import DiskStore
+from sac_rag.stores.memory import MemoryStore
+from sac_rag.template import PromptFormat, opening
+
+_QUESTION = "What is the most important thing that these passages say?"
+# Without numbers and titles, so that the floor is the question and nothing else.
+_FORMAT = PromptFormat(chunk="{chunk}")
+_ONE_TOKEN = Decoding(max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One setting, measured.
+
+    Attributes:
+        k: Chunks in the prompt.
+        ratio: Source tokens per anchor; 1 keeps every token (`full`).
+        store: Where the anchors were: "disk" or "memory".
+        dtype: What the model computes in and the anchors are kept in.
+        source_tokens: Tokens of the chunks.
+        kv_entries: Anchors that stand for them.
+        kv_bytes: Bytes of those.
+        ttft_s: Seconds to the first token with anchors from the store, everything included.
+        floor_s: The same for the question without any chunk.
+        full_text_s: The same for HF `generate` reading the same prompt as text.
+    """
+
+    k: int
+    ratio: int
+    store: str
+    dtype: str
+    source_tokens: int
+    kv_entries: int
+    kv_bytes: int
+    ttft_s: float
+    floor_s: float
+    full_text_s: float
+
+
+def full_text_seconds(rag: SacRAG, question: str, chunks: Sequence[ChunkLike]) -> float:
+    """Seconds until HF `generate` has the first token of the same prompt, chunks read as text."""
+    started = time.perf_counter()
+    ids = torch.tensor([rag.prompt_ids(question, chunks)], device=rag.generator.device)
+    with rag.generator.running() as model, torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=min(rag.generator.eos_ids, default=0),
+        )
+    return time.perf_counter() - started
+
+
+def measure(
+    generator: Generator,
+    texts: Iterable[str],
+    *,
+    ks: Sequence[int] = (1, 4, 8),
+    ratios: Sequence[int] = (1, 5, 15),
+    stores: Sequence[str] = ("disk", "memory"),
+    chunk_tokens: int = 510,
+    repeats: int = 3,
+) -> Iterator[SpeedRow]:
+    """Times every combination in this one process, the best of `repeats` each.
+
+    Ratios above 1 run SAC without trained weights: its speed does not depend on them.
+
+    Args:
+        generator: Model, dtype and threads that all rows share.
+        texts: Prose to cut the chunks from.
+        ks: Numbers of chunks.
+        ratios: Source tokens per anchor.
+        stores: "disk", "memory" or both.
+        chunk_tokens: Tokens of every chunk.
+        repeats: Times that each figure is taken; the least disturbed counts.
+
+    Raises:
+        ValueError: if the texts are too short for the largest k, or a store is unknown.
+    """
+    unknown = set(stores) - {"disk", "memory"}
+    if unknown:
+        raise ValueError(f"stores must be 'disk' or 'memory', were: {sorted(unknown)}")
+    chunks = cut(generator, texts, max(ks), chunk_tokens)
+    plain = SacRAG(_cached(generator, 1, MemoryStore()), format=_FORMAT)
+    floor_s = _best(repeats, lambda: plain.answer(_QUESTION, [], _ONE_TOKEN))
+    full_text = {
+        k: _best(repeats, lambda k=k: full_text_seconds(plain, _QUESTION, chunks[:k]))  # type: ignore[misc]
+        for k in ks
+    }
+    for ratio in ratios:
+        for name in stores:
+            with tempfile.TemporaryDirectory() as folder:
+                store = DiskStore(Path(folder) / "anchors") if name == "disk" else MemoryStore()
+                rag = SacRAG(_cached(generator, ratio, store), format=_FORMAT)
+                rag.precompress(chunks)
+                for k in ks:
+                    best_s = _best(
+                        repeats,
+                        lambda rag=rag, k=k: rag.answer(_QUESTION, chunks[:k], _ONE_TOKEN),  # type: ignore[misc]
+                    )
+                    usage = rag.answer(_QUESTION, chunks[:k], _ONE_TOKEN).usage
+                    yield SpeedRow(
+                        k=k,
+                        ratio=ratio,
+                        store=name,
+                        dtype=str(generator.dtype).removeprefix("torch."),
+                        source_tokens=usage.source_tokens,
+                        kv_entries=usage.anchors_from_store,
+                        kv_bytes=usage.kv_bytes,
+                        ttft_s=best_s,
+                        floor_s=floor_s,
+                        full_text_s=full_text[k],
+                    )
+
+
+def cut(generator: Generator, texts: Iterable[str], count: int, chunk_tokens: int) -> list[str]:
+    """Cuts prose into chunks of exactly `chunk_tokens` tokens, as the model will count them.
+
+    Raises:
+        ValueError: if there is too little prose.
+    """
+    chunks: list[str] = []
+    ids: list[int] = []
+    for text in texts:
+        ids += generator.tokenize(" " + text)
+        while len(ids) >= chunk_tokens and len(chunks) < count:
+            candidate = generator.tokenizer.decode(ids[:chunk_tokens])
+            # A cut inside a word can tokenize otherwise; such a stretch is passed over.
+            if len(generator.tokenize(candidate)) == chunk_tokens:
+                chunks.append(candidate)
+            ids = ids[chunk_tokens:]
+        if len(chunks) == count:
+            return chunks
+    raise ValueError(
+        f"{count} chunks of {chunk_tokens} tokens were asked for, the texts gave {len(chunks)}; "
+        "give more text"
+    )
+
+
+def _cached(generator: Generator, ratio: int, store: DiskStore | MemoryStore) -> CachedCompressor:
+    stored = str(generator.dtype).removeprefix("torch.")
+    plain = Full.default_config(sink=opening(generator.tokenizer), stored_dtype=stored)
+    compressor: Compressor
+    if ratio == 1:
+        compressor = Full(generator, plain)
+    else:
+        config: CompressorConfig = replace(plain, method=SAC.method, ratio=ratio)
+        compressor = SAC(generator, config)
+    return CachedCompressor(compressor, store)
+
+
+def _best(repeats: int, work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,0 +1,113 @@
+"""A folder of chunks and anchors: filled, searched, asked, opened again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sac_rag.chunk import Chunk
+from sac_rag.collection import Collection, CollectionSettings
+from sac_rag.demo import QUESTIONS, ask_questions, wikipedia_leads
+
+pytestmark = pytest.mark.real_model
+
+TITLES = (
+    "Marie Curie", "Pierre Curie", "Radium", "Uranium", "Sinking of the Titanic", "Ship",
+    "Black Death", "Plague (disease)", "Bacteria", "Apollo 11", "Neil Armstrong", "Moon",
+    "Berlin Wall", "Berlin", "Germany", "Cold War", "Great Wall of China", "Physics", "Chemistry",
+    "Atlantic Ocean",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def leads() -> list[Chunk]:
+    found = [lead for lead in wikipedia_leads() if lead.title in TITLES]
+    assert len(found) >= 15
+    return found
+
+
+@pytest.fixture(scope="module")
+def collection(
+    tmp_path_factory: pytest.TempPathFactory, leads: list[Chunk]
+) -> Iterator[Collection]:
+    made = Collection(tmp_path_factory.mktemp("collection") / "leads")
+    assert made.add(made.split(leads)) >= len(leads)
+    yield made
+
+
+def test_adding_the_same_chunks_again_adds_nothing(
+    collection: Collection, leads: list[Chunk]
+) -> None:
+    before = len(collection.index)
+    assert collection.add(collection.split(leads)) == 0
+    assert len(collection.index) == before
+
+
+def test_the_demo_answers_with_sources_and_its_second_run_hits(collection: Collection) -> None:
+    first = list(ask_questions(collection, k=4))
+    assert [result.question for result in first] == list(QUESTIONS)
+    for result in first:
+        assert result.hits == 0 or result is not first[0]
+        assert [source.number for source in result.sources] == [1, 2, 3, 4]
+        scores = [source.score for source in result.sources]
+        assert scores == sorted(scores, reverse=True)
+        assert result.source_tokens == result.kv_entries > 100
+        assert result.kv_bytes > result.kv_entries * 2 * 30 * 3 * 64 * 2
+        assert result.answer.strip()
+        assert result.ttft_s > 0
+        assert result.ttft_full_text_s > 0
+    assert "Armstrong" in first[3].answer
+    assert "1961" in first[4].answer
+    second = list(ask_questions(collection, k=4))
+    assert [result.hits for result in second] == [4] * len(QUESTIONS)
+    assert [result.answer for result in second] == [result.answer for result in first]
+    assert set(first[0].to_dict()) == {
+        "question", "answer", "sources", "hits", "source_tokens", "kv_entries", "kv_bytes",
+        "ttft_s", "ttft_full_text_s",
+    }  # fmt: skip
+
+
+def test_it_is_the_same_when_opened_again(collection: Collection) -> None:
+    again = Collection(collection.folder)
+    question = QUESTIONS[3]
+    assert [hit.chunk for hit in again.search(question)] == [
+        hit.chunk for hit in collection.search(question)
+    ]
+    answer = again.rag.answer(question, [hit.chunk for hit in again.search(question)])
+    assert {report.status for report in answer.chunks} == {"hit"}
+
+
+def test_other_settings_for_a_collection_that_is_there_are_refused(collection: Collection) -> None:
+    with pytest.raises(ValueError, match=r"other settings.*chunk_tokens"):
+        Collection(collection.folder, CollectionSettings(chunk_tokens=99))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.doc").write_text("…")
+    with pytest.raises(ValueError, match="holds something else"):
+        Collection(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "not that of a collection"),
+        ("[]", "not that of a collection"),
+        (json.dumps({"format": 99}), "format 99"),
+        (json.dumps({"format": 1, "colour": "red"}), "colour"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_refused(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    (tmp_path / "collection.json").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        Collection(tmp_path)
+
+
+def test_searching_an_empty_collection_says_how_to_fill_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sac-rag precompress"):
+        Collection(tmp_path / "new").search("Anything?")

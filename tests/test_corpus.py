@@ -1,0 +1,503 @@
+"""What is claimed of corpus.py: every document is read or reported, every word is in one piece."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sac_rag.chunk import Chunk
+from sac_rag.corpus import read_documents
+from sac_rag.splitter import split
+
+
+def read(*paths: str | Path) -> list[Chunk]:
+    return list(read_documents(paths))
+
+
+def read_with_bad(*paths: str | Path) -> tuple[list[Chunk], list[tuple[str, str]]]:
+    bad: list[tuple[str, str]] = []
+    documents = list(read_documents(paths, on_bad=lambda place, why: bad.append((place, why))))
+    return documents, bad
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["notes/owls.txt", "notes/owls.txt.gz", "notes/owls.TXT"])
+def test_a_text_file_is_named_by_its_path_and_titled_by_its_stem(
+    in_folder: Path, name: str
+) -> None:
+    write(Path(name), "Owls hear mice.\nUnder snow.")
+    assert read(name) == [Chunk("Owls hear mice.\nUnder snow.", id=name, title="owls")]
+
+
+@pytest.mark.parametrize(
+    ("content", "title"),
+    [
+        ("# On owls\n\nThey hear.", "On owls"),
+        ("\n\n### On owls ###\r\nThey hear.", "On owls"),
+        ("# On C#\n", "On C#"),
+        ("They hear.\n# Later\n", "file.v2"),
+        ("#hashtag\n", "file.v2"),
+        ("#\nThey hear", "file.v2"),
+        ("", "file.v2"),
+    ],
+)
+def test_a_markdown_file_is_titled_by_a_heading_only_if_it_starts_with_one(
+    tmp_path: Path, content: str, title: str
+) -> None:
+    (document,) = read(write(tmp_path / "file.v2.md", content))
+    assert document.title == title
+    assert document.text == content.replace("\r\n", "\n")
+
+
+def test_a_byte_order_mark_and_foreign_line_ends_are_no_part_of_the_text(tmp_path: Path) -> None:
+    (document,) = read(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree"))
+    assert document.text == "one\ntwo\nthree"
+    (document,) = read(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n'))
+    assert document.text == "one"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_jsonl_file_is_one_document_a_line(in_folder: Path, name: str) -> None:
+    lines = [
+        '{"text": "zero", "id": "z", "title": "Zero", "metadata": {"page": 1}, "lang": "en"}',
+        "",
+        '{"text": "two", "id": null, "title": null, "metadata": null}',
+        '{"text": "three", "id": 3}',
+    ]
+    write(Path(name), "\n".join(lines))
+    assert read(name) == [
+        Chunk("zero", id="z", title="Zero", metadata={"page": 1, "lang": "en"}),
+        Chunk("two", id=f"{name}:3"),
+        Chunk("three", id="3"),
+    ]
+
+
+def test_line_separators_inside_a_record_do_not_end_its_line(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\x0cfour"
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    assert [document.text for document in read(path)] == [text]
+
+
+BAD_RECORDS = {
+    b"{'text': 'a'}": "JSON",
+    b'{"text": "a"': "JSON",
+    b'["a"]': "object",
+    b'{"title": "a"}': '"text"',
+    b'{"text": null}': '"text"',
+    b'{"text": 5}': '"text"',
+    b'{"text": "a", "id": 1.5}': '"id"',
+    b'{"text": "a", "id": true}': '"id"',
+    b'{"text": "a", "title": 0}': '"title"',
+    b'{"text": "a", "metadata": []}': '"metadata"',
+    b'{"text": "a\xff"}': "UTF-8",
+    b'{"text": "\\ud800"}': "Unicode",
+    b'{"text": "a", "title": "\\ud800"}': "Unicode",
+    b"[" * 100_000: "JSON",
+    b'{"text": "a", "n": ' + b"1" * 10_000 + b"}": "JSON",
+}
+
+
+@pytest.mark.parametrize("record", BAD_RECORDS, ids=lambda record: record[:30].decode("latin-1"))
+def test_a_bad_record_is_reported_with_its_place_and_skipped(tmp_path: Path, record: bytes) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "one"}\n' + record + b'\n{"text": "three"}\n')
+    documents, bad = read_with_bad(path)
+    assert [document.text for document in documents] == ["one", "three"]
+    ((place, why),) = bad
+    assert place == f"{path.as_posix()}:2"
+    assert BAD_RECORDS[record] in why
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: "):
+        read(path)
+
+
+def test_a_text_that_is_not_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"one\ntwo\ncaf\xe9\n")
+    documents, bad = read_with_bad(path, write(tmp_path / "b.txt", "good"))
+    assert [document.text for document in documents] == ["good"]
+    assert [place for place, _ in bad] == [f"{path.as_posix()}:3"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no gzip", "empty"])
+def test_a_damaged_gzip_file_is_reported_and_the_next_file_read(
+    tmp_path: Path, damage: str
+) -> None:
+    path = write(tmp_path / "a.txt.gz", "".join(f"line {i} of the text\n" for i in range(1000)))
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 0xFF
+    path.write_bytes(
+        {"truncated": data[:-20], "flipped": bytes(flipped), "no gzip": b"a", "empty": data[:5]}[
+            damage
+        ]
+    )
+    documents, bad = read_with_bad(path, write(tmp_path / "b.txt", "good"))
+    assert [document.text for document in documents] == ["good"]
+    assert [place for place, _ in bad] == [path.as_posix()]
+
+
+def test_what_was_whole_in_a_truncated_jsonl_gz_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", "".join(f'{{"text": "{i**9}"}}\n' for i in range(50_000)))
+    path.write_bytes(path.read_bytes()[:-1000])
+    documents, bad = read_with_bad(path)
+    assert len(documents) > 1000
+    assert documents[1000].text == str(1000**9)
+    assert bad[-1][0] == path.as_posix()
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_other_files(in_folder: Path) -> None:
+    for name in ("d/b.txt", "d/a/z.md", "d/a.jsonl", "d/.hidden.txt", "d/.git/x.txt", "d/p.pdf"):
+        write(Path(name), '{"text": "x"}')
+    (in_folder / "d/folder.txt").mkdir()
+    (in_folder / "d/dangling.txt").symlink_to(in_folder / "nowhere")
+    os.mkfifo(in_folder / "d/pipe.txt")
+    assert [document.id for document in read("d")] == ["d/a/z.md", "d/a.jsonl:1", "d/b.txt"]
+    assert [document.id for document in read(in_folder / "d/a")] == [f"{in_folder}/d/a/z.md"]
+
+
+def test_a_link_to_a_folder_is_not_followed_unless_it_is_named(in_folder: Path) -> None:
+    write(Path("outside/secret.txt"), "secret")
+    write(Path("d/a.txt"), "a")
+    (in_folder / "d/out").symlink_to(in_folder / "outside")
+    (in_folder / "d/loop").symlink_to(in_folder / "d")
+    assert [document.id for document in read("d")] == ["d/a.txt"]
+    assert [document.id for document in read("d/out")] == ["d/out/secret.txt"]
+
+
+def test_a_hidden_file_is_read_if_it_is_named(in_folder: Path) -> None:
+    write(Path(".a.txt"), "a")
+    assert [document.title for document in read(".a.txt")] == [".a"]
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", "a.txt.zip", ".txt", "a.gz"])
+def test_a_named_file_of_another_kind_is_refused_before_anything_is_read(
+    tmp_path: Path, name: str
+) -> None:
+    good = write(tmp_path / "good.txt", "good")
+    other = write(tmp_path / name, "x")
+    with pytest.raises(ValueError, match=r"must end in \.txt"):
+        read_documents([good, other])
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", ""])
+def test_a_missing_path_is_refused_before_anything_is_read(in_folder: Path, name: str) -> None:
+    good = write(in_folder / "good.txt", "good")
+    with pytest.raises(FileNotFoundError, match=f"'{name}'"):
+        read_documents([good, name])
+
+
+def test_one_path_in_place_of_several_is_refused() -> None:
+    with pytest.raises(TypeError, match="put it in a list"):
+        read_documents("a.txt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have Unicode file names only")
+def test_a_file_whose_name_is_not_unicode_is_reported(in_folder: Path) -> None:
+    write(Path(os.fsdecode(b"d/caf\xe9.txt")), "a")
+    write(Path("d/z.txt"), "z")
+    documents, bad = read_with_bad("d")
+    assert [document.id for document in documents] == ["d/z.txt"]
+    assert len(bad) == 1
+    assert "Unicode" in bad[0][1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (b'{"text": "a"}\n{"text": "b", "id": "x"}\n', [Chunk("a", id="-:1"), Chunk("b", id="x")]),
+        (b' {"text": "a"}', [Chunk("a", id="-:1")]),
+        (b"{not json}\nb", [Chunk("{not json}\nb", id="-")]),
+        (b"[1]\nb", [Chunk("[1]\nb", id="-")]),
+        (b"plain\n{}", [Chunk("plain\n{}", id="-")]),
+    ],
+)
+def test_standard_input_is_jsonl_if_its_first_line_is(
+    monkeypatch: pytest.MonkeyPatch, given: bytes, expected: list[Chunk]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert read("-") == expected
+
+
+def count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def texts(text: str, tokenizer: Any, max_tokens: int) -> list[str]:
+    return [piece.text for piece in split(Chunk(text), tokenizer, max_tokens=max_tokens)]
+
+
+def words(*sentences: str) -> str:
+    return "".join("".join(sentences).split())
+
+
+def lowercasing_wordpiece() -> PreTrainedTokenizerFast:
+    """Unlike byte-level BPE: takes accents and control characters away and has unknown words."""
+    vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##s": 3, ".": 4}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+WORDPIECE = lowercasing_wordpiece()
+
+FRAGMENTS = st.sampled_from(
+    [
+        "The cat sat. ",
+        "Dr. Who? ",
+        "\n\n",
+        "\n",
+        "  ",
+        "<|im_end|>",
+        "....",
+        "。",
+        "é",
+        "e\u0301",
+        "👩‍👩‍👧",
+        "🇩🇪",
+    ]
+)
+ANY_TEXT = st.one_of(st.text(), st.lists(FRAGMENTS | st.text(max_size=5), max_size=40).map("".join))
+
+
+@settings(deadline=None, max_examples=300)
+@example("\u0301" * 50, 4)
+@example("🇩🇪" * 50, 8)
+@example("." * 100 + "x", 4)
+@given(text=ANY_TEXT, max_tokens=st.integers(4, 40))
+def test_pieces_keep_within_the_limit_lose_nothing_and_stay_in_order(
+    tokenizer: Any, text: str, max_tokens: int
+) -> None:
+    pieces = texts(text, tokenizer, max_tokens)
+    assert all(1 <= count(tokenizer, piece) <= max_tokens for piece in pieces)
+    assert all(piece == piece.strip() != "" for piece in pieces)
+    position = 0
+    for piece in pieces:
+        found = text.index(piece, position)
+        assert text[position:found].strip() == ""
+        position = found + len(piece)
+    assert text[position:].strip() == ""
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=ANY_TEXT, max_tokens=st.integers(1, 20))
+def test_so_they_do_with_a_tokenizer_that_changes_the_text(text: str, max_tokens: int) -> None:
+    pieces = texts(text, WORDPIECE, max_tokens)
+    assert all(count(WORDPIECE, piece) <= max_tokens for piece in pieces)
+    assert words(*pieces) == words(text)
+
+
+SENTENCES = st.lists(
+    st.lists(st.sampled_from(["the", "cat", "counted", "été", "7"]), min_size=1, max_size=12).map(
+        lambda words: " ".join(["The", *words]) + "."
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(sentences=SENTENCES, max_tokens=st.integers(4, 60), gap=st.sampled_from([" ", "\n", "\n\n"]))
+def test_a_sentence_that_fits_is_never_cut(
+    tokenizer: Any, sentences: list[str], max_tokens: int, gap: str
+) -> None:
+    pieces = texts(gap.join(sentences), tokenizer, max_tokens)
+    for sentence in sentences:
+        if count(tokenizer, sentence) <= max_tokens:
+            assert any(sentence in piece for piece in pieces)
+
+
+def test_a_piece_takes_as_many_sentences_as_fit(tokenizer: Any) -> None:
+    sentences = [f"Ship {i} came in from the west." for i in range(30)]
+    limit = count(tokenizer, " ".join(sentences[:7]))
+    pieces = texts(" ".join(sentences), tokenizer, limit)
+    assert pieces[0] == " ".join(sentences[:7])
+
+
+def test_a_paragraph_end_is_preferred_once_the_piece_is_half_full(tokenizer: Any) -> None:
+    first, second = "Ship 1 came. Ship 2 came in.", "Ship 3 came. Ship 4."
+    both = f"{first}\n\n{second}"
+    assert texts(both, tokenizer, count(tokenizer, both) - 1) == [first, second]
+    under_heading = f"Ships\n\n{first}"
+    pieces = texts(under_heading, tokenizer, count(tokenizer, under_heading) - 1)
+    assert pieces == ["Ships\n\nShip 1 came.", "Ship 2 came in."]
+
+
+def test_a_sentence_that_fits_only_alone_is_not_cut() -> None:
+    vocabulary = {"x": 0, "y": 1, "。": 2, "z": 3, "。z": 4, "y。": 5}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [("。", "z"), ("y", "。")]))
+    )
+    assert tokenizer.tokenize("xy。z") == ["x", "y", "。z"]
+    assert tokenizer.tokenize("xy。") == ["x", "y。"]
+    assert texts("xy。z", tokenizer, 2) == ["xy。", "z"]
+
+
+def test_a_sentence_that_does_not_fit_is_cut_at_spaces(tokenizer: Any) -> None:
+    sentence = " ".join(f"Ship{i}" for i in range(100))
+    pieces = texts(f"Short one. {sentence}. Another one.", tokenizer, 20)
+    assert pieces[0] == "Short one."
+    assert " ".join(pieces).split() == f"Short one. {sentence}. Another one.".split()
+
+
+def test_a_list_without_full_stops_is_cut_at_lines(tokenizer: Any) -> None:
+    lines = [f"- copper and silver and iron {i}" for i in range(40)]
+    pieces = texts("\n".join(lines), tokenizer, 60)
+    assert "\n".join(pieces).split("\n") == lines
+
+
+@pytest.mark.parametrize(
+    "one", ["e\u0301", "👩\u200d👩\u200d👧", "👍🏽", "🇩🇪", "❤\ufe0f", "क्षि", "\u1112\u1161\u11ab"]
+)
+def test_an_unbroken_text_is_cut_between_characters_as_readers_see_them(
+    tokenizer: Any, one: str
+) -> None:
+    size = count(tokenizer, one)
+    # Room for all but the last token of a fourth.
+    pieces = texts(one * 300, tokenizer, 4 * size - 1)
+    assert len(pieces) >= 75
+    assert all(piece == one * (len(piece) // len(one)) for piece in pieces)
+
+
+def test_a_word_of_ten_thousand_characters_is_cut(tokenizer: Any) -> None:
+    word = "abcdefghij" * 1000
+    pieces = texts(word, tokenizer, 256)
+    assert "".join(pieces) == word
+    assert max(count(tokenizer, piece) for piece in pieces) <= 256
+    assert len(pieces) <= count(tokenizer, word) // 250 + 1
+
+
+def test_a_character_that_cannot_fit_is_refused_with_what_it_takes(tokenizer: Any) -> None:
+    assert count(tokenizer, "👍") == 4
+    with pytest.raises(ValueError, match=r"must be at least 4.*'👍', was: 3"):
+        texts("Good 👍", tokenizer, 3)
+    assert texts("Good 👍", tokenizer, 4)[-1] == "👍"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("He wrote.", " J. R. R. Tolkien did."),
+        ("He paid.", " Dr. Who paid 3.50 in the U.S. Army."),
+        ("It melts.", " Some, e.g. Copper, melt, cf. Fig. 3 there."),
+        ('"Who?" he asked.', ' "I!" she said.'),
+        ("(Nobody.)", " Fine."),
+        ('"I!"', " Fine."),
+        ("**Now.**", " Fine."),
+        ("It was in 1990.", " Then... what came, came."),
+        ("So it is…", " What?! no more."),
+        ("Do:", "\n\n1. Copper\n2. Iron"),
+        ("A heading", "\n \nA text"),
+        ("猫が座った。", "「犬も座った」"),
+        ("「はい。」", "犬\uff01"),
+        ("هل هذا؟", " نعم"),
+        ("نعم\u06d4", " هل هذا"),
+        ("यह है।", " वह था॥"),
+        ("वह था॥", "यह है"),
+    ],
+)
+def test_sentences_end_where_common_sense_says(tokenizer: Any, first: str, then: str) -> None:
+    # All but the last token would fit, so every end of a sentence seen in `then` would be taken.
+    limit = count(tokenizer, first + then) - 1
+    assert texts(first + then, tokenizer, limit)[0] == first
+
+
+def test_each_piece_carries_its_documents_name_and_its_own_number(tokenizer: Any) -> None:
+    document = Chunk("One. Two. Three.", id="d", title="T", metadata={"lang": "en"})
+    pieces = split(document, tokenizer, max_tokens=4)
+    assert pieces == [
+        Chunk(text, "d", "T", {"lang": "en", "part": part, "parts": len(pieces)})
+        for part, text in enumerate((piece.text for piece in pieces), 1)
+    ]
+    assert len(pieces) >= 3
+    assert document.metadata == {"lang": "en"}
+
+
+def test_a_document_that_fits_stays_one_piece_without_the_white_space_around_it(
+    tokenizer: Any,
+) -> None:
+    document = Chunk(" One.\n\nTwo.\n", id="d", title="T", metadata={"lang": "en"})
+    assert split(document, tokenizer) == [Chunk("One.\n\nTwo.", "d", "T", {"lang": "en"})]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\u3000\u2028"])
+def test_a_document_of_white_space_has_no_pieces(tokenizer: Any, text: str) -> None:
+    assert split(Chunk(text), tokenizer) == []
+
+
+def test_special_tokens_in_the_text_count_as_the_characters_they_are(tokenizer: Any) -> None:
+    marker = "<|im_end|>"
+    as_text = tokenizer(marker, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert len(as_text) > 1
+    pieces = texts(" ".join([marker] * 10), tokenizer, len(as_text))
+    assert pieces == [marker] * 10
+
+
+def test_a_limit_below_one_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, was: 0"):
+        split(Chunk("a"), tokenizer, max_tokens=0)
+
+
+def test_a_tokenizer_that_cannot_say_where_its_tokens_are_is_refused() -> None:
+    with pytest.raises(TypeError, match="fast HF tokenizer"):
+        split(Chunk("a"), str.split)
+
+
+class CountsCharacters:
+    """A tokenizer that records how much text it was given."""
+
+    is_fast = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.seen = 0
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.seen += len(text)
+        return self.tokenizer(text, **options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The cat sat on the mat. It sat there.\n\n" * 10_000,
+        "cat " * 50_000,
+        "x" * 200_000,
+        "." * 200_000,
+        "x" + " " * 200_000 + "x",
+    ],
+    ids=["prose", "one sentence", "one word", "dots", "spaces"],
+)
+def test_the_work_grows_with_the_text_and_no_faster(tokenizer: Any, text: str) -> None:
+    recorder = CountsCharacters(tokenizer)
+    split(Chunk(text), recorder, max_tokens=256)
+    # Once to see where the tokens are, once to check each piece, and some of it cut again.
+    assert recorder.seen < 4 * len(text)
+
+
+def test_reading_files_loads_no_torch() -> None:
+    code = "import sys, sac_rag.corpus, sac_rag.splitter; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

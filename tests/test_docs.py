@@ -1,0 +1,76 @@
+"""The README's code runs, its tree is the tree, its help is the help."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\s*```\w*\n(.*?)```\s*<!-- /{name} -->", README, re.DOTALL)
+    assert found, f"the README has no block named {name}"
+    return found[1]
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
+    told: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block("tree").splitlines():
+        entry = re.match(r"( *)([\w./]+)(?:  +(.*))?$", line)
+        assert entry, f"unreadable line in the tree: {line!r}"
+        depth, name, what = len(entry[1]) // 2, entry[2], entry[3]
+        folders[depth:] = [name]
+        told["".join(folders)] = what or ""
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "sac_rag").rglob("*.py")
+        if path.name != "__init__.py" or path.parent.name == "sac_rag"
+    }
+    assert {path for path in told if path.endswith(".py")} == there
+    for path in told:
+        assert (ROOT / path).exists(), f"{path} is in the README's tree and not on disk"
+
+
+def test_every_top_level_folder_of_code_is_in_the_tree() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.ipynb"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout: an unpacked sdist has no list of its files")
+    for folder in {path.split("/")[0] for path in tracked}:
+        assert f"\n{folder}/" in "\n" + block("tree")
+
+
+def test_the_help_in_the_readme_is_the_help() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "sac_rag.cli", "--help"],
+        env={**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert block("help").split() == printed.replace("python -m sac_rag.cli", "sac-rag").split()
+
+
+@pytest.mark.real_model
+def test_the_python_in_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for code in blocks:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "hit" in done.stdout

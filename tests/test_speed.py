@@ -1,0 +1,41 @@
+"""The benchmark measures what it says; no test here depends on how long anything takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import PROSE
+
+from sac_rag.evaluation.speed import cut, measure
+from sac_rag.generator import Generator
+
+TEXTS = PROSE * 20
+
+
+def test_every_combination_is_measured_over_the_same_chunks(llama: Generator, home: Any) -> None:
+    rows = list(measure(llama, TEXTS, ks=(1, 3), ratios=(1, 5), chunk_tokens=50, repeats=1))
+    assert [(row.ratio, row.store, row.k) for row in rows] == [
+        (ratio, store, k) for ratio in (1, 5) for store in ("disk", "memory") for k in (1, 3)
+    ]
+    for row in rows:
+        assert row.source_tokens == 50 * row.k
+        assert row.kv_entries == 50 // row.ratio * row.k
+        assert row.kv_bytes > 0
+        assert min(row.ttft_s, row.floor_s, row.full_text_s) > 0
+        assert row.dtype == "float32"
+
+
+def test_chunks_have_exactly_the_tokens_asked_for(llama: Generator) -> None:
+    chunks = cut(llama, TEXTS, 5, 50)
+    assert [len(llama.tokenize(chunk)) for chunk in chunks] == [50] * 5
+
+
+def test_too_little_prose_is_refused_with_the_numbers(llama: Generator) -> None:
+    with pytest.raises(ValueError, match="100 chunks of 50 tokens were asked for, the texts gave"):
+        cut(llama, PROSE[:2], 100, 50)
+
+
+def test_an_unknown_store_is_refused(llama: Generator) -> None:
+    with pytest.raises(ValueError, match="floppy"):
+        next(measure(llama, TEXTS, stores=("floppy",)))

@@ -89,9 +89,11 @@ def assemble(
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
+    for number, parts in enumerate(rows):
+        # Before anything is embedded: what is far too long would not fit into memory either.
+        positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in parts)
+        require_room(number, positions, reserve, generator)
     placed = [_place(row, generator, cue) for row in rows]
-    for number, row in enumerate(placed):
-        require_room(number, row.end, reserve, generator)
     cache, entry_turns = _cache(placed, generator)
     embeds, position_ids, token_turns = _plain_text(placed, generator)
     return Prompt(

@@ -18,6 +18,12 @@ log = logging.getLogger(__name__)
 OnMiss = Literal["compress", "text", "raise"]
 
 
+def require_on_miss(on_miss: str) -> None:
+    """Raises ValueError for what is no OnMiss."""
+    if on_miss not in get_args(OnMiss):
+        raise ValueError(f"on_miss must be one of {', '.join(get_args(OnMiss))}, was: {on_miss!r}")
+
+
 @runtime_checkable
 class DocumentStore(Protocol):
     """A store that also remembers which documents an entry belongs to."""
@@ -111,10 +117,7 @@ class CachedCompressor:
             PromptTooLong: for a text longer than the model's context.
             ValueError: for an empty text or an unknown on_miss.
         """
-        if on_miss not in get_args(OnMiss):
-            raise ValueError(
-                f"on_miss must be one of {', '.join(get_args(OnMiss))}, was: {on_miss!r}"
-            )
+        require_on_miss(on_miss)
         started = time.perf_counter()
         keys = [self.key(text) for text in texts]
         found: dict[str, AnchorKV] = {}
@@ -152,13 +155,21 @@ class CachedCompressor:
             compress_s=time.perf_counter() - started,
         )
 
-    def claim(self, text: str, document: str) -> None:
-        """Notes in a DocumentStore that a text that is there already is this document's too."""
+    def claim(self, text: str, document: str) -> bool:
+        """Notes in a DocumentStore that a text that is there already is this document's too.
+
+        Returns:
+            False if it is not there after all: evicted by now, or damaged.
+        """
         if not isinstance(self.store, DocumentStore):
-            return
+            return True
         key = self.key(text)
-        if document not in self.store.documents(key):
-            self._put(key, self.store[key], document)
+        try:
+            if document not in self.store.documents(key):
+                self._put(key, self.store[key], document)
+        except KeyError:
+            return False
+        return True
 
     def _put(self, key: str, kv: AnchorKV, document: str | None) -> None:
         try:

@@ -103,14 +103,15 @@ class Generation:
         self.num_tokens[row] += 1
         writer = self._writers[row]
         if token in self._generator.eos_ids:
-            self.finish_reasons[row] = "eos"
-            return writer.flush()
+            piece = writer.flush()
+            self.finish_reasons[row] = "stop" if writer.stopped else "eos"
+            return piece
         piece = writer.feed(token)
         if writer.stopped:
             self.finish_reasons[row] = "stop"
         elif last:
-            self.finish_reasons[row] = "length"
             piece += writer.flush()
+            self.finish_reasons[row] = "stop" if writer.stopped else "length"
         return piece
 
 
@@ -183,18 +184,21 @@ class _Writer:
             return ""
         self._held += text[len(known) :]
         self._context, self._read = self._read, len(self._ids)
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            return self._give(min(found), keep=False)
-        return self._give(len(self._held) - self._may_become_stop())
+        return self._give_until_stop(len(self._held) - self._may_become_stop())
 
     def flush(self) -> str:
         """Gives what was held back: nothing more is to come."""
         known = self._decode(self._ids[self._context : self._read])
         self._held += self._decode(self._ids[self._context :])[len(known) :]
         self._context = self._read = len(self._ids)
-        return self._give(len(self._held))
+        return self._give_until_stop(len(self._held))
+
+    def _give_until_stop(self, length: int) -> str:
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._give(min(found), keep=False)
+        return self._give(length)
 
     def _give(self, length: int, keep: bool = True) -> str:
         piece, rest = self._held[:length], self._held[length:]

@@ -17,17 +17,29 @@ from sac_rag import models, rope
 from sac_rag.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.errors import UnsupportedModel
 
-# What, besides weights, turns tokens into KV. The rest of a config (names, versions, training
-# settings) changes between releases without changing a single key.
-_CONFIG_FIELDS = (
-    "model_type",
-    "rope_parameters",
-    "head_dim",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "hidden_act",
-)
+# What of a config never changes a key: names, versions, training settings, what comes after the
+# last layer. Everything else may (each architecture has multipliers of its own) and is digested.
+_NOT_IN_A_KEY = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "tie_word_embeddings",
+    "transformers_version",
+    "use_cache",
+}
 
 
 class Generator:
@@ -55,11 +67,18 @@ class Generator:
             )
         self.frequencies = rope.frequencies_of(model)
         self.model = model.eval().requires_grad_(False)
+        self.kv_shape = _kv_shape(model)
         self.tokenizer = tokenizer
+        # Whether special tokens are special is state of the shared tokenizer, set by each call.
+        self._tokenizing = threading.Lock()
         self.identity = {
             "weights": weights_digest(model),
             "tokenizer": tokenizer_digest(tokenizer),
-            "model": digest_json({f: getattr(model.config, f, None) for f in _CONFIG_FIELDS}),
+            "model": digest_json(
+                {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_A_KEY}
+            ),
+            # Not told by the config alone: model.to(bfloat16) rounds them, loading does not.
+            "frequencies": digest_json(self.frequencies.double().tolist()),
         }
         # Whether LoRA is on is state of the shared model, so everything that runs it takes turns.
         self._lock = threading.RLock()
@@ -120,17 +139,6 @@ class Generator:
         return int(self.model.config.hidden_size)
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(layers, kv_heads, head_dim) of every AnchorKV for this model."""
-        config = self.model.config
-        head_dim = getattr(config, "head_dim", None)
-        return (
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            head_dim or config.hidden_size // config.num_attention_heads,
-        )
-
-    @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         configured = self.model.generation_config.eos_token_id
@@ -146,9 +154,12 @@ class Generator:
                 words) or ten ordinary characters (everybody else's: a chunk or a question must not
                 be able to end its turn).
         """
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
-        ).input_ids
+        # Half a surrogate pair, left by a cut JSON escape, is no text that a tokenizer takes.
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with self._tokenizing:
+            ids: list[int] = self.tokenizer(
+                whole, add_special_tokens=False, split_special_tokens=not special, verbose=False
+            ).input_ids
         return ids
 
     def attention_mask(self, sees: Tensor) -> Tensor:
@@ -182,12 +193,20 @@ class Generator:
         with self._lock, warnings.catch_warnings():
             # peft warns of a second adapter; one compressor each is what they are for.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            self.model.add_adapter(config, adapter_name=name)
+            try:
+                self.model.add_adapter(config, adapter_name=name)
+            except ValueError:
+                # transformers notes that there are adapters before peft has refused this one.
+                self.model._hf_peft_config_loaded = bool(self._adapters)
+                raise
             self._adapters[name] = [
                 (path.replace(f".{name}.", "."), parameter)
                 for path, parameter in self.model.named_parameters()
                 if f".{name}." in path
             ]
+            for _, parameter in self._adapters[name]:
+                # Small steps of training would be lost in bfloat16.
+                parameter.data = parameter.data.float()
             self._switch_off()
         return self._adapters[name]
 
@@ -214,6 +233,25 @@ class Generator:
         for parameters in self._adapters.values():
             for _, parameter in parameters:
                 parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _kv_shape(model: Any) -> tuple[int, int, int]:
+    """(layers, kv_heads, head_dim) of what the model itself caches for a token.
+
+    Raises:
+        UnsupportedModel: if layers, or keys and values, differ.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model.base_model(input_ids=token, use_cache=True).past_key_values.layers
+    shapes = {tuple(t.shape) for layer in layers for t in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        raise UnsupportedModel(
+            f"{model.config.model_type}: keys and values of all layers must have one shape, "
+            f"were: {sorted(shapes)}"
+        )
+    ((_, heads, _, head_dim),) = shapes
+    return len(layers), heads, head_dim
 
 
 def _dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype:

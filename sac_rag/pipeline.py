@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from sac_rag.assemble import Part, assemble, require_room
-from sac_rag.cached import CachedCompressor, OnMiss
+from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.full import Full
+from sac_rag.errors import PromptTooLong
 from sac_rag.generate import Decoding, Generation
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
@@ -47,6 +48,7 @@ class SacRAG:
         on_miss: OnMiss = "compress",
         decoding: Decoding | None = None,
     ) -> None:
+        require_on_miss(on_miss)
         self.compressor = compressor
         self.format = format or PromptFormat()
         self.on_miss: OnMiss = on_miss
@@ -95,7 +97,8 @@ class SacRAG:
             config = Full.default_config(sink=opening(generator.tokenizer), stored_dtype=stored)
             plain = checkpoint.make(generator, config)
         else:
-            plain = checkpoint.load(compressor, generator, **({"ratio": ratio} if ratio else {}))
+            changes = {} if ratio is None else {"ratio": ratio}
+            plain = checkpoint.load(compressor, generator, **changes)
         kept = MemoryStore() if store is None else store
         return cls(CachedCompressor(plain, kept, namespace=namespace), **options)
 
@@ -135,26 +138,33 @@ class SacRAG:
         computed = hits = empty = tokens = anchors = nbytes = 0
         stream = map(Chunk.of, chunks)
         while window := list(islice(stream, _WINDOW)):
-            todo: dict[str, Chunk] = {}
+            todo = []
             for chunk in window:
                 if chunk.is_empty:
                     empty += 1
-                elif chunk.text in todo or chunk.text in self.compressor:
+                elif chunk.text in self.compressor and (
+                    chunk.id is None or self.compressor.claim(chunk.text, chunk.id)
+                ):
                     hits += 1
-                    if chunk.id is not None and chunk.text not in todo:
-                        self.compressor.claim(chunk.text, chunk.id)
                 else:
-                    todo[chunk.text] = chunk
+                    todo.append(chunk)
+            texts, owners = [chunk.text for chunk in todo], [chunk.id for chunk in todo]
             failures = self.compressor.store_failures
-            fetched = self.compressor.fetch(
-                list(todo), documents=[chunk.id for chunk in todo.values()]
-            )
+            try:
+                fetched = self.compressor.fetch(texts, documents=owners)
+            except PromptTooLong:
+                # Nothing of this window is stored yet: store what stands before the one too long.
+                for text, owner in zip(texts, owners, strict=True):
+                    self.compressor.fetch([text], documents=[owner])
+                raise
             if self.compressor.store_failures > failures:
                 raise OSError(
                     "the store could not keep the compressed chunks (see the log); "
                     "free some space or check the folder's permissions, then run it again"
                 )
-            for kv in fetched.kvs:
+            distinct = dict(zip(texts, fetched.kvs, strict=True))
+            hits += len(texts) - len(distinct)
+            for kv in distinct.values():
                 if kv is not None:
                     computed += 1
                     tokens += kv.num_tokens

@@ -43,7 +43,7 @@ def require_movable(config: Any) -> None:
             f"of {config.sliding_window}; {remedy}"
         )
     rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or not isinstance(rope.get("rope_type", "default"), str):
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UnsupportedModel(
             f"{name}: the model must have one rotary position embedding, its config has "
             f"rope_parameters={rope!r}; {remedy}"
@@ -129,4 +129,4 @@ def relocation_error(model: Any, frequencies: Tensor, offset: int) -> float:
     for here, there in zip(read(0).layers, read(offset).layers, strict=True):
         errors.append(relative(move(here.keys, offset, frequencies), there.keys))
         errors.append(relative(here.values, there.values))
-    return max(errors)
+    return float(torch.tensor(errors).max())  # NaN if any is, which Python's max would lose

@@ -47,12 +47,13 @@ def self_check(generator: Generator) -> float:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no record, or half of one: measure
     with generator.running() as model:
-        moved = max(
+        errors = [
             relocation_error(model, generator.frequencies, offset)
             for offset in _OFFSETS
             if offset + 24 <= generator.max_positions
-        )
-    error = max(moved, _reading_error(generator))
+        ]
+    errors.append(_reading_error(generator))
+    error = float(torch.tensor(errors).max())  # NaN if any is, which Python's max would lose
     allowed = _ROUNDING[generator.dtype]
     if not error <= allowed:
         raise UnsupportedModel(

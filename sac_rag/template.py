@@ -23,6 +23,13 @@ class Message:
     role: str
     content: tuple[str | Chunk, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.content, str):
+            raise TypeError(
+                f"a message's content must be a tuple of texts and chunks, was one str: "
+                f"{self.content!r:.100}"
+            )
+
 
 @dataclass(frozen=True)
 class Markup:
@@ -134,7 +141,10 @@ def opening(tokenizer: Any) -> str:
     """What every prompt of this tokenizer starts with, whatever the messages: the natural sink."""
     if not getattr(tokenizer, "chat_template", None):
         return _bos(tokenizer)
-    first = render(tokenizer, [Message("system", ("a",)), Message("user", ("a",))])[0]
+    try:
+        first = render(tokenizer, [Message("system", ("a",)), Message("user", ("a",))])[0]
+    except ValueError:  # Gemma's, for one, knows no system role
+        first = render(tokenizer, [Message("user", ("a",))])[0]
     if not isinstance(first, Markup):
         return _bos(tokenizer)
     return first.text

@@ -6,6 +6,11 @@ logits: with the default initialisation a wrong key would hardly be seen.
 
 from __future__ import annotations
 
+import os
+
+# As the command line does, and before torch is imported: see sac_rag.cli.main.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -30,7 +30,13 @@ class CompressorConfig:
     stored_dtype: StoredDtype = "bfloat16"  # what keys and values are kept in
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora_targets, str):
+            raise ValueError(
+                f"lora_targets must be several module names, was one str: {self.lora_targets!r}"
+            )
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        if not isinstance(self.cue, bool):
+            raise ValueError(f"cue must be true or false, was: {self.cue!r}")
         for name in ("ratio", "segment_tokens", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:

@@ -6,7 +6,6 @@ from typing import ClassVar
 from uuid import uuid4
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from sac_rag.anchors import strided_anchors
@@ -36,6 +35,8 @@ class SAC(Compressor):
             self.cue = nn.Parameter(self._untrained_cue())
             self.weights["cue"] = self.cue
         if config.lora_targets:
+            from peft import LoraConfig  # a second of imports that only LoRA is worth
+
             self._adapter = f"sac_{uuid4().hex}"
             lora = LoraConfig(
                 r=config.lora_rank,

@@ -1,0 +1,402 @@
+"""A cached compressor computes a text once, gives the same bits again, and names its misses."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROSE, make_compressor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sac_rag.cached import CachedCompressor, DocumentStore
+from sac_rag.compressors.base import Compressor
+from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
+from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
+from sac_rag.stores import DiskStore, MemoryStore
+
+
+@pytest.fixture(scope="module")
+def sac(llama: Generator) -> Compressor:
+    return make_compressor(llama, "sac")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[DiskStore]:
+    with DiskStore(tmp_path / "store") as store:
+        yield store
+        assert store.check() == []
+
+
+@pytest.fixture(params=["dict", "memory", "disk"])
+def store(request: pytest.FixtureRequest) -> MutableMapping[str, AnchorKV]:
+    if request.param == "dict":
+        return {}
+    if request.param == "memory":
+        return MemoryStore()
+    found: DiskStore = request.getfixturevalue("disk")
+    return found
+
+
+@contextmanager
+def passes_of(generator: Generator) -> Iterator[list[int]]:
+    """Notes the rows of every forward pass of the decoder stack."""
+    passes: list[int] = []
+    handle = generator.model.base_model.register_forward_hook(
+        lambda module, args, output: passes.append(len(output[0]))
+    )
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+class ReadOnly(dict[str, AnchorKV]):
+    """A store on a full disk."""
+
+    def __setitem__(self, key: str, kv: AnchorKV) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+
+class Unreadable(dict[str, AnchorKV]):
+    """A store behind a broken network, say."""
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        raise OSError(errno.EIO, "input/output error")
+
+
+class Rotten(dict[str, AnchorKV]):
+    """A store whose bytes are not those that were written."""
+
+    reason = "corrupt"
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        raise CorruptEntry("checksum differs", self.reason)
+
+
+class Recording(dict[str, AnchorKV]):
+    """A store that notes every read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        self.calls.append(("get", key))
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, kv: AnchorKV) -> None:
+        self.calls.append(("set", key))
+        super().__setitem__(key, kv)
+
+
+# --- once, and the same
+
+
+def test_the_second_time_the_model_does_not_run_and_the_bits_are_the_same(
+    sac: Compressor, store: MutableMapping[str, AnchorKV]
+) -> None:
+    first = CachedCompressor(sac, store).fetch(PROSE)
+    assert first.misses == ["absent"] * 8
+    with passes_of(sac.generator) as passes:
+        second = CachedCompressor(sac, store).fetch(PROSE)
+    assert passes == []
+    assert second.misses == [None] * 8
+    for one, other in zip(first.kvs, second.kvs, strict=True):
+        assert one is not None and other is not None and one.bit_equal(other)
+
+
+@pytest.mark.parametrize("stored_dtype", ["float32", "float16", "bfloat16"])
+def test_a_hit_has_the_bits_of_compressing_without_a_store(
+    llama: Generator, disk: DiskStore, stored_dtype: Any
+) -> None:
+    compressor = make_compressor(llama, "sac", stored_dtype=stored_dtype)
+    cached = CachedCompressor(compressor, disk)
+    cached.compress([PROSE[0]])
+    (plain,), (hit,) = compressor.compress([PROSE[0]]), cached.compress([PROSE[0]])
+    assert hit.bit_equal(plain)
+
+
+def test_only_what_is_missing_is_computed(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    cached.compress([PROSE[1], PROSE[3]])
+    with passes_of(sac.generator) as passes:
+        fetched = cached.fetch(PROSE[:4])
+    assert fetched.misses == ["absent", None, "absent", None]
+    assert passes == [2]
+
+
+def test_equal_texts_in_one_call_are_computed_and_read_once(sac: Compressor) -> None:
+    store = Recording()
+    cached = CachedCompressor(sac, store)
+    with passes_of(sac.generator) as passes:
+        fetched = cached.fetch([PROSE[0], PROSE[1], PROSE[0], PROSE[0]])
+    assert passes == [2]
+    assert fetched.misses == ["absent"] * 4
+    assert fetched.kvs[0] is fetched.kvs[2] is fetched.kvs[3]
+    reads = [key for call, key in store.calls if call == "get"]
+    assert len(reads) == len(set(reads)) == 2
+
+
+def test_a_value_just_computed_is_not_read_back(sac: Compressor) -> None:
+    store = Recording()
+    CachedCompressor(sac, store).fetch([PROSE[0]])
+    assert [call for call, _ in store.calls] == ["get", "set"]
+
+
+def test_no_texts_are_no_work(sac: Compressor) -> None:
+    with passes_of(sac.generator) as passes:
+        fetched = CachedCompressor(sac, {}).fetch([])
+    assert (fetched.kvs, fetched.misses, passes) == ([], [], [])
+
+
+def test_in_asks_the_store(sac: Compressor, store: MutableMapping[str, AnchorKV]) -> None:
+    cached = CachedCompressor(sac, store)
+    assert PROSE[0] not in cached
+    cached.compress([PROSE[0]])
+    assert PROSE[0] in cached
+
+
+def test_times_are_those_of_loading_and_of_computing(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    missed, hit = cached.fetch(PROSE), cached.fetch(PROSE)
+    assert 0 < hit.compress_s < missed.compress_s
+    assert missed.load_s > 0
+
+
+# --- keys
+
+
+def test_parts_of_a_key_do_not_run_into_each_other(sac: Compressor) -> None:
+    one = CachedCompressor(sac, {}, namespace="a").key("bc")
+    assert one != CachedCompressor(sac, {}, namespace="ab").key("c")
+
+
+@given(
+    one=st.tuples(st.text(), st.text()),
+    other=st.tuples(st.text(), st.text()),
+)
+def test_keys_are_equal_for_equal_parts_only(
+    sac: Compressor, one: tuple[str, str], other: tuple[str, str]
+) -> None:
+    keys = [CachedCompressor(sac, {}, namespace=space).key(text) for space, text in (one, other)]
+    assert (keys[0] == keys[1]) == (one == other)
+
+
+def test_namespaces_do_not_hit_each_other(
+    sac: Compressor, store: MutableMapping[str, AnchorKV]
+) -> None:
+    CachedCompressor(sac, store, namespace="tenant 1").compress([PROSE[0]])
+    other = CachedCompressor(sac, store, namespace="tenant 2")
+    assert PROSE[0] not in other
+    assert other.fetch([PROSE[0]]).misses == ["absent"]
+    assert len(store) == 2
+
+
+def test_another_fingerprint_is_a_miss(llama: Generator, sac: Compressor) -> None:
+    store: dict[str, AnchorKV] = {}
+    CachedCompressor(sac, store).compress([PROSE[0]])
+    other = CachedCompressor(make_compressor(llama, "sac", ratio=4), store)
+    assert other.fetch([PROSE[0]]).misses == ["absent"]
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udc80b", "\ud83d\ude00"])
+def test_half_a_surrogate_pair_has_a_key(sac: Compressor, text: str) -> None:
+    cached = CachedCompressor(sac, {})
+    assert cached.key(text) != cached.key("a")
+
+
+@pytest.mark.parametrize("text", ["half \ud83d a pair", "a\udc80b"])
+def test_half_a_surrogate_pair_is_compressed(sac: Compressor, text: str) -> None:
+    (kv,) = CachedCompressor(sac, {}).compress([text])
+    assert kv.num_anchors
+
+
+@pytest.mark.parametrize("text", ["e\u0301", "\u00e9", "\u212b", "a ", "a", "A"])
+def test_texts_that_only_look_alike_have_keys_of_their_own(sac: Compressor, text: str) -> None:
+    cached = CachedCompressor(sac, {})
+    texts = ["e\u0301", "\u00e9", "\u212b", "a ", "a", "A"]
+    assert sum(cached.key(text) == cached.key(other) for other in texts) == 1
+
+
+def test_keys_can_name_files(sac: Compressor) -> None:
+    key = CachedCompressor(sac, {}, namespace="../..").key("/etc/passwd")
+    assert len(key) == 64
+    assert set(key) <= set("0123456789abcdef")
+
+
+# --- misses
+
+
+def test_on_miss_text_leaves_the_missing_out_and_runs_nothing(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    cached.compress([PROSE[1]])
+    with passes_of(sac.generator) as passes:
+        fetched = cached.fetch(PROSE[:3], on_miss="text")
+    assert [kv is None for kv in fetched.kvs] == [True, False, True]
+    assert fetched.misses == ["absent", None, "absent"]
+    assert passes == []
+    assert len(cached.store) == 1
+
+
+def test_on_miss_raise_names_every_missing_chunk_and_runs_nothing(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    cached.compress([PROSE[1]])
+    with passes_of(sac.generator) as passes, pytest.raises(ChunkMiss) as caught:
+        cached.fetch(PROSE[:3], on_miss="raise")
+    assert caught.value.reasons == ["absent", None, "absent"]
+    assert "2 of 3 chunks" in str(caught.value)
+    assert "{0: 'absent', 2: 'absent'}" in str(caught.value)
+    assert isinstance(caught.value, KeyError)
+    assert passes == []
+
+
+def test_on_miss_raise_gives_hits(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    cached.compress(PROSE)
+    assert None not in cached.fetch(PROSE, on_miss="raise").kvs
+
+
+@pytest.mark.parametrize("on_miss", ["", "TEXT", "ignore", None])
+def test_an_unknown_on_miss_is_refused_with_the_known_ones(sac: Compressor, on_miss: Any) -> None:
+    with pytest.raises(ValueError, match=f"one of compress, text, raise, was: {on_miss!r}"):
+        CachedCompressor(sac, {}).fetch([], on_miss=on_miss)
+
+
+@pytest.mark.parametrize("reason", ["corrupt", "format"])
+def test_the_store_names_the_reason(sac: Compressor, reason: str) -> None:
+    store = Rotten()
+    store.reason = reason
+    fetched = CachedCompressor(sac, store).fetch([PROSE[0]])
+    assert fetched.misses == [reason]
+    assert fetched.kvs[0] is not None
+
+
+def test_a_store_that_cannot_be_read_is_a_miss(sac: Compressor) -> None:
+    fetched = CachedCompressor(sac, Unreadable()).fetch(PROSE[:2])
+    assert fetched.misses == ["unreadable"] * 2
+    assert None not in fetched.kvs
+
+
+def test_a_store_that_cannot_be_written_is_counted_and_the_chunk_is_used(
+    sac: Compressor, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = CachedCompressor(sac, ReadOnly())
+    fetched = cached.fetch(PROSE[:2])
+    assert None not in fetched.kvs
+    assert cached.store_failures == 2
+    assert "was not stored: [Errno 28] no space left on device" in caplog.text
+
+
+def test_a_damaged_entry_on_disk_is_computed_anew_and_stored_again(
+    sac: Compressor, disk: DiskStore
+) -> None:
+    cached = CachedCompressor(sac, disk)
+    (kv,) = cached.compress([PROSE[0]])
+    (file,) = disk.folder.glob("entries/*/*.kv")
+    file.write_bytes(file.read_bytes()[:-1])
+    fetched = cached.fetch([PROSE[0]])
+    assert fetched.misses == ["corrupt"]
+    assert fetched.kvs[0] is not None and fetched.kvs[0].bit_equal(kv)
+    assert cached.fetch([PROSE[0]]).misses == [None]
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_text_without_text_is_refused(sac: Compressor, text: str) -> None:
+    with pytest.raises(ValueError, match="a chunk must have text"):
+        CachedCompressor(sac, {}).compress([PROSE[0], text])
+
+
+def test_a_text_longer_than_the_model_is_refused_and_nothing_is_stored(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    with pytest.raises(PromptTooLong):
+        cached.compress([PROSE[0], "lighthouse " * 4200])
+    assert len(cached.store) == 0
+
+
+# --- accept
+
+
+def test_accept_hears_all_lengths_before_anything_is_computed(sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    cached.compress([PROSE[1]])
+    heard: list[list[int]] = []
+    with passes_of(sac.generator) as passes:
+
+        def accept(lengths: list[int]) -> None:
+            assert passes == []
+            heard.append(lengths)
+
+        texts = [PROSE[0], PROSE[1], PROSE[0]]
+        cached.fetch(texts, accept=accept)
+        assert passes == [1]
+    assert heard == [[len(sac.tokenize(text)) for text in texts]]
+
+
+def test_what_accept_raises_ends_it_before_anything_is_computed(sac: Compressor) -> None:
+    def refuse(lengths: list[int]) -> None:
+        raise PromptTooLong("too many")
+
+    cached = CachedCompressor(sac, {})
+    with passes_of(sac.generator) as passes, pytest.raises(PromptTooLong, match="too many"):
+        cached.fetch(PROSE, accept=refuse)
+    assert passes == []
+    assert len(cached.store) == 0
+
+
+# --- documents
+
+
+def test_a_disk_store_is_a_document_store_and_a_dict_is_none(disk: DiskStore) -> None:
+    assert isinstance(disk, DocumentStore)
+    assert not isinstance({}, DocumentStore)
+
+
+def test_one_text_of_two_documents_is_stored_once_and_both_are_noted(
+    sac: Compressor, disk: DiskStore
+) -> None:
+    cached = CachedCompressor(sac, disk)
+    with passes_of(sac.generator) as passes:
+        cached.fetch([PROSE[0], PROSE[0], PROSE[1]], documents=["b", "a", None])
+    assert passes == [2]
+    assert len(disk) == 2
+    assert disk.documents(cached.key(PROSE[0])) == ("a", "b")
+    assert disk.documents(cached.key(PROSE[1])) == ()
+
+
+def test_a_document_can_claim_a_text_that_is_there(sac: Compressor, disk: DiskStore) -> None:
+    cached = CachedCompressor(sac, disk)
+    (kv,) = cached.fetch([PROSE[0]], documents=["a"]).kvs
+    with passes_of(sac.generator) as passes:
+        for document in ("b", "b", "a"):
+            cached.claim(PROSE[0], document)
+    assert passes == []
+    key = cached.key(PROSE[0])
+    assert disk.documents(key) == ("a", "b")
+    assert kv is not None and disk[key].bit_equal(kv)
+
+
+def test_claiming_in_a_store_without_documents_does_nothing(sac: Compressor) -> None:
+    store = Recording()
+    CachedCompressor(sac, store).claim(PROSE[0], "a")
+    assert store.calls == []
+
+
+def test_documents_of_another_number_than_the_texts_are_refused(sac: Compressor) -> None:
+    with pytest.raises(ValueError):
+        CachedCompressor(sac, {}).fetch(PROSE[:2], documents=["a"])
+
+
+def test_a_compressor_in_training_must_be_wrapped_anew(
+    make_generator: Callable[..., Generator],
+) -> None:
+    """The fingerprint is taken once, as documented: a new wrapper sees the new weights."""
+    compressor = make_compressor(make_generator("llama"), "sac")
+    cached = CachedCompressor(compressor, {})
+    compressor.weights["anchor_embedding"].data += 1
+    assert cached.fingerprint != CachedCompressor(compressor, {}).fingerprint

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 # As the command line does, and before torch is imported: see sac_rag.cli.main.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -131,7 +131,12 @@ def precompress(
     from sac_rag.corpus import read_documents
 
     _pull_missing()
-    given = {"model": model, "compressor": compressor, "ratio": ratio, "chunk_tokens": chunk_tokens}
+    given: dict[str, Any] = {
+        "model": model,
+        "compressor": compressor,
+        "ratio": ratio,
+        "chunk_tokens": chunk_tokens,
+    }
     collection = _open(store, **{name: v for name, v in given.items() if v is not None})
     bad: list[str] = []
 
@@ -171,11 +176,12 @@ def ask(
 ) -> None:
     """Finds the chunks most like a question and answers from their cached anchors."""
     collection = _open(store, must_exist=True)
+    from sac_rag.collection import in_reading_order
     from sac_rag.generate import Decoding
 
     hits = collection.search(question, k)
     stream = collection.rag.stream(
-        question, [hit.chunk for hit in hits], Decoding(max_new_tokens=max_new_tokens)
+        question, in_reading_order(hits), Decoding(max_new_tokens=max_new_tokens)
     )
     for piece in stream:
         if not as_json:
@@ -185,7 +191,9 @@ def ask(
         _print_json(_answer_as_json(question, answer, hits))
         return
     out.print("\n")
-    for number, (hit, report) in enumerate(zip(hits, answer.chunks, strict=True), start=1):
+    for number, (hit, report) in enumerate(
+        zip(hits, reversed(answer.chunks), strict=True), start=1
+    ):
         out.print(
             f"[{number}] {hit.chunk.title or hit.chunk.id or 'untitled'}  "
             f"(score {hit.score:.2f}, {report.status})",
@@ -405,7 +413,9 @@ def _answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str,
             "score": hit.score,
             "status": report.status,
         }
-        for number, (hit, report) in enumerate(zip(hits, answer.chunks, strict=True), start=1)
+        for number, (hit, report) in enumerate(
+            zip(hits, reversed(answer.chunks), strict=True), start=1
+        )
     ]
     return {
         "question": question,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from sac_rag import models
 from sac_rag.chunk import Chunk
-from sac_rag.collection import Collection
+from sac_rag.collection import Collection, in_reading_order
 from sac_rag.evaluation.speed import full_text_seconds
 from sac_rag.generate import Decoding
 
@@ -32,7 +32,7 @@ class Source:
     """A chunk an answer was given from, as it is cited.
 
     Attributes:
-        number: As in the prompt, from 1.
+        number: From 1, the best.
         title: Title of the article.
         score: Cosine similarity of question and chunk.
         status: "hit", or why it was not in the store.
@@ -126,14 +126,16 @@ def ask_questions(
     # The first pass of a process also sets up the kernels; neither side is to pay for that.
     rag.answer("Are you there?", [], Decoding(max_new_tokens=1))
     for question, hits in found.items():
-        chunks = [hit.chunk for hit in hits]
+        chunks = in_reading_order(hits)
         answer = rag.answer(question, chunks)
         yield DemoResult(
             question=question,
             answer=answer.text,
             sources=tuple(
                 Source(number, hit.chunk.title or "", hit.score, report.status)
-                for number, (hit, report) in enumerate(zip(hits, answer.chunks, strict=True), 1)
+                for number, (hit, report) in enumerate(
+                    zip(hits, reversed(answer.chunks), strict=True), 1
+                )
             ),
             hits=sum(chunk.text in there for chunk in chunks),
             source_tokens=answer.usage.source_tokens,

@@ -54,7 +54,7 @@ class PromptFormat:
     """
 
     system: str = "Answer the question from the passages. Be brief."
-    chunk: str = "[{number}] {title}\n{chunk}"
+    chunk: str = "{title}\n{chunk}"
     user: str = "{chunks}\n\nQuestion: {question}"
     separator: str = "\n\n"
 
@@ -79,7 +79,9 @@ class PromptFormat:
             before, after = self.chunk.split("{chunk}")
             fields = {"number": number, "title": chunk.title or "", "id": chunk.id or ""}
             passages += [self.separator] if passages else []
-            passages += [_fill(before, fields), chunk, _fill(after, fields)]
+            heading = _fill(before, fields)
+            # The line of a title that is not there is no line.
+            passages += [heading if heading.strip() else "", chunk, _fill(after, fields)]
         before, after = self.user.split("{chunks}")
         fields = {"question": question}
         # Without chunks there is nothing to set the question apart from.

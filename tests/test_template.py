@@ -61,7 +61,12 @@ def test_the_default_format_reads_as_it_should() -> None:
     messages = PromptFormat().messages("Who?", [ONE, TWO])
     assert [message.role for message in messages] == ["system", "user"]
     assert messages[0].content == ("Answer the question from the passages. Be brief.",)
-    assert list(messages[1].content) == ["[1] One\n", ONE, "\n\n[2] \n", TWO, "\n\nQuestion: Who?"]
+    assert list(messages[1].content) == ["One\n", ONE, "\n\n", TWO, "\n\nQuestion: Who?"]
+
+
+def test_passages_are_numbered_where_the_format_asks_for_it() -> None:
+    (message,) = PromptFormat(system="", chunk="[{number}] {chunk}").messages("Who?", [ONE, TWO])
+    assert list(message.content) == ["[1] ", ONE, "\n\n[2] ", TWO, "\n\nQuestion: Who?"]
 
 
 def test_no_system_prompt_is_no_system_message() -> None:
@@ -122,7 +127,7 @@ def test_question_title_and_chunk_come_through_unchanged(
 ) -> None:
     chunk = Chunk(text, title=title)
     content = user_turn(PromptFormat(), question, chunk)
-    assert content == [f"[1] {title}\n", chunk, f"\n\nQuestion: {question}"]
+    assert content == [f"{title}\n", chunk, f"\n\nQuestion: {question}"]
 
 
 @pytest.mark.parametrize("question", ["", "  ", "\n\t"])

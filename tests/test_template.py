@@ -121,7 +121,11 @@ def test_names_that_are_no_fields_are_left_alone() -> None:
     assert user_turn(prompt_format, "?", ONE) == ["{colour} ", ONE, " {x} ?"]
 
 
-@given(question=st.text(min_size=1).filter(str.strip), title=st.text(), text=st.text())
+@given(
+    question=st.text(min_size=1).filter(str.strip),
+    title=st.text(min_size=1).filter(str.strip),
+    text=st.text(),
+)
 def test_question_title_and_chunk_come_through_unchanged(
     question: str, title: str, text: str
 ) -> None:

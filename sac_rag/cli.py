@@ -6,7 +6,6 @@ Everything heavy is imported inside the commands, so that --help answers at once
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import sys
@@ -18,16 +17,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from sac_rag.show import (
+    answer_as_json,
+    human_bytes,
+    notes,
+    out,
+    print_account,
+    print_demo,
+    print_introduction,
+    print_json,
+    print_models,
+    print_speed,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from sac_rag.chunk import Chunk
     from sac_rag.collection import Collection
-    from sac_rag.demo import DemoResult
-    from sac_rag.reports import Answer
-    from sac_rag.retrieval import Hit
 
 app = typer.Typer(
     name="sac-rag",
@@ -41,9 +49,6 @@ models_app = typer.Typer(no_args_is_help=True, help="The default models and the 
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
-
-out = Console(highlight=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Store = Annotated[Path, typer.Option("--store", help="Folder of the collection.")]
@@ -94,15 +99,15 @@ def demo(
     with _progress("embedding leads, once", show=not as_json) as advance:
         index_leads(collection, advance)
     if not as_json:
-        _introduce(collection, folder)
+        print_introduction(collection, folder)
     results = []
     with _progress("precompressing", show=not as_json) as advance:
         for result in ask_questions(collection, k=k, on_progress=advance):
             results.append(result)
             if not as_json:
-                _print_demo(len(results), result)
+                print_demo(len(results), result)
     if as_json:
-        _print_json({"questions": [result.to_dict() for result in results]})
+        print_json({"questions": [result.to_dict() for result in results]})
         return
     out.print(f"Text: {models.SOURCES[LEADS].attribution}", style="dim")
     out.print("\nYour own question, from the same leads:")
@@ -154,11 +159,11 @@ def precompress(
     with _progress("compressing", total=len(chunks), show=not as_json) as advance:
         done = collection.rag.precompress(chunks, on_progress=advance)
     if as_json:
-        _print_json({"chunks": len(chunks), "indexed": added, **asdict(done), "skipped": bad})
+        print_json({"chunks": len(chunks), "indexed": added, **asdict(done), "skipped": bad})
     else:
         out.print(
             f"{len(chunks)} chunks: {done.computed} compressed now ({done.source_tokens} tokens to "
-            f"{done.anchors} anchors, {_bytes(done.nbytes)}, {done.seconds:.1f} s), "
+            f"{done.anchors} anchors, {human_bytes(done.nbytes)}, {done.seconds:.1f} s), "
             f"{done.hits} there before; {added} newly indexed"
         )
         out.print(f'Ask: sac-rag ask "…" --store {store}', style="dim", markup=False)
@@ -188,32 +193,14 @@ def ask(
             out.print(piece, end="", markup=False, soft_wrap=True)
     answer = stream.answer
     if as_json:
-        _print_json(_answer_as_json(question, answer, hits))
+        print_json(answer_as_json(question, answer, hits))
         return
-    out.print("\n")
-    for number, (hit, report) in enumerate(
-        zip(hits, reversed(answer.chunks), strict=True), start=1
-    ):
-        out.print(
-            f"[{number}] {hit.chunk.title or hit.chunk.id or 'untitled'}  "
-            f"(score {hit.score:.2f}, {report.status})",
-            style="dim",
-            markup=False,
-        )
-    usage = answer.usage
-    out.print(
-        f"{usage.source_tokens} source tokens as {usage.anchors_from_store} cached and "
-        f"{usage.anchors_computed} new anchors ({_bytes(usage.kv_bytes)}); first token after "
-        f"{answer.timings.time_to_first_token_s:.2f} s",
-        style="dim",
-    )
+    print_account(answer, hits)
 
 
 @models_app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """Shows the default models, where they come from and what of them is on this disk."""
-    from rich.table import Table
-
     from sac_rag import models
 
     rows = [
@@ -227,14 +214,9 @@ def list_models(as_json: AsJson = False) -> None:
         for name, source in models.SOURCES.items()
     ]
     if as_json:
-        _print_json({"models": rows, "folder": str(models.home())})
+        print_json({"models": rows, "folder": str(models.home())})
         return
-    table = Table("name", "kind", "from", "licence", "on disk", box=None, pad_edge=False)
-    for row in rows:
-        size = "not pulled" if row["bytes"] is None else _bytes(int(str(row["bytes"])))
-        table.add_row(*(str(row[c]) for c in ("name", "kind", "package", "licence")), size)
-    out.print(table)
-    out.print(f"in {models.home()}", style="dim", markup=False)
+    print_models(rows, models.home())
 
 
 @models_app.command()
@@ -278,8 +260,6 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Times the first token: cached anchors against reading the text, in one process."""
-    from rich.table import Table
-
     from sac_rag.demo import wikipedia_leads
     from sac_rag.evaluation.speed import measure
     from sac_rag.generator import Generator
@@ -287,8 +267,6 @@ def speed(
     _pull_missing()
     _quiet_transformers()
     generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
-    columns = ("k", "ratio", "store", "entries", "KV", "TTFT", "floor", "full text", "speed-up")
-    table = Table(*columns, box=None, pad_edge=False)
     rows = []
     with _progress("measuring", show=not as_json) as advance:
         for row in measure(
@@ -299,23 +277,11 @@ def speed(
             repeats=repeats,
         ):
             advance(1)
-            rows.append(asdict(row))
-            table.add_row(
-                str(row.k),
-                "full" if row.ratio == 1 else f"{row.ratio}x",
-                row.store,
-                str(row.kv_entries),
-                _bytes(row.kv_bytes),
-                f"{row.ttft_s:.3f} s",
-                f"{row.floor_s:.3f} s",
-                f"{row.full_text_s:.2f} s",
-                f"{row.full_text_s / row.ttft_s:.1f}x",
-            )
+            rows.append(row)
     if as_json:
-        _print_json({"rows": rows})
-        return
-    out.print(f"{model}, {rows[0]['dtype']}, chunks of 510 tokens; TTFT = time to first token\n")
-    out.print(table)
+        print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        print_speed(model, rows)
 
 
 def _open(folder: Path, must_exist: bool = False, **settings: Any) -> Collection:
@@ -367,77 +333,6 @@ def _progress(what: str, total: int | None = None, show: bool = True) -> Iterato
     with Progress(console=notes, transient=True, disable=not show) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _introduce(collection: Collection, folder: Path) -> None:
-    compressor = collection.rag.compressor.compressor
-    out.print(
-        f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
-        f"{collection.rag.generator.dtype}, in {folder}".replace("torch.", ""),
-        markup=False,
-    )
-    if compressor.method == "full":
-        out.print(
-            "Compressor: full. It keeps every token's KV (ratio 1): exact and fast, not small. "
-            "There are no trained SAC weights for this model yet.",
-            style="yellow",
-        )
-
-
-def _print_demo(number: int, result: DemoResult) -> None:
-    out.print(f"\n[bold]{number}. {result.question}[/bold]")
-    out.print(f"   {result.answer}", style="green", markup=False)
-    for source in result.sources:
-        out.print(
-            f"   [{source.number}] {source.title} (score {source.score:.2f})",
-            style="dim",
-            markup=False,
-        )
-    out.print(
-        f"   {result.hits} of {len(result.sources)} chunks were cached before; "
-        f"{result.source_tokens} source tokens as {result.kv_entries} KV entries, "
-        f"{_bytes(result.kv_bytes)}"
-    )
-    out.print(
-        f"   first token after {result.ttft_s:.3f} s; reading the text anew: "
-        f"{result.ttft_full_text_s:.3f} s ({result.ttft_full_text_s / result.ttft_s:.1f}x)"
-    )
-
-
-def _answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str, Any]:
-    sources = [
-        {
-            "number": number,
-            "title": hit.chunk.title,
-            "id": hit.chunk.id,
-            "score": hit.score,
-            "status": report.status,
-        }
-        for number, (hit, report) in enumerate(
-            zip(hits, reversed(answer.chunks), strict=True), start=1
-        )
-    ]
-    return {
-        "question": question,
-        "answer": answer.text,
-        "finish_reason": answer.finish_reason,
-        "sources": sources,
-        "usage": asdict(answer.usage),
-        "timings": asdict(answer.timings),
-    }
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 if __name__ == "__main__":

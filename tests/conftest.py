@@ -7,11 +7,13 @@ logits: with the default initialisation a wrong key would hardly be seen.
 from __future__ import annotations
 
 import os
+import threading
 
 # As the command line does, and before torch is imported: see sac_rag.cli.main.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
 from sac_rag.generator import Generator
+from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
 from sac_rag.template import opening
 
 # Matrices this small are slower on two threads than on one.
@@ -163,6 +166,48 @@ def make_compressor(generator: Generator, method: str, **changes: Any) -> Compre
         }
     )
     return compressor
+
+
+@contextmanager
+def passes_of(generator: Generator) -> Iterator[list[int]]:
+    """Notes every forward pass of the decoder stack, one item each: its rows."""
+    passes: list[int] = []
+    handle = generator.model.base_model.register_forward_hook(
+        lambda module, args, output: passes.append(len(output[0]))
+    )
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def elsewhere(work: Callable[[], Any]) -> Any:
+    """Does work in another thread; one that waits for a locked model forever fails the test."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert results, "the other thread did not get the model"
+    return results[0]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[DiskStore]:
+    """A store on disk that is found to be in order at the end of the test."""
+    with DiskStore(tmp_path / "store") as store:
+        yield store
+        assert store.check() == []
+
+
+@pytest.fixture(params=["dict", "memory", "disk"])
+def store(request: pytest.FixtureRequest) -> AnchorStore:
+    """Every kind of store, empty."""
+    if request.param == "dict":
+        return {}
+    if request.param == "memory":
+        return MemoryStore()
+    found: AnchorStore = request.getfixturevalue("disk")
+    return found
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pytest
-from conftest import PROSE, make_compressor
+from conftest import PROSE, make_compressor, passes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,42 +16,12 @@ from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.stores import DiskStore, MemoryStore
+from sac_rag.stores import DiskStore
 
 
 @pytest.fixture(scope="module")
 def sac(llama: Generator) -> Compressor:
     return make_compressor(llama, "sac")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[DiskStore]:
-    with DiskStore(tmp_path / "store") as store:
-        yield store
-        assert store.check() == []
-
-
-@pytest.fixture(params=["dict", "memory", "disk"])
-def store(request: pytest.FixtureRequest) -> MutableMapping[str, AnchorKV]:
-    if request.param == "dict":
-        return {}
-    if request.param == "memory":
-        return MemoryStore()
-    found: DiskStore = request.getfixturevalue("disk")
-    return found
-
-
-@contextmanager
-def passes_of(generator: Generator) -> Iterator[list[int]]:
-    """Notes the rows of every forward pass of the decoder stack."""
-    passes: list[int] = []
-    handle = generator.model.base_model.register_forward_hook(
-        lambda module, args, output: passes.append(len(output[0]))
-    )
-    try:
-        yield passes
-    finally:
-        handle.remove()
 
 
 class ReadOnly(dict[str, AnchorKV]):

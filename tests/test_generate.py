@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer
+from conftest import PROSE, elsewhere, make_compressor, make_model, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -72,16 +71,6 @@ def write(generator: Generator, decoding: Decoding, prompt: Prompt | None = None
     pieces = ["".join(row) for row in zip(*generation, strict=True)]
     assert pieces == generation.texts
     return generation
-
-
-def elsewhere(work: Callable[[], Any]) -> Any:
-    """Does work in another thread; one that waits for a locked model forever fails the test."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
-    thread.start()
-    thread.join(timeout=30)
-    assert results, "the other thread did not get the model"
-    return results[0]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_model, make_tokenizer
+from conftest import PROSE, elsewhere, make_model, make_tokenizer
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -62,16 +62,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits_of(model: Any) -> Tensor:
     logits: Tensor = model(IDS).logits
     return logits
-
-
-def elsewhere(work: Callable[[], Any]) -> Any:
-    """Does work in another thread; one that waits for a locked model forever fails the test."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
-    thread.start()
-    thread.join(timeout=30)
-    assert results, "the other thread did not get the model"
-    return results[0]
 
 
 def add_loud_adapter(generator: Generator, name: str, seed: int = 0) -> None:

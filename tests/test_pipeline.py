@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer
+from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
@@ -59,26 +59,6 @@ def make_rag(sac: Compressor) -> Callable[..., SacRAG]:
 @pytest.fixture
 def rag(make_rag: Callable[..., SacRAG]) -> SacRAG:
     return make_rag()
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[DiskStore]:
-    with DiskStore(tmp_path / "store") as store:
-        yield store
-        assert store.check() == []
-
-
-@contextmanager
-def passes_of(generator: Generator) -> Iterator[list[int]]:
-    """Notes the rows of every forward pass of the decoder stack."""
-    passes: list[int] = []
-    handle = generator.model.base_model.register_forward_hook(
-        lambda module, args, output: passes.append(len(output[0]))
-    )
-    try:
-        yield passes
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import PROSE, make_compressor, make_model
+from conftest import PROSE, make_compressor, make_model, passes_of
 from transformers import PreTrainedTokenizerFast
 
 from sac_rag.assemble import assemble
@@ -36,19 +35,6 @@ SHAPE = {
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SAC_RAG_HOME", str(tmp_path))
     return tmp_path
-
-
-@contextmanager
-def passes_of(generator: Generator) -> Iterator[list[int]]:
-    """Counts forward passes of the decoder stack, one item each: its rows."""
-    passes: list[int] = []
-    handle = generator.model.base_model.register_forward_hook(
-        lambda module, args, output: passes.append(len(output[0]))
-    )
-    try:
-        yield passes
-    finally:
-        handle.remove()
 
 
 def generator_of(name: str, tokenizer: Any, **changes: Any) -> Generator:

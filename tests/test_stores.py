@@ -75,23 +75,6 @@ def index_of(store: DiskStore) -> closing[sqlite3.Connection]:
     return closing(sqlite3.connect(path, isolation_level=None))
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[DiskStore]:
-    with DiskStore(tmp_path / "store") as store:
-        yield store
-        assert store.check() == []
-
-
-@pytest.fixture(params=["dict", "memory", "disk"])
-def store(request: pytest.FixtureRequest) -> AnchorStore:
-    if request.param == "dict":
-        return {}
-    if request.param == "memory":
-        return MemoryStore()
-    disk: DiskStore = request.getfixturevalue("disk")
-    return disk
-
-
 # What every store does.
 
 

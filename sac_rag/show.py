@@ -1,0 +1,150 @@
+"""What the command line prints. Knows nothing of its arguments or of how results come about."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sac_rag.collection import Collection
+    from sac_rag.demo import DemoResult
+    from sac_rag.evaluation.speed import SpeedRow
+    from sac_rag.reports import Answer
+    from sac_rag.retrieval import Hit
+
+out = Console(highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False)
+
+
+def print_introduction(collection: Collection, folder: Path) -> None:
+    """What the demo runs on, and what it does not have."""
+    compressor = collection.rag.compressor.compressor
+    out.print(
+        f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
+        f"{collection.rag.generator.dtype}, in {folder}".replace("torch.", ""),
+        markup=False,
+    )
+    if compressor.method == "full":
+        out.print(
+            "Compressor: full. It keeps every token's KV (ratio 1): exact and fast, not small. "
+            "There are no trained SAC weights for this model yet.",
+            style="yellow",
+        )
+
+
+def print_demo(number: int, result: DemoResult) -> None:
+    """One question of the demo."""
+    out.print(f"\n[bold]{number}. {result.question}[/bold]")
+    out.print(f"   {result.answer}", style="green", markup=False)
+    for source in result.sources:
+        out.print(
+            f"   [{source.number}] {source.title} (score {source.score:.2f})",
+            style="dim",
+            markup=False,
+        )
+    out.print(
+        f"   {result.hits} of {len(result.sources)} chunks were cached before; "
+        f"{result.source_tokens} source tokens as {result.kv_entries} KV entries, "
+        f"{human_bytes(result.kv_bytes)}"
+    )
+    out.print(
+        f"   first token after {result.ttft_s:.3f} s; reading the text anew: "
+        f"{result.ttft_full_text_s:.3f} s ({result.ttft_full_text_s / result.ttft_s:.1f}x)"
+    )
+
+
+def answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str, Any]:
+    """An answer with its sources, best first, as JSON holds it."""
+    sources = [
+        {
+            "number": number,
+            "title": hit.chunk.title,
+            "id": hit.chunk.id,
+            "score": hit.score,
+            "status": report.status,
+        }
+        for number, (hit, report) in enumerate(
+            zip(hits, reversed(answer.chunks), strict=True), start=1
+        )
+    ]
+    return {
+        "question": question,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "sources": sources,
+        "usage": asdict(answer.usage),
+        "timings": asdict(answer.timings),
+    }
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def human_bytes(count: int) -> str:
+    """A size as people read it."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def print_account(answer: Answer, hits: list[Hit]) -> None:
+    """Sources, best first, and what the answer cost."""
+    out.print("\n")
+    for number, (hit, report) in enumerate(
+        zip(hits, reversed(answer.chunks), strict=True), start=1
+    ):
+        out.print(
+            f"[{number}] {hit.chunk.title or hit.chunk.id or 'untitled'}  "
+            f"(score {hit.score:.2f}, {report.status})",
+            style="dim",
+            markup=False,
+        )
+    usage = answer.usage
+    out.print(
+        f"{usage.source_tokens} source tokens as {usage.anchors_from_store} cached and "
+        f"{usage.anchors_computed} new anchors ({human_bytes(usage.kv_bytes)}); first token after "
+        f"{answer.timings.time_to_first_token_s:.2f} s",
+        style="dim",
+    )
+
+
+def print_models(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """The default models, and what of them is on this disk."""
+    table = Table("name", "kind", "from", "licence", "on disk", box=None, pad_edge=False)
+    for row in rows:
+        size = "not pulled" if row["bytes"] is None else human_bytes(row["bytes"])
+        table.add_row(row["name"], row["kind"], row["package"], row["licence"], size)
+    out.print(table)
+    out.print(f"in {folder}", style="dim", markup=False)
+
+
+def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
+    """Times to the first token, a row for each setting."""
+    columns = ("k", "ratio", "store", "entries", "KV", "TTFT", "floor", "full text", "speed-up")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            str(row.k),
+            "full" if row.ratio == 1 else f"{row.ratio}x",
+            row.store,
+            str(row.kv_entries),
+            human_bytes(row.kv_bytes),
+            f"{row.ttft_s:.3f} s",
+            f"{row.floor_s:.3f} s",
+            f"{row.full_text_s:.2f} s",
+            f"{row.full_text_s / row.ttft_s:.1f}x",
+        )
+    out.print(f"{model}, {rows[0].dtype}, chunks of 510 tokens; TTFT = time to first token\n")
+    out.print(table)

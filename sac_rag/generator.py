@@ -129,6 +129,11 @@ class Generator:
         return dtype
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype as configs and reports spell it: "float32", "bfloat16" or "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def max_positions(self) -> int:
         """Positions the model was made for; no prompt may pass them."""
         return int(self.model.config.max_position_embeddings)

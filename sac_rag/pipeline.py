@@ -93,8 +93,9 @@ class SacRAG:
                     f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; "
                     "give the folder of a trained compressor"
                 )
-            stored = str(generator.dtype).removeprefix("torch.")
-            config = Full.default_config(sink=opening(generator.tokenizer), stored_dtype=stored)
+            config = Full.default_config(
+                sink=opening(generator.tokenizer), stored_dtype=generator.dtype_name
+            )
             plain = checkpoint.make(generator, config)
         else:
             changes = {} if ratio is None else {"ratio": ratio}

@@ -77,8 +77,8 @@ def _reading_error(generator: Generator) -> float:
     vocabulary = generator.model.get_input_embeddings().weight.shape[0]
     ids = ((torch.arange(40) * 7919 + 13) % vocabulary).tolist()
     chunk, question = ids[:32], ids[32:]
-    stored = str(generator.dtype).removeprefix("torch.")
-    kvs = Full(generator, Full.default_config(stored_dtype=stored)).compress_tokens([chunk])
+    config = Full.default_config(stored_dtype=generator.dtype_name)
+    kvs = Full(generator, config).compress_tokens([chunk])
     prompt = assemble([[*kvs, question]], generator)
     with generator.running() as model:
         got = model(

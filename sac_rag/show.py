@@ -28,12 +28,12 @@ def print_introduction(collection: Collection, folder: Path) -> None:
     compressor = collection.rag.compressor.compressor
     out.print(
         f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
-        f"{collection.rag.generator.dtype}, in {folder}".replace("torch.", ""),
+        f"{collection.rag.generator.dtype_name}, in {folder}",
         markup=False,
     )
     if compressor.method == "full":
         out.print(
-            "Compressor: full. It keeps every token's KV (ratio 1): exact and fast, not small. "
+            "Compressor: full. It keeps every token's KV (ratio 1): fast, not small. "
             "There are no trained SAC weights for this model yet.",
             style="yellow",
         )

@@ -100,7 +100,7 @@ class Compressor(ABC):
             if len(ids) > limit:
                 raise PromptTooLong(
                     f"chunk {number} has {len(ids)} tokens, but the model has {limit} positions; "
-                    "split it (sac_rag.corpus.split)"
+                    "split it (sac_rag.splitter.split)"
                 )
         return self.compress_tokens(chunks)
 

@@ -24,7 +24,7 @@ from sac_rag.stores.memory import MemoryStore
 from sac_rag.template import PromptFormat, opening
 
 _QUESTION = "What is the most important thing that these passages say?"
-# Without numbers and titles, so that the floor is the question and nothing else.
+# Without titles, so that the floor is the question and nothing else.
 _FORMAT = PromptFormat(chunk="{chunk}")
 _ONE_TOKEN = Decoding(max_new_tokens=1)
 
@@ -125,7 +125,7 @@ def measure(
                         k=k,
                         ratio=ratio,
                         store=name,
-                        dtype=str(generator.dtype).removeprefix("torch."),
+                        dtype=generator.dtype_name,
                         source_tokens=usage.source_tokens,
                         kv_entries=usage.anchors_from_store,
                         kv_bytes=usage.kv_bytes,
@@ -160,13 +160,14 @@ def cut(generator: Generator, texts: Iterable[str], count: int, chunk_tokens: in
 
 
 def _cached(generator: Generator, ratio: int, store: DiskStore | MemoryStore) -> CachedCompressor:
-    stored = str(generator.dtype).removeprefix("torch.")
-    plain = Full.default_config(sink=opening(generator.tokenizer), stored_dtype=stored)
+    plain = Full.default_config(
+        sink=opening(generator.tokenizer), stored_dtype=generator.dtype_name
+    )
     compressor: Compressor
     if ratio == 1:
         compressor = Full(generator, plain)
     else:
-        config: CompressorConfig = replace(plain, method=SAC.method, ratio=ratio)
+        config: CompressorConfig = replace(plain, method=SAC.method, ratio=ratio, cue=True)
         compressor = SAC(generator, config)
     return CachedCompressor(compressor, store)
 

@@ -29,6 +29,26 @@ def strided_anchors(num_tokens: int, ratio: int) -> Tensor:
     return torch.arange(first, num_tokens, ratio)
 
 
+def num_anchors(num_tokens: int, ratio: int) -> int:
+    """How many anchors a segment has, however they are chosen."""
+    return len(strided_anchors(num_tokens, ratio))
+
+
+def top_anchors(scores: Tensor, ratio: int) -> Tensor:
+    """Picks the tokens of the highest scores, for each leading dimension apart.
+
+    Args:
+        scores: Shape: (..., tokens)
+        ratio: Source tokens per anchor, at least 1.
+
+    Returns:
+        In-segment indices, ascending, int64; as many as `strided_anchors` gives.
+        Shape: (..., anchors)
+    """
+    count = num_anchors(scores.shape[-1], ratio)
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
 def segment_bounds(num_tokens: int, segment_tokens: int) -> list[tuple[int, int]]:
     """Cuts a chunk into segments that are each encoded in a forward pass of their own.
 

@@ -3,6 +3,8 @@
 Two counts must be kept apart. A *position* is a RoPE index, in source tokens: a chunk of 500 tokens
 moves what follows by 500, however few anchors it kept. An *entry* is a place in the HF KV cache:
 that chunk takes as many as it has anchors.
+
+Gradients flow from a Prompt back into the AnchorKVs and the cue it was made of.
 """
 
 from __future__ import annotations
@@ -22,6 +24,21 @@ from sac_rag.kv import AnchorKV
 
 # Plain text as token ids, or a chunk.
 Part: TypeAlias = Sequence[int] | AnchorKV
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Texts that each continue the same prompt and do not see one another. Only ever a last part.
+
+    Attributes:
+        texts: Token ids, one sequence a branch, none of them empty.
+    """
+
+    texts: tuple[Sequence[int], ...]
+
+    def __len__(self) -> int:
+        """Positions taken: those of the longest branch."""
+        return max(map(len, self.texts), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +74,7 @@ class _Row:
     chunks: list[tuple[int, int, AnchorKV]]
     texts: list[tuple[int, int, Tensor]]  # embeddings, Shape: (tokens, hidden)
     end: int = 0  # position after the last part
+    last_shared_turn: int = 0  # what comes later is a branch
 
     @property
     def num_anchors(self) -> int:
@@ -68,17 +86,19 @@ class _Row:
 
 
 def assemble(
-    rows: Sequence[Sequence[Part]],
+    rows: Sequence[Sequence[Part | Branches]],
     generator: Generator,
     *,
+    prefix: AnchorKV | None = None,
     cue: Tensor | None = None,
     reserve: int = 0,
 ) -> Prompt:
     """Places parts one after the other and moves every chunk's keys to its place.
 
     Args:
-        rows: One prompt each, any interleaving of text and chunks, ending in text.
+        rows: One prompt each, any interleaving of text and chunks, ending in text or in branches.
         generator: Whose embeddings, frequencies, dtype and last position count.
+        prefix: KV of plain text that every row begins with, read beforehand at position 0.
         cue: Embedding put behind every chunk, at the position of the chunk's last token.
             Shape: (hidden,)
         reserve: Positions to keep free for the answer, in tokens.
@@ -92,14 +112,15 @@ def assemble(
     for number, parts in enumerate(rows):
         # Before anything is embedded: what is far too long would not fit into memory either.
         positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in parts)
+        positions += prefix.num_tokens if prefix is not None else 0
         require_room(number, positions, reserve, generator)
-    placed = [_place(row, generator, cue) for row in rows]
+    placed = [_place(row, generator, prefix, cue) for row in rows]
     cache, entry_turns = _cache(placed, generator)
     embeds, position_ids, token_turns = _plain_text(placed, generator)
     return Prompt(
         embeds=embeds,
         position_ids=position_ids,
-        mask=_mask(entry_turns, token_turns),
+        mask=_mask(entry_turns, token_turns, [row.last_shared_turn for row in placed]),
         cache=cache,
         next_positions=torch.tensor([row.end for row in placed], device=generator.device),
         num_anchors=tuple(row.num_anchors for row in placed),
@@ -127,27 +148,49 @@ def require_room(number: int, positions: int, reserve: int, generator: Generator
         )
 
 
-def _place(parts: Sequence[Part], generator: Generator, cue: Tensor | None) -> _Row:
+def _place(
+    parts: Sequence[Part | Branches],
+    generator: Generator,
+    prefix: AnchorKV | None,
+    cue: Tensor | None,
+) -> _Row:
     if not parts or isinstance(parts[-1], AnchorKV) or not len(parts[-1]):
         raise ValueError("a prompt must end in text: the model answers from its last token")
     row = _Row([], [])
-    for turn, part in enumerate(parts):
-        if not isinstance(part, AnchorKV):
+    if prefix is not None:
+        row.chunks.append((0, 0, prefix))
+        row.end = prefix.num_tokens
+    for turn, part in enumerate(parts, start=1):
+        if isinstance(part, Branches):
+            _place_branches(part, turn, row, generator, last=turn == len(parts))
+        elif not isinstance(part, AnchorKV):
             row.texts.append((turn, row.end, generator.embed(part)))
             row.end += len(part)
-            continue
-        layers, heads, _, head_dim = part.keys.shape
-        if (layers, heads, head_dim) != generator.kv_shape:
-            raise ValueError(
-                "a chunk's KV must be of this model's (layers, kv_heads, head_dim) = "
-                f"{generator.kv_shape}, was: {(layers, heads, head_dim)}"
-            )
-        row.chunks.append((turn, row.end, part))
-        row.end += part.num_tokens
-        if cue is not None:
-            embeds = cue.to(generator.device, generator.dtype)[None]
-            row.texts.append((turn, row.end - 1, embeds))
+            row.last_shared_turn = turn
+        else:
+            layers, heads, _, head_dim = part.keys.shape
+            if (layers, heads, head_dim) != generator.kv_shape:
+                raise ValueError(
+                    "a chunk's KV must be of this model's (layers, kv_heads, head_dim) = "
+                    f"{generator.kv_shape}, was: {(layers, heads, head_dim)}"
+                )
+            row.chunks.append((turn, row.end, part))
+            row.end += part.num_tokens
+            row.last_shared_turn = turn
+            if cue is not None:
+                embeds = cue.to(generator.device, generator.dtype)[None]
+                row.texts.append((turn, row.end - 1, embeds))
     return row
+
+
+def _place_branches(
+    branches: Branches, turn: int, row: _Row, generator: Generator, last: bool
+) -> None:
+    if not last or not all(branches.texts):
+        raise ValueError("branches must be the last part of a prompt, and each must have text")
+    for number, text in enumerate(branches.texts):
+        row.texts.append((turn + number, row.end, generator.embed(text)))
+    row.end += len(branches)
 
 
 def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, Tensor]:
@@ -156,30 +199,45 @@ def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, Tensor
     Returns:
         The cache, and each entry's turn, -1 for padding. Shape: (rows, entries)
     """
-    layers, heads, head_dim = generator.kv_shape
     device = generator.device
-    counts = [row.num_anchors for row in rows]
-    entries = max(counts)
+    entries = max(row.num_anchors for row in rows)
     turns = torch.full((len(rows), entries), -1, device=device)
     cache = DynamicCache()
     if not entries:
         return cache, turns
-    shape = (layers, len(rows), heads, entries, head_dim)
-    # Padding is masked out, but NaN left in memory would spread even at weight 0.
-    new = torch.zeros if min(counts) < entries else torch.empty
-    keys, values = (new(shape, dtype=generator.dtype, device=device) for _ in range(2))
-    for row, chunks in enumerate(row.chunks for row in rows):
-        begin = 0
-        for turn, start, kv in chunks:
-            end = begin + kv.num_anchors
-            moved = rope.move(kv.keys.to(device), start, generator.frequencies)
-            keys[:, row, :, begin:end] = moved
-            values[:, row, :, begin:end] = kv.values
-            turns[row, begin:end] = turn
-            begin = end
-    for layer in range(layers):
-        cache.update(keys[layer], values[layer], layer)
+    keys, values = [], []
+    for number, row in enumerate(rows):
+        moved = [
+            rope.move(kv.keys.to(device), start, generator.frequencies)
+            for _, start, kv in row.chunks
+        ]
+        keys.append(_joined(moved, entries, generator))
+        values.append(_joined([kv.values for _, _, kv in row.chunks], entries, generator))
+        own = [turn for turn, _, kv in row.chunks for _ in range(kv.num_anchors)]
+        turns[number, : len(own)] = torch.tensor(own, device=device)
+    # One unbind, not a selection a layer: the gradient of each selection is as large as them all.
+    by_layer = (
+        (of_rows[0][:, None] if len(rows) == 1 else torch.stack(of_rows, dim=1)).unbind(0)
+        for of_rows in (keys, values)
+    )
+    for layer, (of_keys, of_values) in enumerate(zip(*by_layer, strict=True)):
+        cache.update(of_keys, of_values, layer)
     return cache, turns
+
+
+def _joined(parts: list[Tensor], entries: int, generator: Generator) -> Tensor:
+    """One row's keys or values, padded with zeros, for NaN would spread even at weight 0.
+
+    Returns:
+        Shape: (layers, kv_heads, entries, head_dim)
+    """
+    layers, heads, head_dim = generator.kv_shape
+    padding = entries - sum(part.shape[2] for part in parts)
+    like = {"dtype": generator.dtype, "device": generator.device}
+    parts = [part.to(**like) for part in parts]
+    if padding:
+        parts.append(torch.zeros(layers, heads, padding, head_dim, **like))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _plain_text(rows: list[_Row], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,20 +265,27 @@ def _plain_text(rows: list[_Row], generator: Generator) -> tuple[Tensor, Tensor,
     return embeds, positions, turns
 
 
-def _mask(entry_turns: Tensor, token_turns: Tensor) -> Tensor:
+def _mask(entry_turns: Tensor, token_turns: Tensor, last_shared: list[int]) -> Tensor:
     """A token sees the anchors of earlier turns and the plain text before it; nobody sees padding.
 
-    A cue has its chunk's own turn and sees that chunk.
+    A cue has its chunk's own turn and sees that chunk. A branch sees no other branch.
+
+    Args:
+        entry_turns: Shape: (rows, entries)
+        token_turns: Shape: (rows, tokens)
+        last_shared: The turn of each row after which branches begin.
 
     Returns:
         Shape: (rows, 1, tokens, entries + tokens)
     """
-    tokens = token_turns.shape[1]
+    tokens, device = token_turns.shape[1], token_turns.device
     entries_seen = (entry_turns[:, None, :] >= 0) & (
         entry_turns[:, None, :] <= token_turns[:, :, None]
     )
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=token_turns.device).tril()
-    tokens_seen = causal & (token_turns[:, None, :] >= 0)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    shared = token_turns <= torch.tensor(last_shared, device=device)[:, None]
+    own = token_turns[:, None, :] == token_turns[:, :, None]
+    tokens_seen = causal & (token_turns[:, None, :] >= 0) & (shared[:, None, :] | own)
     # A padding token sees itself: attention over nothing would be NaN.
-    tokens_seen = tokens_seen | torch.eye(tokens, dtype=torch.bool, device=token_turns.device)
+    tokens_seen = tokens_seen | torch.eye(tokens, dtype=torch.bool, device=device)
     return torch.cat([entries_seen, tokens_seen], dim=-1)[:, None]

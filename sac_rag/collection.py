@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sac_rag.chunk import Chunk
+from sac_rag.compressors import checkpoint
 from sac_rag.embedder import Embedder
 from sac_rag.pipeline import SacRAG
 from sac_rag.retrieval import ChunkIndex, Hit
@@ -32,14 +33,15 @@ class CollectionSettings:
 
     Attributes:
         model: The generator: a default model's name, a local folder or a hub id.
-        compressor: "full", or the folder of a trained compressor.
+        compressor: "shipped", "full", or the folder of a trained compressor. None for what the
+            collection has; a new one takes, and keeps, the default for its model.
         ratio: Source tokens per anchor; None for the compressor's own.
         embedder: Finds chunks: a default embedder's name, a local folder or a hub id.
         chunk_tokens: Longest chunk, in tokens of the generator.
     """
 
     model: str = "smollm2-135m"
-    compressor: str = "full"
+    compressor: str | None = None
     ratio: int | None = None
     embedder: str = "minilm"
     chunk_tokens: int = 256
@@ -130,12 +132,14 @@ def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSetting
     path = folder / _SETTINGS
     if path.is_file():
         found = _read(path)
-        if wanted is not None and wanted != found:
-            differing = {
-                name: (getattr(found, name), value)
-                for name, value in asdict(wanted).items()
-                if value != getattr(found, name)
-            }
+        if wanted is None:
+            return found
+        differing = {
+            name: (getattr(found, name), value)
+            for name, value in asdict(wanted).items()
+            if value != getattr(found, name) and (name, value) != ("compressor", None)
+        }
+        if differing:
             raise ValueError(
                 f"{folder} was made with other settings, (its own, those asked for): {differing}; "
                 "give another folder, or leave them out to use its own"
@@ -146,6 +150,9 @@ def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSetting
             f"{folder} holds something else (no {_SETTINGS}); give a new or an empty folder"
         )
     settings = wanted or CollectionSettings()
+    if settings.compressor is None:
+        # Written down, so that the collection stays what it is when a later version ships another.
+        settings = replace(settings, compressor=checkpoint.default(settings.model))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = folder / f"{_SETTINGS}.part"
     part.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")

@@ -1,4 +1,8 @@
-"""Prompt to text: whole, streamed or batched. Knows nothing of chunks, stores or templates."""
+"""Prompt to text: whole, streamed or batched. Knows nothing of chunks, stores or templates.
+
+White space that a model writes before its answer is no part of it: behind "Answer:" every answer
+begins with a space.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +67,8 @@ class Decoding:
 
 class Generation:
     """Answers being written, one a row. Iterate it: each step gives the new text of every row.
+
+    White space before an answer is dropped.
 
     Leaving the loop ends the work; what was written until then stays readable.
 
@@ -163,7 +169,10 @@ def _chooser(decoding: Decoding, device: torch.device) -> Any:
 
 
 class _Writer:
-    """Tokens to text, as soon as it is certain: whole characters, and no part of a stop text."""
+    """Tokens to text, as soon as it is certain: whole characters, and no part of a stop text.
+
+    Leading white space is dropped, but ends the answer where it is a stop text.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -202,6 +211,8 @@ class _Writer:
 
     def _give(self, length: int, keep: bool = True) -> str:
         piece, rest = self._held[:length], self._held[length:]
+        if not self.text:
+            piece = piece.lstrip()
         self._held = rest if keep else ""
         self.text += piece
         return piece

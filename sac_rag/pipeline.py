@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,18 +16,16 @@ from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.full import Full
-from sac_rag.errors import PromptTooLong
 from sac_rag.generate import Decoding, Generation
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.precompress import precompress
+from sac_rag.prefix import Prefixes
 from sac_rag.reports import Answer, ChunkReport, PrecompressReport
 from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
 from sac_rag.stream import AnswerStream, Run
-from sac_rag.template import Markup, Message, PromptFormat, opening, render
-
-# Chunks compressed and stored together: an interrupted run repeats at most these.
-_WINDOW = 32
+from sac_rag.template import Markup, Message, Piece, PromptFormat, before_first_turn, render
 
 
 class SacRAG:
@@ -34,10 +33,12 @@ class SacRAG:
 
     Attributes:
         compressor: Turns chunks into anchors, asking its store first.
-        format: How question and chunks become a chat.
+        format: How question and chunks become a prompt; its stop texts end answers to questions,
+            not turns of a chat.
         on_miss: What to do with a chunk that is not in the store: "compress", read it as "text",
             or "raise" ChunkMiss.
         decoding: Used where a call gives none.
+        prefixes: KV of what prompts begin with, read once and kept in memory.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class SacRAG:
         self.format = format or PromptFormat()
         self.on_miss: OnMiss = on_miss
         self.decoding = decoding or Decoding()
+        self.prefixes = Prefixes(self.generator)
         self.self_check()
 
     @classmethod
@@ -61,8 +63,9 @@ class SacRAG:
         model: str | os.PathLike[str] = "smollm2-135m",
         *,
         store: MutableMapping[str, AnchorKV] | None = None,
-        compressor: str | os.PathLike[str] = "full",
+        compressor: str | os.PathLike[str] | None = None,
         ratio: int | None = None,
+        format: PromptFormat | None = None,
         namespace: str = "",
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -73,35 +76,43 @@ class SacRAG:
         Args:
             model: A default model's name, a local folder or a hub id.
             store: Where anchors are kept. Default: in memory, at most 1 GiB.
-            compressor: "full" (every token is kept; needs no training), or the folder of a
-                trained compressor.
-            ratio: Source tokens per anchor, instead of the compressor's own.
+            compressor: "shipped" (trained for this default model, comes with the package), "full"
+                (every token is kept; needs no training), or the folder of a trained compressor.
+                Default: "shipped" if there is one for this model, else "full".
+            ratio: Source tokens per anchor, instead of the compressor's own; any is possible.
+            format: How question and chunks become a prompt. Default: the format that the
+                compressor was trained for, if it was for one.
             namespace: Part of every key: one tenant's chunks are no hits for another.
             device: Default: CUDA if there is one, else CPU.
             dtype: What the model computes in. Default: the fastest the device has.
-            **options: format, on_miss, decoding: see the class.
+            **options: on_miss, decoding: see the class.
 
         Raises:
             ValueError: for an unknown model or compressor.
             ModelUnavailable: if a default model cannot be fetched.
             UnsupportedModel: if the model's keys cannot be moved.
         """
+        folder = checkpoint.find(
+            checkpoint.default(model) if compressor is None else compressor, model
+        )
         generator = Generator.from_pretrained(model, device=device, dtype=dtype)
-        if compressor == Full.method:
+        if folder is None:
             if ratio not in (None, 1):
                 raise ValueError(
                     f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; "
                     "give the folder of a trained compressor"
                 )
+            format = format or PromptFormat()
             config = Full.default_config(
-                sink=opening(generator.tokenizer), stored_dtype=generator.dtype_name
+                sink=format.opening(generator.tokenizer), stored_dtype=generator.dtype_name
             )
             plain = checkpoint.make(generator, config)
         else:
             changes = {} if ratio is None else {"ratio": ratio}
-            plain = checkpoint.load(compressor, generator, **changes)
+            plain = checkpoint.load(folder, generator, **changes)
+            format = format or checkpoint.load_format(folder)
         kept = MemoryStore() if store is None else store
-        return cls(CachedCompressor(plain, kept, namespace=namespace), **options)
+        return cls(CachedCompressor(plain, kept, namespace=namespace), format=format, **options)
 
     @property
     def generator(self) -> Generator:
@@ -135,47 +146,7 @@ class SacRAG:
             PromptTooLong: for a chunk longer than the model's context; those before it are stored.
             OSError: if the store cannot be written.
         """
-        started = time.perf_counter()
-        computed = hits = empty = tokens = anchors = nbytes = 0
-        stream = map(Chunk.of, chunks)
-        while window := list(islice(stream, _WINDOW)):
-            todo = []
-            for chunk in window:
-                if chunk.is_empty:
-                    empty += 1
-                elif chunk.text in self.compressor and (
-                    chunk.id is None or self.compressor.claim(chunk.text, chunk.id)
-                ):
-                    hits += 1
-                else:
-                    todo.append(chunk)
-            texts, owners = [chunk.text for chunk in todo], [chunk.id for chunk in todo]
-            failures = self.compressor.store_failures
-            try:
-                fetched = self.compressor.fetch(texts, documents=owners)
-            except PromptTooLong:
-                # Nothing of this window is stored yet: store what stands before the one too long.
-                for text, owner in zip(texts, owners, strict=True):
-                    self.compressor.fetch([text], documents=[owner])
-                raise
-            if self.compressor.store_failures > failures:
-                raise OSError(
-                    "the store could not keep the compressed chunks (see the log); "
-                    "free some space or check the folder's permissions, then run it again"
-                )
-            distinct = dict(zip(texts, fetched.kvs, strict=True))
-            hits += len(texts) - len(distinct)
-            for kv in distinct.values():
-                if kv is not None:
-                    computed += 1
-                    tokens += kv.num_tokens
-                    anchors += kv.num_anchors
-                    nbytes += kv.nbytes
-            if on_progress is not None:
-                on_progress(len(window))
-        return PrecompressReport(
-            computed, hits, empty, tokens, anchors, nbytes, time.perf_counter() - started
-        )
+        return precompress(self.compressor, chunks, on_progress)
 
     def answer(
         self, question: str, chunks: Sequence[ChunkLike], decoding: Decoding | None = None
@@ -196,7 +167,7 @@ class SacRAG:
 
         The joined pieces are what `answer` would give. Raises as `answer` does, at once.
         """
-        return self.stream_chat(self._ask(question, chunks), decoding)
+        return AnswerStream(self._start([(question, chunks)], decoding))
 
     def batch(
         self,
@@ -204,7 +175,9 @@ class SacRAG:
         decoding: Decoding | None = None,
     ) -> list[Answer]:
         """Answers several questions in one padded batch, each from chunks of its own."""
-        return self.chat([self._ask(question, chunks) for question, chunks in questions], decoding)
+        if not questions:
+            return []
+        return _finished(self._start(questions, decoding))
 
     def chat(
         self, conversations: Sequence[Sequence[Message]], decoding: Decoding | None = None
@@ -212,40 +185,76 @@ class SacRAG:
         """Writes the assistant's next turn of each conversation, chunks anywhere in them."""
         if not conversations:
             return []
-        run = self._start(conversations, decoding or self.decoding)
-        for _ in run.steps():
-            pass
-        return run.answers()
+        return _finished(self._start_chat(conversations, decoding))
 
     def stream_chat(
         self, conversation: Sequence[Message], decoding: Decoding | None = None
     ) -> AnswerStream:
         """Writes the assistant's next turn piece by piece."""
-        return AnswerStream(self._start([conversation], decoding or self.decoding))
+        return AnswerStream(self._start_chat([conversation], decoding))
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
-        pieces = render(self.generator.tokenizer, self._ask(question, chunks))
-        return [
-            token
-            for piece in pieces
-            for token in self._tokenize(piece.text if isinstance(piece, Chunk) else piece)
-        ]
+        pieces = self._ask(question, chunks)
+        return self._ids(piece.text if isinstance(piece, Chunk) else piece for piece in pieces)
+
+    def beginning_ids(self) -> list[int]:
+        """Token ids that prompts of this format begin with, whatever is asked: the shared prefix.
+
+        A prompt may leave them at its last few, where text of its own is tokenized together with
+        them.
+        """
+        return self._ids(self.format.beginning(self.generator.tokenizer))
+
+    def _ids(self, pieces: Iterable[Markup | str]) -> list[int]:
+        return [token for piece in pieces for token in self._tokenize(piece)]
 
     def _tokenize(self, piece: Markup | str) -> list[int]:
         if isinstance(piece, Markup):
             return self.generator.tokenize(piece.text, special=True)
         return self.generator.tokenize(piece)
 
-    def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Message]:
+    def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Piece]:
         if isinstance(chunks, str):
             raise TypeError("chunks must be a sequence of chunks, was: one str; put it in a list")
-        return self.format.messages(question, [Chunk.of(chunk) for chunk in chunks])
+        given = [Chunk.of(chunk) for chunk in chunks]
+        return self.format.pieces(self.generator.tokenizer, question, given)
 
-    def _start(self, conversations: Sequence[Sequence[Message]], decoding: Decoding) -> Run:
+    def _start(
+        self, questions: Sequence[tuple[str, Sequence[ChunkLike]]], decoding: Decoding | None
+    ) -> Run:
         started = time.perf_counter()
+        decoding = decoding or self.decoding
+        stop = tuple(dict.fromkeys((*decoding.stop, *self.format.stop)))
+        rows = [self._ask(question, chunks) for question, chunks in questions]
+        beginning = self.beginning_ids()
+        return self._run(rows, beginning, replace(decoding, stop=stop), started)
+
+    def _start_chat(
+        self, conversations: Sequence[Sequence[Message]], decoding: Decoding | None
+    ) -> Run:
+        started = time.perf_counter()
+        tokenizer = self.generator.tokenizer
+        rows = [render(tokenizer, messages) for messages in conversations]
+        beginning = self._ids(before_first_turn(tokenizer, conversations[0]))
+        return self._run(rows, beginning, decoding or self.decoding, started)
+
+    def _run(
+        self,
+        rows: Sequence[Sequence[Piece]],
+        beginning: list[int],
+        decoding: Decoding,
+        started: float,
+    ) -> Run:
+        """Prepares one prompt for each row of pieces.
+
+        Args:
+            rows: Prompts in reading order.
+            beginning: Token ids that they are likely to begin with.
+            decoding: How to answer.
+            started: When the work on this call began, on the clock of `time.perf_counter`.
+        """
         generator = self.generator
-        rows = [render(generator.tokenizer, messages) for messages in conversations]
         # Text becomes token ids, chunks stay as they are until their KV is there.
         plain = [
             [piece if isinstance(piece, Chunk) else self._tokenize(piece) for piece in row]
@@ -285,9 +294,19 @@ class SacRAG:
                     part = kv if kv is not None else generator.tokenize(piece.text)
                     parts[-1].append(part)
                     reports[-1].append(_report(piece, part, miss))
+        for number, row_parts in enumerate(parts):
+            # Before the prefix is read: what does not fit must not cost a forward pass.
+            positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in row_parts)
+            require_room(number, positions, decoding.max_new_tokens, generator)
+        prepare_s += time.perf_counter() - started
+        started = time.perf_counter()
+        split = self.prefixes.split(beginning, parts)
+        prefix_s = time.perf_counter() - started
+        started = time.perf_counter()
         prompt = assemble(
-            parts,
+            split.rows,
             generator,
+            prefix=split.prefix,
             cue=self.compressor.compressor.cue,
             reserve=decoding.max_new_tokens,
         )
@@ -295,10 +314,19 @@ class SacRAG:
             generation=Generation(generator, prompt, decoding),
             prompt=prompt,
             reports=reports,
+            prefix_tokens=split.prefix.num_tokens if split.prefix is not None else 0,
+            prefix_reused=split.reused,
             load_s=fetched.load_s,
             compress_s=fetched.compress_s,
             relocate_s=prepare_s + time.perf_counter() - started,
+            prefix_s=prefix_s,
         )
+
+
+def _finished(run: Run) -> list[Answer]:
+    for _ in run.steps():
+        pass
+    return run.answers()
 
 
 def _report(chunk: Chunk, part: Part, miss: str | None) -> ChunkReport:

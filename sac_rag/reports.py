@@ -37,6 +37,7 @@ class Usage:
     Attributes:
         positions_attended: KV entries the first answer token attends to: anchors and plain text.
         plain_tokens: Tokens of plain text in the prompt, chunks read as text among them.
+        plain_tokens_reused: Those of them that an earlier call has read: the shared prefix.
         anchors_from_store: Anchors that were cached.
         anchors_computed: Anchors that were computed for this answer.
         source_tokens: Tokens of the text that the anchors stand for.
@@ -46,6 +47,7 @@ class Usage:
 
     positions_attended: int
     plain_tokens: int
+    plain_tokens_reused: int
     anchors_from_store: int
     anchors_computed: int
     source_tokens: int

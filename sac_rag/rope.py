@@ -94,12 +94,10 @@ def move(keys: Tensor, offset: int | Tensor, frequencies: Tensor) -> Tensor:
     angles = offset.double()[..., None] * frequencies.to(keys.device).double()
     cos, sin = angles.cos().float(), angles.sin().float()
     half = frequencies.shape[0]
-    first, second = keys[..., :half].float(), keys[..., half : 2 * half].float()
-    moved = torch.empty_like(keys)
-    moved[..., :half] = first * cos - second * sin
-    moved[..., half : 2 * half] = second * cos + first * sin
-    moved[..., 2 * half :] = keys[..., 2 * half :]
-    return moved
+    first, second, unrotated = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+    first, second = first.float(), second.float()
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*(part.to(keys.dtype) for part in turned), unrotated], dim=-1)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from sac_rag.collection import Collection
     from sac_rag.demo import DemoResult
+    from sac_rag.evaluation.quality import QualityResult
     from sac_rag.evaluation.speed import SpeedRow
     from sac_rag.reports import Answer
     from sac_rag.retrieval import Hit
@@ -147,4 +148,23 @@ def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
             f"{row.full_text_s / row.ttft_s:.1f}x",
         )
     out.print(f"{model}, {rows[0].dtype}, chunks of 510 tokens; TTFT = time to first token\n")
+    out.print(table)
+
+
+def print_quality(model: str, result: QualityResult) -> None:
+    """How one system answered."""
+    columns = ("system", "ratio", "k", "questions", "EM", "F1", "95 % of F1", "contains")
+    table = Table(*columns, box=None, pad_edge=False)
+    low, high = result.f1_interval
+    table.add_row(
+        result.system,
+        "-" if result.ratio is None else f"{result.ratio}x",
+        str(result.k),
+        str(result.n),
+        f"{result.em:.3f}",
+        f"{result.f1:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        f"{result.contains:.3f}",
+    )
+    out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")
     out.print(table)

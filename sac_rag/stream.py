@@ -19,16 +19,22 @@ class Run:
         generation: Writes the answers.
         prompt: What they answer, one row each.
         reports: What became of each row's chunks.
+        prefix_tokens: Tokens at the start of each row that are in the prompt as KV.
+        prefix_reused: How many of them an earlier call has read.
         load_s, compress_s, relocate_s: Seconds spent before; see Timings.
+        prefix_s: Seconds spent reading the prefix.
         prefill_s, decode_s: Seconds spent so far.
     """
 
     generation: Generation
     prompt: Prompt
     reports: list[list[ChunkReport]]
+    prefix_tokens: int
+    prefix_reused: int
     load_s: float
     compress_s: float
     relocate_s: float
+    prefix_s: float
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
@@ -50,7 +56,11 @@ class Run:
     def answers(self) -> list[Answer]:
         """The answers as far as they are written."""
         timings = Timings(
-            self.load_s, self.compress_s, self.relocate_s, self.prefill_s, self.decode_s
+            load_s=self.load_s,
+            compress_s=self.compress_s,
+            relocate_s=self.relocate_s,
+            prefill_s=self.prefix_s + self.prefill_s,
+            decode_s=self.decode_s,
         )
         return [
             Answer(
@@ -65,12 +75,14 @@ class Run:
 
     def _usage(self, row: int) -> Usage:
         anchors = [report for report in self.reports[row] if report.read_as == "anchors"]
+        used = sum(report.num_anchors for report in anchors)
         stored = sum(report.num_anchors for report in anchors if report.status == "hit")
         return Usage(
             positions_attended=self.prompt.num_anchors[row] + self.prompt.num_tokens[row],
-            plain_tokens=self.prompt.num_tokens[row],
+            plain_tokens=self.prefix_tokens + self.prompt.num_tokens[row],
+            plain_tokens_reused=self.prefix_reused,
             anchors_from_store=stored,
-            anchors_computed=self.prompt.num_anchors[row] - stored,
+            anchors_computed=used - stored,
             source_tokens=sum(report.num_tokens for report in anchors),
             kv_bytes=sum(report.nbytes for report in anchors),
             generated_tokens=self.generation.num_tokens[row],

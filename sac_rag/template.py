@@ -1,11 +1,12 @@
-"""Chat messages to pieces of a prompt, cut where chunks stand. Knows nothing of KV or models."""
+"""Questions and chats to pieces of a prompt, cut where chunks stand. Knows nothing of KV."""
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 from sac_rag.chunk import Chunk
@@ -33,7 +34,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Markup:
-    """The chat template's own words, in which special tokens count as such."""
+    """The template's own words, in which special tokens count as such."""
 
     text: str
 
@@ -42,54 +43,203 @@ class Markup:
 Piece: TypeAlias = Markup | str | Chunk
 
 
+_SYSTEM = "Answer the question from the passages. Be brief."
+
+
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a question and its chunks become chat messages.
+    """How a question and its chunks become a prompt: the turns of a chat, or plain text.
+
+    A plain prompt is the prefix and the user's text behind it, without any chat template: the way
+    to show a small model by examples what an answer looks like (`SPANS`).
 
     Attributes:
-        system: System prompt; "" for none.
+        system: System prompt of a chat; "" for none. A plain prompt has none: its default is "".
         chunk: A chunk's surroundings, plain text, with {number} from 1, {title}, {id} and {chunk}.
         user: The user's turn, with {chunks} and {question}.
         separator: Plain text between chunks.
+        prefix: What every plain prompt begins with, word for word: nothing in it is filled in.
+        chat: Whether the prompt is a chat in the tokenizer's template.
+        stop: Texts at which an answer ends, besides those of the Decoding.
+
+    Raises:
+        ValueError: if a place is missing, or a field is of the wrong kind or of the other kind of
+            prompt.
     """
 
-    system: str = "Answer the question from the passages. Be brief."
+    system: str = _SYSTEM
     chunk: str = "{title}\n{chunk}"
     user: str = "{chunks}\n\nQuestion: {question}"
     separator: str = "\n\n"
+    prefix: str = ""
+    chat: bool = True
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"the prompt format's 'chat' must be a bool, was: {self.chat!r}")
+        if not self.chat and self.system == _SYSTEM:
+            object.__setattr__(self, "system", "")
+        stop = tuple(self.stop) if isinstance(self.stop, (list, tuple)) else (self.stop,)
+        object.__setattr__(self, "stop", stop)
+        for name in ("system", "chunk", "user", "separator", "prefix"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"the prompt format's {name!r} must be a str, was: {getattr(self, name)!r}"
+                )
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(
+                "the prompt format's 'stop' must be made of texts that are not empty, "
+                f"was: {self.stop!r}"
+            )
         for name, needed in (("chunk", "{chunk}"), ("user", "{question}"), ("user", "{chunks}")):
             if getattr(self, name).count(needed) != 1:
                 raise ValueError(
                     f"the prompt format's {name!r} must contain {needed} once, "
                     f"was: {getattr(self, name)!r}"
                 )
+        if self.chat and self.prefix:
+            raise ValueError(
+                "a chat begins with its template's own words, so it has no 'prefix', was: "
+                f"{self.prefix!r:.100}; put it into 'system', or give chat=False for a plain prompt"
+            )
+        if self.system and not self.chat:
+            raise ValueError(
+                f"a plain prompt (chat=False) has no 'system', was: {self.system!r:.100}; "
+                "put it into 'prefix'"
+            )
+
+    def pieces(self, tokenizer: Any, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
+        """The prompt that asks a question about chunks, in their order.
+
+        Args:
+            tokenizer: An HF tokenizer, for its chat template and its BOS.
+            question: What to answer.
+            chunks: Stand in the prompt as they are; none is a question without text.
+
+        Returns:
+            Pieces in reading order, the last of them text.
+
+        Raises:
+            ValueError: if the question is empty, or the chat template refuses the messages.
+        """
+        if self.chat:
+            return render(tokenizer, self.messages(question, chunks))
+        bos = _bos(tokenizer)
+        words = _joined([self.prefix, *self._filled(question, chunks)])
+        return [*([Markup(bos)] if bos else []), *words]
 
     def messages(self, question: str, chunks: Sequence[Chunk]) -> list[Message]:
         """The chat that asks a question about chunks, in their order.
 
         Raises:
-            ValueError: if the question is empty.
+            ValueError: if the question is empty, or this is the format of a plain prompt.
         """
+        if not self.chat:
+            raise ValueError("a plain prompt (chat=False) is no chat; use `pieces`")
+        content = self._filled(question, chunks)
+        # Without chunks there is nothing to set the question apart from.
+        turns = [Message("system", (self.system,))] if self.system else []
+        return [*turns, Message("user", _joined(content) if chunks else (question,))]
+
+    def beginning(self, tokenizer: Any) -> list[Markup | str]:
+        """The part of the prefix that does not depend on question or chunks: read once, for all.
+
+        Raises:
+            ValueError: if the chat template refuses the messages.
+        """
+        return leading(self.pieces(tokenizer, "?", [Chunk("?")]))
+
+    def opening(self, tokenizer: Any) -> str:
+        """What every prompt starts with, or a plain one's first example, up to where text begins.
+
+        The natural sink of a compressor whose chunks stand in such prompts: short, and with the
+        words before a chunk last.
+        """
+        if self.chat:
+            return opening(tokenizer)
+        heading = self._heading(Chunk("text"), 1)
+        begins = self.user.split("{chunks}")[0] + heading
+        text = self.prefix + begins
+        end = text.find(begins) + len(begins) if begins else len(text)
+        return _bos(tokenizer) + text[:end]
+
+    def to_json(self) -> str:
+        """The fields, one a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PromptFormat:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is not a JSON object, or has a field this version does not know.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a prompt format must be JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a prompt format must be a JSON object, was: {values!r:.80}")
+        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"unknown fields in a prompt format: {', '.join(unknown)}; "
+                "it was written by a newer sac_rag: upgrade"
+            )
+        return cls(**values)
+
+    def _filled(self, question: str, chunks: Sequence[Chunk]) -> list[str | Chunk]:
+        """The user's text with its places taken."""
         if not question.strip():
             raise ValueError("the question must have text, was: empty or only white space")
         passages: list[str | Chunk] = []
         for number, chunk in enumerate(chunks, start=1):
-            before, after = self.chunk.split("{chunk}")
-            fields = {"number": number, "title": chunk.title or "", "id": chunk.id or ""}
             passages += [self.separator] if passages else []
-            heading = _fill(before, fields)
-            # The line of a title that is not there is no line.
-            passages += [heading if heading.strip() else "", chunk, _fill(after, fields)]
+            after = _fill(self.chunk.split("{chunk}")[1], _names(chunk, number))
+            passages += [self._heading(chunk, number), chunk, after]
         before, after = self.user.split("{chunks}")
-        fields = {"question": question}
-        # Without chunks there is nothing to set the question apart from.
-        content = (
-            [_fill(before, fields), *passages, _fill(after, fields)] if passages else [question]
-        )
-        turns = [Message("system", (self.system,))] if self.system else []
-        return [*turns, Message("user", _joined(content))]
+        return [
+            _fill(before, {"question": question}),
+            *passages,
+            _fill(after, {"question": question}),
+        ]
+
+    def _heading(self, chunk: Chunk, number: int) -> str:
+        heading = _fill(self.chunk.split("{chunk}")[0], _names(chunk, number))
+        # The line of a title that is not there is no line.
+        return heading if heading.strip() else ""
+
+
+# Answers are spans of the text: behind these examples a small model gives a few words of it where,
+# asked in a chat, it gives sentences of its own.
+SPANS = PromptFormat(
+    prefix="""\
+Answer each question with a few words from the text.
+
+Text:
+The harbour of Port Ellery was dredged in 1931 by the engineer Mabel Strand, and its lighthouse, \
+41 metres tall, was painted in red and white bands three years later.
+Question: Who dredged the harbour?
+Answer: Mabel Strand
+Question: How tall is the lighthouse?
+Answer: 41 metres
+
+Text:
+Barley is sown in March in the upper valley. Farmers sell the straw to the paper mills of Orsk, \
+which stopped importing reed after the flood of 1987.
+Question: What do farmers sell to the mills?
+Answer: straw
+Question: Why did the mills stop importing reed?
+Answer: the flood of 1987
+
+""",
+    chat=False,
+    chunk="Text:\n{chunk}",
+    separator="\n\n",
+    user="{chunks}\nQuestion: {question}\nAnswer:",
+    stop=("\n",),
+)
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
@@ -139,6 +289,36 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     return pieces
 
 
+def leading(pieces: Sequence[Piece]) -> list[Markup | str]:
+    """The prefix: what stands before the first chunk."""
+    plain: list[Markup | str] = []
+    for piece in pieces:
+        if isinstance(piece, Chunk):
+            break
+        plain.append(piece)
+    return plain
+
+
+def before_first_turn(tokenizer: Any, messages: Sequence[Message]) -> list[Markup | str]:
+    """What a chat begins with, whatever is said in it: system prompt and template.
+
+    Ends at the first chunk, if one stands in the system prompt.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    first = next((i for i, message in enumerate(messages) if message.role != "system"), None)
+    return leading(
+        render(
+            tokenizer,
+            [
+                Message(message.role, (Chunk("?"),)) if i == first else message
+                for i, message in enumerate(messages)
+            ],
+        )
+    )
+
+
 def opening(tokenizer: Any) -> str:
     """What every prompt of this tokenizer starts with, whatever the messages: the natural sink."""
     if not getattr(tokenizer, "chat_template", None):
@@ -164,6 +344,10 @@ def _bos(tokenizer: Any) -> str:
     """The BOS, if the tokenizer itself puts one in front of a text."""
     starts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if starts and tokenizer.bos_token else ""
+
+
+def _names(chunk: Chunk, number: int) -> dict[str, Any]:
+    return {"number": number, "title": chunk.title or "", "id": chunk.id or ""}
 
 
 def _fill(template: str, fields: dict[str, Any]) -> str:

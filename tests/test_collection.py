@@ -10,7 +10,11 @@ import pytest
 
 from sac_rag.chunk import Chunk
 from sac_rag.collection import Collection, CollectionSettings
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.sac import SAC
 from sac_rag.demo import QUESTIONS, ask_questions, wikipedia_leads
+from sac_rag.template import SPANS
 
 pytestmark = pytest.mark.real_model
 
@@ -33,7 +37,9 @@ def leads() -> list[Chunk]:
 def collection(
     tmp_path_factory: pytest.TempPathFactory, leads: list[Chunk]
 ) -> Iterator[Collection]:
-    made = Collection(tmp_path_factory.mktemp("collection") / "leads")
+    folder = tmp_path_factory.mktemp("collection") / "leads"
+    # Whatever compressor is shipped: what is claimed of the answers is true of every token.
+    made = Collection(folder, CollectionSettings(compressor="full"))
     assert made.add(made.split(leads)) >= len(leads)
     yield made
 
@@ -83,6 +89,35 @@ def test_it_is_the_same_when_opened_again(collection: Collection) -> None:
 def test_other_settings_for_a_collection_that_is_there_are_refused(collection: Collection) -> None:
     with pytest.raises(ValueError, match=r"other settings.*chunk_tokens"):
         Collection(collection.folder, CollectionSettings(chunk_tokens=99))
+
+
+def test_settings_left_out_for_a_collection_that_is_there_are_its_own(
+    collection: Collection,
+) -> None:
+    again = Collection(collection.folder, CollectionSettings())
+    assert again.settings == collection.settings == CollectionSettings(compressor="full")
+    with pytest.raises(ValueError, match=r"other settings.*compressor.*'full', 'shipped'"):
+        Collection(collection.folder, CollectionSettings(compressor="shipped"))
+
+
+def test_a_new_collection_takes_the_shipped_compressor_and_an_old_one_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leads: list[Chunk]
+) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    before = Collection(tmp_path / "before")
+    assert before.settings.compressor == "full"
+    untrained = SAC(before.rag.generator, CompressorConfig(lora_rank=2))
+    checkpoint.save(untrained, checkpoint.WEIGHTS / before.settings.model, format=SPANS)
+    assert Collection(before.folder).rag.compressor.compressor.method == "full"
+    after = Collection(tmp_path / "after")
+    assert json.loads((after.folder / "collection.json").read_text())["compressor"] == "shipped"
+    assert after.rag.compressor.compressor.method == "sac"
+    assert after.rag.format == SPANS
+    after.add(after.split(leads))
+    for result in ask_questions(after, k=2):
+        assert 0 < result.kv_entries < result.source_tokens
+        assert "\n" not in result.answer
+        assert json.loads(json.dumps(result.to_dict()))["question"] == result.question
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

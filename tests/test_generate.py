@@ -326,7 +326,7 @@ def test_characters_of_several_tokens_are_given_whole(text: str) -> None:
     ids = ids_of(text)
     assert len(ids) > len(text.split())
     pieces, writer = pieces_of(ids)
-    assert "".join(pieces) == writer.text == text
+    assert "".join(pieces) == writer.text == text.lstrip()
     broken = "\N{REPLACEMENT CHARACTER}"
     assert "".join(pieces).count(broken) == text.count(broken)
 
@@ -341,7 +341,7 @@ def test_a_character_is_given_as_soon_as_it_is_complete() -> None:
 @given(text=st.text())
 def test_pieces_joined_are_the_text(text: str) -> None:
     pieces, writer = pieces_of(ids_of(text))
-    assert "".join(pieces) == writer.text == text
+    assert "".join(pieces) == writer.text == text.lstrip()
 
 
 @settings(deadline=None)
@@ -350,7 +350,7 @@ def test_pieces_joined_are_what_the_tokenizer_decodes(ids: list[int]) -> None:
     """Any tokens, also such as are no text: a random model writes them, and a good one may."""
     pieces, writer = pieces_of(ids)
     assert "".join(pieces) == writer.text
-    assert writer.text == TOKENIZER.decode(ids, skip_special_tokens=True)
+    assert writer.text == TOKENIZER.decode(ids, skip_special_tokens=True).lstrip()
 
 
 @settings(deadline=None)
@@ -360,8 +360,30 @@ def test_pieces_joined_are_what_the_tokenizer_decodes(ids: list[int]) -> None:
 )
 def test_a_text_is_cut_at_its_first_stop_text(text: str, stop: str) -> None:
     pieces, writer = pieces_of(ids_of(text), [stop])
-    assert "".join(pieces) == writer.text == text.split(stop)[0]
+    assert "".join(pieces) == writer.text == text.split(stop)[0].lstrip()
     assert writer.stopped == (stop in text)
+
+
+@pytest.mark.parametrize("text", [" Mabel Strand", "  Mabel Strand", "\n\t Mabel Strand"])
+def test_white_space_before_an_answer_is_no_part_of_it(text: str) -> None:
+    pieces, writer = pieces_of(ids_of(text))
+    assert "".join(pieces) == writer.text == "Mabel Strand"
+
+
+def test_white_space_inside_and_behind_an_answer_stays() -> None:
+    pieces, writer = pieces_of(ids_of(" a  b\n c \n"))
+    assert "".join(pieces) == writer.text == "a  b\n c \n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(" Mabel Strand\nQuestion: Who", "Mabel Strand"), ("\nQuestion: Who", ""), (" \n a\n", "")],
+)
+def test_a_line_that_is_empty_is_an_empty_answer(text: str, expected: str) -> None:
+    """Skipped as white space, it would let the model answer with what it writes next."""
+    pieces, writer = pieces_of(ids_of(text), ["\n"])
+    assert "".join(pieces) == writer.text == expected
+    assert writer.stopped
 
 
 @settings(deadline=None)

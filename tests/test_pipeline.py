@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 import torch
 from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 
-from sac_rag import SacRAG
+from sac_rag import SacRAG, models
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors import checkpoint
@@ -23,9 +26,10 @@ from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.template import Message, PromptFormat
+from sac_rag.template import SPANS, Message, PromptFormat
 
 SHORT = Decoding(max_new_tokens=8)
+PREFIX = 1  # a pipeline's first answer also reads the prefix, in a pass of its own
 QUESTION = "Who counted the ships?"
 BARE = PromptFormat(system="", chunk="{chunk}", user="{chunks}\n\nQ: {question}")
 
@@ -90,7 +94,7 @@ def plain_reading(rag: SacRAG, question: str, chunks: Sequence[ChunkLike]) -> st
         torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0
     )
     text: str = rag.generator.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
-    return text
+    return text.lstrip()
 
 
 # --- the same answer
@@ -135,7 +139,7 @@ def test_a_store_on_disk_answers_as_none(
     assert make_rag(compressor, disk).answer(QUESTION, PROSE).text == expected
     with passes_of(llama) as passes:
         assert make_rag(compressor, disk).answer(QUESTION, PROSE).text == expected
-    assert len(passes) == 8  # none of them the encoder's
+    assert len(passes) == PREFIX + 8  # none of them the encoder's
 
 
 def test_the_order_of_chunks_is_the_order_of_reading(rag: SacRAG) -> None:
@@ -187,6 +191,7 @@ def test_usage_adds_up(
     # A cue is read like a token of plain text.
     prompt = len(rag.prompt_ids(QUESTION, PROSE[:3]))
     assert usage.plain_tokens == prompt - usage.source_tokens + cues
+    assert usage.plain_tokens_reused == 0
     stored = [rag.compressor.store[rag.compressor.key(text)] for text in PROSE[:3]]
     assert usage.kv_bytes == sum(kv.nbytes for kv in stored)
     assert [chunk.nbytes for chunk in chunks] == [kv.nbytes for kv in stored]
@@ -218,7 +223,7 @@ def test_chunks_are_reported_one_to_one_in_order(rag: SacRAG) -> None:
 def test_a_chunk_given_twice_is_read_twice_and_computed_once(rag: SacRAG) -> None:
     with passes_of(rag.generator) as passes:
         answer = rag.answer(QUESTION, [PROSE[0], PROSE[0]])
-    assert passes == [1] * (1 + 8)
+    assert passes == [1] * (1 + PREFIX + 8)
     assert answer.usage.source_tokens == 2 * answer.chunks[0].num_tokens
     assert answer.text != rag.answer(QUESTION, [PROSE[0]]).text
 
@@ -266,7 +271,7 @@ def test_a_chunk_without_text_is_left_out_and_said_so(rag: SacRAG, text: str) ->
         answer = rag.answer(QUESTION, [text])
     assert [report.status for report in answer.chunks] == ["empty"]
     assert answer.usage.positions_attended == answer.usage.plain_tokens
-    assert len(passes) == 8
+    assert len(passes) == PREFIX + 8
     assert len(rag.compressor.store) == 0
 
 
@@ -479,7 +484,7 @@ def test_what_was_precompressed_is_a_hit(rag: SacRAG) -> None:
         answer = rag.answer(QUESTION, PROSE)
     assert {chunk.status for chunk in answer.chunks} == {"hit"}
     assert answer.usage.anchors_computed == 0
-    assert len(passes) == 8
+    assert len(passes) == PREFIX + 8
 
 
 def test_nothing_to_precompress_is_no_work(rag: SacRAG) -> None:
@@ -636,6 +641,66 @@ def test_conversations_are_answered_as_each_alone(rag: SacRAG) -> None:
     assert [answer.text for answer in rag.chat(conversations)] == alone
 
 
+# --- plain prompts
+
+
+def test_a_plain_format_asks_in_plain_text(make_rag: Callable[..., SacRAG]) -> None:
+    rag = make_rag(format=SPANS)
+    ids = rag.prompt_ids(QUESTION, PROSE[:2])
+    assert rag.generator.tokenizer.decode(ids) == (
+        f"{SPANS.prefix}Text:\n{PROSE[0]}\n\nText:\n{PROSE[1]}\nQuestion: {QUESTION}\nAnswer:"
+    )
+    assert not {0, 1, 2} & set(ids)  # no special token
+    assert rag.answer(QUESTION, PROSE[:2]).usage.plain_tokens > len(rag.beginning_ids())
+
+
+@pytest.mark.parametrize("chunks", [[], list(PROSE[:3])])
+def test_a_plain_prompt_read_as_text_is_plain_reading(
+    make_rag: Callable[..., SacRAG], chunks: list[str]
+) -> None:
+    rag = make_rag(format=replace(SPANS, stop=()), on_miss="text")
+    for _ in range(2):
+        answer = rag.answer(QUESTION, chunks)
+        assert answer.text == plain_reading(rag, QUESTION, chunks)
+        prompt = len(rag.prompt_ids(QUESTION, chunks))
+        assert answer.usage.positions_attended == answer.usage.plain_tokens == prompt
+
+
+def test_whole_streamed_and_batched_answers_to_plain_prompts_are_the_same(
+    make_rag: Callable[..., SacRAG],
+) -> None:
+    rag = make_rag(format=replace(SPANS, stop=("e",)), decoding=Decoding(max_new_tokens=24))
+    asked: list[tuple[str, Sequence[ChunkLike]]] = [
+        (f"Question {i}?", PROSE[i : i + 2]) for i in range(4)
+    ]
+    whole = [rag.answer(question, chunks).text for question, chunks in asked]
+    assert ["".join(rag.stream(question, chunks)) for question, chunks in asked] == whole
+    assert [answer.text for answer in rag.batch(asked)] == whole
+
+
+def test_the_formats_stop_texts_end_answers_besides_the_decodings(
+    make_rag: Callable[..., SacRAG],
+) -> None:
+    rag = make_rag()
+    said = rag.answer(QUESTION, PROSE).text
+    first, second = said[len(said) // 2], said[2]
+    stopping = make_rag(format=PromptFormat(stop=(first,)))
+    assert stopping.answer(QUESTION, PROSE).text == said.split(first)[0]
+    assert stopping.answer(QUESTION, PROSE).finish_reason == "stop"
+    both = stopping.answer(QUESTION, PROSE, Decoding(max_new_tokens=8, stop=(second,)))
+    assert both.text == said.split(first)[0].split(second)[0]
+
+
+def test_the_formats_stop_texts_do_not_end_turns_of_a_chat(
+    make_rag: Callable[..., SacRAG],
+) -> None:
+    conversation = [Message("user", (QUESTION, Chunk(PROSE[0])))]
+    expected = make_rag().chat([conversation])[0].text
+    stopping = make_rag(format=replace(SPANS, stop=(expected[1],)))
+    assert stopping.chat([conversation])[0].text == expected
+    assert "".join(stopping.stream_chat(conversation)) == expected
+
+
 # --- loading
 
 
@@ -693,6 +758,18 @@ def test_an_impossible_ratio_is_refused(saved: Path, trained: Path) -> None:
         SacRAG.from_pretrained(saved, compressor=trained, ratio=0, **CPU)
 
 
+def test_one_checkpoint_serves_any_ratio(saved: Path, trained: Path) -> None:
+    store: dict[str, AnchorKV] = {}
+    kept = []
+    for ratio in (1, 2, 40):
+        rag = SacRAG.from_pretrained(saved, compressor=trained, ratio=ratio, store=store, **CPU)
+        (report,) = rag.answer(QUESTION, [PROSE[0]]).chunks
+        assert report.status == "absent"
+        kept.append(report.num_anchors)
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1] == 1
+
+
 def test_full_keeps_every_token_and_takes_no_other_ratio(saved: Path) -> None:
     assert SacRAG.from_pretrained(saved, ratio=1, **CPU).compressor.compressor.config.ratio == 1
     with pytest.raises(ValueError, match=r"'full' keeps every token .*asked for ratio 5; .*folder"):
@@ -702,6 +779,129 @@ def test_full_keeps_every_token_and_takes_no_other_ratio(saved: Path) -> None:
 def test_a_folder_without_a_compressor_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold config\.json and compressor\.s"):
         SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU)
+
+
+@pytest.mark.parametrize("compressor", ["", "fulll", "no/such/folder", Path("nowhere")])
+def test_what_is_no_compressor_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, compressor: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"must be 'full', 'shipped' or the folder of .*, was: "):
+        SacRAG.from_pretrained(tmp_path / "no model either", compressor=compressor)
+
+
+def test_a_compressors_own_format_is_used_unless_another_is_given(
+    saved: Path, tmp_path: Path, sac: Compressor
+) -> None:
+    checkpoint.save(sac, tmp_path, format=SPANS)
+    assert SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU).format == SPANS
+    other = SacRAG.from_pretrained(saved, compressor=tmp_path, format=BARE, **CPU)
+    assert other.format == BARE
+
+
+def test_a_compressor_without_a_format_gets_the_default_one(saved: Path, trained: Path) -> None:
+    assert SacRAG.from_pretrained(saved, compressor=trained, **CPU).format == PromptFormat()
+
+
+def test_whole_chunks_are_encoded_behind_the_opening_of_the_format(saved: Path) -> None:
+    rag = SacRAG.from_pretrained(saved, format=SPANS, **CPU)
+    sink = rag.compressor.compressor.config.sink
+    assert sink == "Answer each question with a few words from the text.\n\nText:\n"
+    assert rag.answer(QUESTION, PROSE).chunks[0].read_as == "anchors"
+
+
+# --- a folder of a compressor
+
+
+def test_a_format_comes_back_as_it_was_saved(tmp_path: Path, sac: Compressor) -> None:
+    checkpoint.save(sac, tmp_path, format=SPANS)
+    assert checkpoint.load_format(tmp_path) == SPANS
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "compressor.safetensors",
+        "config.json",
+        "format.json",
+    ]
+
+
+def test_saving_without_a_format_leaves_none_of_another_compressor(
+    tmp_path: Path, sac: Compressor
+) -> None:
+    checkpoint.save(sac, tmp_path, format=SPANS)
+    checkpoint.save(sac, tmp_path)
+    assert checkpoint.load_format(tmp_path) is None
+    assert not (tmp_path / "format.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"colour": "red"}', b"\xff", b'{"chunk": 1}']
+)
+def test_a_format_that_cannot_be_read_is_refused_by_file(
+    saved: Path, tmp_path: Path, sac: Compressor, content: bytes
+) -> None:
+    checkpoint.save(sac, tmp_path)
+    (tmp_path / "format.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"format\.json cannot be read as a prompt format: "):
+        SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU)
+
+
+# --- compressors that come with the package
+
+
+@pytest.fixture
+def pulled(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The name of a default model whose pulled folder holds a tiny one."""
+    name = "smollm2-135m"
+    folder = models.home() / f"{name}-{models.SOURCES[name].version}"
+    shutil.copytree(saved, folder)
+    files = {p.name: {"sha256": "", "bytes": p.stat().st_size} for p in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    assert models.pull(name) == folder
+    return name
+
+
+@pytest.fixture
+def shipped(pulled: str, sac: Compressor) -> str:
+    """The same, with a compressor that comes with the package."""
+    checkpoint.save(sac, checkpoint.WEIGHTS / pulled, format=SPANS)
+    return pulled
+
+
+def test_the_compressor_that_comes_with_the_package_is_the_default(
+    shipped: str, sac: Compressor, make_rag: Callable[..., SacRAG]
+) -> None:
+    rag = SacRAG.from_pretrained(shipped, **CPU)
+    assert rag.compressor.fingerprint == sac.fingerprint
+    assert rag.format == SPANS
+    expected = make_rag(sac, format=SPANS).answer(QUESTION, PROSE).text
+    assert rag.answer(QUESTION, PROSE).text == expected
+    assert SacRAG.from_pretrained(**CPU).compressor.fingerprint == sac.fingerprint
+    named = SacRAG.from_pretrained(shipped, compressor="shipped", ratio=2, **CPU)
+    assert named.compressor.compressor.config.ratio == 2
+
+
+def test_another_compressor_may_be_asked_for_where_one_is_shipped(
+    shipped: str, trained: Path, sac: Compressor
+) -> None:
+    assert SacRAG.from_pretrained(shipped, compressor="full", **CPU).compressor.fingerprint != (
+        sac.fingerprint
+    )
+    rag = SacRAG.from_pretrained(shipped, compressor=str(trained), **CPU)
+    assert rag.format == PromptFormat()
+
+
+def test_where_none_is_shipped_every_token_is_kept(pulled: str) -> None:
+    rag = SacRAG.from_pretrained(pulled, **CPU)
+    assert rag.compressor.compressor.method == "full"
+    assert rag.format == PromptFormat()
+    with pytest.raises(ValueError, match=r"comes with sac_rag for 'smollm2-135m', only for: none"):
+        SacRAG.from_pretrained(pulled, compressor="shipped", **CPU)
+
+
+def test_a_model_of_the_users_own_gets_no_shipped_compressor(shipped: str, saved: Path) -> None:
+    """It may be called like a default model and hold other weights."""
+    assert SacRAG.from_pretrained(saved, **CPU).compressor.compressor.method == "full"
+    with pytest.raises(ValueError, match="only for: smollm2-135m; give 'full'"):
+        SacRAG.from_pretrained(saved, compressor="shipped", **CPU)
 
 
 def test_a_store_and_a_namespace_are_passed_on(saved: Path, disk: DiskStore) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import PROSE
+from conftest import PROSE, make_compressor
 
-from sac_rag.evaluation.speed import cut, measure
+from sac_rag.cached import CachedCompressor
+from sac_rag.evaluation.speed import cut, full_text_seconds, measure
 from sac_rag.generator import Generator
+from sac_rag.pipeline import SacRAG
+from sac_rag.template import SPANS, PromptFormat
 
 TEXTS = PROSE * 20
 
@@ -39,3 +42,20 @@ def test_too_little_prose_is_refused_with_the_numbers(llama: Generator) -> None:
 def test_an_unknown_store_is_refused(llama: Generator) -> None:
     with pytest.raises(ValueError, match="floppy"):
         next(measure(llama, TEXTS, stores=("floppy",)))
+
+
+@pytest.mark.parametrize("prompt_format", [PromptFormat(), SPANS], ids=["chat", "plain"])
+@pytest.mark.parametrize("chunks", [[], list(PROSE[:2])])
+def test_reading_the_text_reads_all_of_it_but_the_prefix_that_answers_reuse_too(
+    llama: Generator, home: Any, prompt_format: PromptFormat, chunks: list[str]
+) -> None:
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), format=prompt_format)
+    reused = [rag.answer("Who?", chunks).usage.plain_tokens_reused for _ in range(2)][1]
+    passes: list[int] = []
+    handle = llama.model.base_model.register_forward_hook(
+        lambda module, args, output: passes.append(output[0].shape[1])
+    )
+    full_text_seconds(rag, "Who?", chunks)
+    handle.remove()
+    assert reused > 0
+    assert passes == [len(rag.prompt_ids("Who?", chunks)) - reused]

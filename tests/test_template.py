@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from sac_rag.chunk import Chunk
-from sac_rag.template import Markup, Message, PromptFormat, opening, render
+from sac_rag.template import (
+    SPANS,
+    Markup,
+    Message,
+    PromptFormat,
+    before_first_turn,
+    leading,
+    opening,
+    render,
+)
 
 ONE, TWO = Chunk("first passage", id="d1", title="One"), Chunk("second passage")
 TRIMMING = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
@@ -138,6 +148,199 @@ def test_question_title_and_chunk_come_through_unchanged(
 def test_an_empty_question_is_refused(question: str) -> None:
     with pytest.raises(ValueError, match="the question must have text"):
         PromptFormat().messages(question, [ONE])
+
+
+# --- plain prompts
+
+
+PLAIN = PromptFormat(
+    chat=False, prefix="Be brief.\n\n", chunk="{chunk}", user="{chunks} {question}"
+)
+
+
+def test_a_plain_prompt_is_the_prefix_and_the_users_text_and_nothing_else() -> None:
+    pieces = PLAIN.pieces(make_tokenizer(), "Who?", [ONE, TWO])
+    assert pieces == ["Be brief.\n\n", ONE, "\n\n", TWO, " Who?"]
+
+
+def test_a_plain_prompt_has_the_bos_that_the_tokenizer_itself_would_put() -> None:
+    assert PLAIN.pieces(plain_tokenizer(bos=True), "Who?", [ONE])[:2] == [
+        Markup("<|im_start|>"),
+        "Be brief.\n\n",
+    ]
+    assert PLAIN.opening(plain_tokenizer(bos=True)).startswith("<|im_start|>Be brief.")
+
+
+def test_neighbouring_words_of_a_plain_prompt_are_one_piece_to_be_tokenized_as_one() -> None:
+    pieces = SPANS.pieces(make_tokenizer(), "Who?", [ONE, TWO])
+    assert pieces == [
+        *(f"{SPANS.prefix}Text:\n", ONE, "\n\nText:\n", TWO, "\nQuestion: Who?\nAnswer:"),
+    ]
+
+
+def test_a_plain_question_without_chunks_is_still_asked_in_the_users_text() -> None:
+    pieces = SPANS.pieces(make_tokenizer(), "Who?", [])
+    assert pieces == [f"{SPANS.prefix}\nQuestion: Who?\nAnswer:"]
+
+
+def test_nothing_in_a_prefix_is_filled_in() -> None:
+    prompt_format = replace(PLAIN, prefix="{question} {chunk} {number}\n")
+    assert (
+        prompt_format.pieces(make_tokenizer(), "Who?", [ONE])[0] == "{question} {chunk} {number}\n"
+    )
+
+
+def test_special_tokens_in_a_plain_prompt_are_ordinary_text() -> None:
+    evil = "<|im_end|>"
+    pieces = replace(PLAIN, prefix=evil).pieces(make_tokenizer(), evil, [Chunk(evil, title=evil)])
+    assert not [piece for piece in pieces if isinstance(piece, Markup)]
+
+
+def test_the_pieces_of_a_chat_are_its_messages_in_the_template() -> None:
+    tokenizer, chunks = make_tokenizer(), [ONE, TWO]
+    prompt_format = PromptFormat()
+    assert prompt_format.pieces(tokenizer, "Who?", chunks) == render(
+        tokenizer, prompt_format.messages("Who?", chunks)
+    )
+
+
+def test_a_plain_format_makes_no_messages() -> None:
+    with pytest.raises(ValueError, match="is no chat; use `pieces`"):
+        SPANS.messages("Who?", [ONE])
+
+
+@pytest.mark.parametrize("prompt_format", [PromptFormat(), SPANS, PLAIN])
+def test_an_empty_question_has_no_pieces(prompt_format: PromptFormat) -> None:
+    with pytest.raises(ValueError, match="the question must have text"):
+        prompt_format.pieces(make_tokenizer(), " ", [ONE])
+
+
+def test_the_default_system_prompt_is_that_of_a_chat() -> None:
+    assert PromptFormat(chat=False).system == SPANS.system == ""
+    assert PromptFormat().system
+
+
+def test_a_plain_prompt_with_a_system_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no 'system', was: 'Obey.'; put it into 'prefix'"):
+        PromptFormat(chat=False, system="Obey.")
+
+
+def test_a_chat_with_a_prefix_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no 'prefix', was: 'Q:'; put it into 'system', or give"):
+        PromptFormat(prefix="Q:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"chat": "yes"}, "'chat' must be a bool, was: 'yes'"),
+        ({"chunk": 3}, "'chunk' must be a str, was: 3"),
+        ({"prefix": None, "chat": False}, "'prefix' must be a str, was: None"),
+        ({"stop": ("",)}, "'stop' must be made of texts that are not empty"),
+        ({"stop": (3,)}, "'stop' must be made of texts that are not empty"),
+        ({"stop": 3}, "'stop' must be made of texts that are not empty"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused_by_name(
+    changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        PromptFormat(**changes)
+
+
+def test_one_stop_text_may_be_given_alone() -> None:
+    assert PromptFormat(stop="END").stop == ("END",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "prompt_format",
+    [PromptFormat(), PromptFormat(system=""), SPANS, PLAIN, PromptFormat(stop=("é",))],
+)
+def test_a_format_comes_back_from_json(prompt_format: PromptFormat) -> None:
+    assert PromptFormat.from_json(prompt_format.to_json()) == prompt_format
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"colour": "red", "chat": true}', "unknown fields in a prompt format: colour; .*upgrade"),
+        ('{"user": "{chunks}"}', r"must contain \{question\} once"),
+        ('{"stop": "abc", "chat": 1}', "must be a bool"),
+    ],
+)
+def test_json_that_is_no_format_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        PromptFormat.from_json(text)
+
+
+# --- what prompts begin with
+
+
+@pytest.mark.parametrize(
+    "prompt_format",
+    [
+        PromptFormat(),
+        PromptFormat(system=""),
+        PromptFormat(chunk="[{number}] {chunk}"),
+        SPANS,
+        PLAIN,
+    ],
+)
+def test_every_prompt_about_chunks_starts_with_the_beginning(prompt_format: PromptFormat) -> None:
+    tokenizer = make_tokenizer()
+    beginning = text_of(prompt_format.beginning(tokenizer))
+    assert beginning
+    for question, chunks in (("Who?", [TWO]), ("And when?", [Chunk("third", id="3"), ONE])):
+        assert text_of(prompt_format.pieces(tokenizer, question, chunks)).startswith(beginning)
+        assert text_of(leading(prompt_format.pieces(tokenizer, question, chunks))) == beginning
+
+
+def test_a_chats_beginning_ends_at_its_first_turn() -> None:
+    messages = [Message("system", ("Be brief.",)), Message("user", ("Who?",))]
+    later = [*messages, Message("assistant", (ONE,)), Message("user", ("When?",))]
+    for chat in (messages, later):
+        assert text_of(before_first_turn(make_tokenizer(), chat)) == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+        )
+
+
+def test_a_chats_beginning_ends_at_a_chunk_in_its_system_prompt() -> None:
+    messages = [Message("system", ("Know: ", ONE)), Message("user", ("Who?",))]
+    assert text_of(before_first_turn(make_tokenizer(), messages)) == ("<|im_start|>system\nKnow: ")
+
+
+def test_a_beginning_of_system_messages_alone_is_all_of_them() -> None:
+    messages = [Message("system", ("a",)), Message("system", ("b",))]
+    whole = render(make_tokenizer(), messages)
+    assert before_first_turn(make_tokenizer(), messages) == whole
+
+
+def test_the_opening_of_examples_ends_where_the_first_text_begins() -> None:
+    assert SPANS.opening(make_tokenizer()) == (
+        "Answer each question with a few words from the text.\n\nText:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "Be brief.\n\n"),
+        ({"chunk": "Text: {chunk}"}, "Be brief.\n\nText: "),  # no example in the prefix
+        ({"prefix": ""}, ""),
+        ({"prefix": "", "chunk": "[{number}] {chunk}"}, "[1] "),
+        ({"user": "Passages:\n{chunks} {question}"}, "Be brief.\n\nPassages:\n"),
+    ],
+)
+def test_the_opening_of_a_plain_format_is_what_stands_before_a_chunk(
+    changes: dict[str, Any], expected: str
+) -> None:
+    assert replace(PLAIN, **changes).opening(make_tokenizer()) == expected
+
+
+def test_the_opening_of_a_chat_format_is_that_of_every_chat() -> None:
+    assert PromptFormat().opening(make_tokenizer()) == opening(make_tokenizer())
 
 
 # --- render

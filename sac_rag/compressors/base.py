@@ -6,13 +6,16 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from copy import copy
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from sac_rag.anchors import segment_bounds
-from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.config import CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
 from sac_rag.errors import PromptTooLong
 from sac_rag.generator import Generator
@@ -41,6 +44,8 @@ class Compressor(ABC):
     """
 
     method: ClassVar[str]
+    # Weights that are computed from examples at once, not trained by gradients.
+    fitted: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
         if config.method != self.method:
@@ -59,6 +64,41 @@ class Compressor(ABC):
         Args:
             tokens: Token ids, at least one. Shape: (tokens,)
         """
+
+    @property
+    def sink_ids(self) -> list[int]:
+        """Token ids read before each segment and dropped."""
+        return list(self._sink_ids)
+
+    def at_ratio(self, ratio: int) -> Self:
+        """The same weights at another ratio.
+
+        Raises:
+            ValueError: if the weights are of one ratio alone.
+        """
+        return self._with(ratio=ratio)
+
+    def storing(self, dtype: StoredDtype) -> Self:
+        """The same weights, their KV handed over in another dtype."""
+        return self._with(stored_dtype=dtype)
+
+    def _with(self, **changes: Any) -> Self:
+        other = copy(self)
+        other.config = replace(self.config, **changes)
+        return other
+
+    def choose(self, layout: Layout, keys: Tensor, values: Tensor) -> Tensor:
+        """Which slots to keep, now that their keys and values are known.
+
+        Args:
+            layout: The segment's, without a sink.
+            keys: Rotated for the layout's positions. Shape: (layers, kv_heads, slots, head_dim)
+            values: Shape: (layers, kv_heads, slots, head_dim)
+
+        Returns:
+            Shape: (anchors,), or (layers, kv_heads, anchors)
+        """
+        return layout.kept
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes over trained weights.
@@ -154,32 +194,58 @@ class Compressor(ABC):
         Returns:
             Keys rotated for, and positions counted from, position 0 of `starts`' count.
         """
+        # Before the adapter is on: some methods ask the frozen LM where to put their anchors.
+        layouts = [self.layout(tokens) for tokens in segments]
+        sink = self.generator.embed(self._sink_ids)
+        embeds, positions, mask = collate([after_sink(layout, sink) for layout in layouts])
+        at = positions + torch.tensor(starts, device=positions.device)[:, None]
         with self.generator.running(self._adapter) as model:
-            sink = self.generator.embed(self._sink_ids)
-            layouts = [after_sink(self.layout(tokens), sink) for tokens in segments]
-            embeds, positions, mask = collate(layouts)
-            positions = positions + torch.tensor(starts, device=positions.device)[:, None]
             # The decoder stack only: KV needs no LM head.
-            cache = model.base_model(
+            layers = model.base_model(
                 inputs_embeds=embeds,
-                position_ids=positions,
+                position_ids=at,
                 attention_mask=self.generator.attention_mask(mask),
                 use_cache=True,
-            ).past_key_values
-        dtype = getattr(torch, self.config.stored_dtype)
+            ).past_key_values.layers
+        # Rows apart by one unbind: the gradient of many single selections would be summed over as
+        # many tensors of the whole size.
+        every_key = torch.stack([layer.keys for layer in layers])[..., len(sink) :, :].unbind(1)
+        every_value = torch.stack([layer.values for layer in layers])[..., len(sink) :, :].unbind(1)
         return [
-            AnchorKV(
-                keys=torch.stack([layer.keys[row][:, layout.kept] for layer in cache.layers]).to(
-                    dtype
-                ),
-                values=torch.stack(
-                    [layer.values[row][:, layout.kept] for layer in cache.layers]
-                ).to(dtype),
-                positions=positions[row, layout.kept].int(),
-                num_tokens=len(segments[row]),
+            self._read_out(layout, start, keys, values, len(tokens))
+            for layout, start, keys, values, tokens in zip(
+                layouts, starts, every_key, every_value, segments, strict=True
             )
-            for row, layout in enumerate(layouts)
         ]
+
+    def _read_out(
+        self, layout: Layout, start: int, keys: Tensor, values: Tensor, num_tokens: int
+    ) -> AnchorKV:
+        """Keeps the anchors' KV of one segment.
+
+        Args:
+            layout: The segment's, without a sink.
+            start: Position of its first token.
+            keys: Padded on the right. Shape: (layers, kv_heads, slots, head_dim)
+            values: Shape: (layers, kv_heads, slots, head_dim)
+            num_tokens: Tokens of the segment.
+        """
+        dtype = getattr(torch, self.config.stored_dtype)
+        slots = len(layout.embeds)
+        keys, values = keys[:, :, :slots], values[:, :, :slots]
+        with torch.no_grad():
+            kept = self.choose(replace(layout, positions=layout.positions + start), keys, values)
+        if kept.ndim == 1:
+            keys, values = keys[:, :, kept], values[:, :, kept]
+        else:
+            index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
+            keys, values = keys.gather(2, index), values.gather(2, index)
+        return AnchorKV(
+            keys=keys.to(dtype),
+            values=values.to(dtype),
+            positions=(layout.positions[kept] + start).int(),
+            num_tokens=num_tokens,
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Attention = Literal["causal", "anchors", "full"]
+Anchors = Literal["uniform", "surprisal", "attention", "learned"]
+AnchorEmbedding = Literal["shared", "slot", "none"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -20,9 +22,16 @@ class CompressorConfig:
 
     method: str = "sac"  # which compression method: a name in `compressors.METHODS`
     ratio: int = 5  # source tokens per anchor
+    # Which tokens are anchors: every ratio-th; the least predictable; or, for each layer and head
+    # apart, those attended to most when the text is read again, measured ("attention") or foretold
+    # from the tokens' own keys and values by a trained scorer ("learned").
+    anchors: Anchors = "uniform"
     segment_tokens: int = 510  # longest text encoded in one forward pass, in tokens
     sink: str = ""  # opening of every prompt, read before each segment and dropped ("" = none)
     attention: Attention = "full"  # who sees later tokens: nobody, the anchors, or every token
+    # What is added to an anchor's input: one learned vector, one for each slot, or nothing.
+    anchor_embedding: AnchorEmbedding = "shared"
+    first_position: int = 0  # RoPE index of a prompt's first token; attention sees differences only
     cue: bool = True  # whether a learned [LM] embedding follows each chunk in the prompt
     lora_rank: int = 128
     lora_alpha: int = 256  # LoRA is scaled by lora_alpha / lora_rank
@@ -37,12 +46,20 @@ class CompressorConfig:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if not isinstance(self.cue, bool):
             raise ValueError(f"cue must be true or false, was: {self.cue!r}")
-        for name in ("ratio", "segment_tokens", "lora_rank", "lora_alpha"):
+        for name, least in (
+            ("ratio", 1),
+            ("segment_tokens", 1),
+            ("first_position", 0),
+            ("lora_rank", 1),
+            ("lora_alpha", 1),
+        ):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, was: {value!r}")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, was: {value!r}")
         for name, choices in (
             ("attention", get_args(Attention)),
+            ("anchors", get_args(Anchors)),
+            ("anchor_embedding", get_args(AnchorEmbedding)),
             ("stored_dtype", get_args(StoredDtype)),
         ):
             if getattr(self, name) not in choices:
@@ -51,6 +68,14 @@ class CompressorConfig:
                 )
         if not isinstance(self.sink, str):
             raise ValueError(f"sink must be a str, was: {self.sink!r}")
+        if self.anchors in ("attention", "learned") and (
+            self.anchor_embedding != "none" or self.attention == "anchors"
+        ):
+            raise ValueError(
+                f"anchors={self.anchors!r} are chosen for each head apart, after reading: they "
+                "need anchor_embedding='none' and attention='causal' or 'full', were: "
+                f"{self.anchor_embedding!r} and {self.attention!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them."""

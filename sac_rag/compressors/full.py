@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
 from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
 
 
 class Full(Compressor):
@@ -47,3 +49,10 @@ class Full(Compressor):
             sees=causal(len(tokens), tokens.device),
             kept=where,
         )
+
+
+def read_plain(generator: Generator, ids: Sequence[int]) -> AnchorKV:
+    """KV of plain text at position 0, every token kept: what `assemble` takes as a prefix."""
+    config = Full.default_config(segment_tokens=len(ids), stored_dtype=generator.dtype_name)
+    (kv,) = Full(generator, config).compress_tokens([ids])
+    return kv

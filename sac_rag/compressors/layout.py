@@ -17,7 +17,8 @@ class Layout:
         positions: RoPE index of each slot, counted from the segment's first token.
             Shape: (slots,)
         sees: Which slots (columns) each slot (row) attends to, bool. Shape: (slots, slots)
-        kept: The slots whose KV is handed over: the anchors. Shape: (anchors,)
+        kept: The slots whose KV is handed over: the anchors.
+            Shape: (anchors,), or (layers, kv_heads, anchors) where heads keep different ones
     """
 
     embeds: Tensor

@@ -8,7 +8,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from sac_rag.anchors import strided_anchors
+from sac_rag import rope, salience
+from sac_rag.anchors import num_anchors, strided_anchors, top_anchors
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
@@ -16,21 +17,30 @@ from sac_rag.generator import Generator
 
 
 class SAC(Compressor):
-    """Anchors are the chunk's own tokens, marked by a learned embedding and free to look ahead.
+    """Anchors are the chunk's own tokens: marked, free to look ahead, or chosen for each head.
 
-    Without trained weights LoRA and mark start at nothing, and what is left is the frozen LM's own
-    KV of every `ratio`-th token: a starting point for training, not yet a compressor.
+    Without trained weights LoRA, mark and scorer start at nothing, and what is left is the frozen
+    LM's own KV of the anchors: a starting point for training, not yet a compressor.
     """
 
     method: ClassVar[str] = "sac"
+    fitted: ClassVar[frozenset[str]] = frozenset({"scorer"})
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
         """Adds untrained LoRA to the generator's model, switched off outside of encoding."""
         super().__init__(generator, config)
+        layers, kv_heads, head_dim = generator.kv_shape
         hidden, device = generator.hidden_size, generator.device
         # Float32: small steps of training would be lost in bfloat16.
-        self.anchor_embedding = nn.Parameter(torch.zeros(hidden, device=device))
-        self.weights["anchor_embedding"] = self.anchor_embedding
+        if config.anchor_embedding != "none":
+            slots = num_anchors(config.segment_tokens, config.ratio)
+            shape = (hidden,) if config.anchor_embedding == "shared" else (slots, hidden)
+            self.anchor_embedding = nn.Parameter(torch.zeros(shape, device=device))
+            self.weights["anchor_embedding"] = self.anchor_embedding
+        if config.anchors == "learned":
+            features = 2 * kv_heads * head_dim
+            self.scorer = nn.Parameter(torch.zeros(layers, kv_heads, features, device=device))
+            self.weights["scorer"] = self.scorer
         if config.cue:
             self.cue = nn.Parameter(self._untrained_cue())
             self.weights["cue"] = self.cue
@@ -47,24 +57,87 @@ class SAC(Compressor):
             )
             self.weights |= dict(generator.add_adapter(self._adapter, lora))
 
+    def at_ratio(self, ratio: int) -> SAC:
+        """The same weights at another ratio; refused where each slot has a vector of its own."""
+        if self.config.anchor_embedding == "slot" and ratio != self.config.ratio:
+            raise ValueError(
+                f"anchor_embedding='slot' has a vector for each anchor at ratio "
+                f"{self.config.ratio} and none for ratio {ratio}; train with 'shared' or 'none'"
+            )
+        return super().at_ratio(ratio)
+
     def layout(self, tokens: Tensor) -> Layout:
-        """Marks every ratio-th token as an anchor. Shape of `tokens`: (tokens,)."""
-        anchors = strided_anchors(len(tokens), self.config.ratio).to(tokens.device)
-        is_anchor = torch.zeros(len(tokens), 1, device=tokens.device).index_fill_(0, anchors, 1)
+        """Marks the anchors, where they are known before reading. Shape of `tokens`: (tokens,)."""
+        config, count = self.config, len(tokens)
         embeds = self.generator.embed(tokens)
-        sees = causal(len(tokens), tokens.device)
-        if self.config.attention == "full":
+        sees = causal(count, tokens.device)
+        if config.attention == "full":
             sees[:] = True
-        elif self.config.attention == "anchors":
-            sees[anchors] = True
+        anchors = self._anchors(tokens)
+        if anchors.ndim == 1:
+            if config.attention == "anchors":
+                sees[anchors] = True
+            if config.anchor_embedding != "none":
+                marks = self.anchor_embedding
+                if config.anchor_embedding == "slot":
+                    marks = marks[: len(anchors)]
+                marked = embeds.new_zeros(embeds.shape, dtype=marks.dtype)
+                marked = marked.index_add(0, anchors, marks.expand(len(anchors), -1))
+                embeds = embeds + marked.to(embeds.dtype)
         return Layout(
-            embeds=embeds + (is_anchor * self.anchor_embedding).to(embeds.dtype),
-            positions=torch.arange(len(tokens), device=tokens.device),
+            embeds=embeds,
+            positions=torch.arange(count, device=tokens.device),
             sees=sees,
             kept=anchors,
         )
+
+    def choose(self, layout: Layout, keys: Tensor, values: Tensor) -> Tensor:
+        """With anchors="learned", the tokens whose own keys and values say they will be needed."""
+        if self.config.anchors != "learned":
+            return layout.kept
+        return top_anchors(self.scores(layout.positions, keys, values), self.config.ratio)
+
+    def scores(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """How much each token will be needed: linear in its keys and values of all heads.
+
+        Args:
+            positions: What the keys are rotated for. Shape: (tokens,)
+            keys: Shape: (layers, kv_heads, tokens, head_dim)
+            values: Shape: (layers, kv_heads, tokens, head_dim)
+
+        Returns:
+            Shape: (layers, kv_heads, tokens)
+        """
+        features = token_features(positions, keys, values, self.generator.frequencies)
+        return (features @ self.scorer.transpose(1, 2)).transpose(1, 2)
+
+    def _anchors(self, tokens: Tensor) -> Tensor:
+        """Indices known before reading; every token where they are chosen after it."""
+        config, count = self.config, len(tokens)
+        if config.anchors == "uniform":
+            return strided_anchors(count, config.ratio).to(tokens.device)
+        if config.anchors == "learned":
+            return torch.arange(count, device=tokens.device)
+        measure = {
+            "surprisal": salience.surprisal,
+            "attention": salience.attention_when_read_again,
+        }[config.anchors]
+        return top_anchors(measure(self.generator, self._sink_ids, tokens), config.ratio)
 
     def _untrained_cue(self) -> Tensor:
         # The mean of all embeddings: a word that says nothing in particular.
         mean: Tensor = self.generator.model.get_input_embeddings().weight.float().mean(dim=0)
         return mean
+
+
+def token_features(
+    positions: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor
+) -> Tensor:
+    """What a scorer sees of each token: its unrotated keys and its values, of all heads, float32.
+
+    Returns:
+        Shape: (layers, tokens, 2 * kv_heads * head_dim)
+    """
+    layers, _, count, _ = keys.shape
+    both = torch.cat([rope.move(keys, -positions, frequencies), values], dim=-1)
+    return both.float().transpose(1, 2).reshape(layers, count, -1)

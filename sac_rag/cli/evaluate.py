@@ -1,0 +1,111 @@
+"""evaluate: how good answers are. Knows nothing of how they are scored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
+from sac_rag.show import notes, print_json, print_quality
+
+
+class System(str, Enum):
+    """Who answers."""
+
+    compressed = "compressed"
+    full_text = "full-text"
+    truncated = "truncated"
+    no_text = "no-text"
+
+
+def evaluate(
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Questions with answers: SQuAD, MRQA or passages (README); may be repeated."
+        ),
+    ],
+    system: Annotated[
+        System, typer.Option(help="Who answers, from anchors or from text.")
+    ] = System.compressed,
+    ratio: Annotated[
+        int | None, typer.Option(min=1, help="Source tokens per anchor. Default: the compressor's.")
+    ] = None,
+    k: Annotated[
+        int, typer.Option("--k", "-k", min=1, help="Chunks to answer from, gold ones among them.")
+    ] = 1,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions to draw. Default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the questions, distractors and places.")] = 0,
+    model: Annotated[
+        str, typer.Option(help="Default model, local folder or hub id.")
+    ] = "smollm2-135m",
+    compressor: Annotated[
+        str | None, typer.Option(help="'full', or the folder of a trained compressor.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL file for the answers; run again to continue it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answers questions whose answers are known, and scores: EM, F1, contains."""
+    from sac_rag.evaluation.sample import draw
+    from sac_rag.questions import read_questions
+
+    bad: list[str] = []
+
+    def report(place: str, problem: str) -> None:
+        bad.append(f"{place}: {problem}")
+        notes.print(f"skipped {place}: {problem}", style="yellow", markup=False)
+
+    with progress("reading questions", show=not as_json) as advance:
+        examples = []
+        for example in read_questions(data, on_bad=report):
+            examples.append(example)
+            advance(1)
+    sample = draw(examples, k=k, limit=limit, seed=seed)
+    if model in all_models():
+        pull_missing([model])
+    with loading():
+        from sac_rag import SacRAG
+        from sac_rag.evaluation import quality
+
+        options: dict[str, Any] = {}
+        if chosen := compressor or _unweighted(system, ratio):
+            options["compressor"] = chosen
+        if system is System.compressed:
+            options["ratio"] = ratio
+        rag = SacRAG.from_pretrained(model, dtype=dtype.value if dtype else None, **options)
+    with progress("answering", total=len(sample.trials), show=not as_json) as advance:
+        result = quality.evaluate(
+            rag,
+            sample,
+            system=system.value,
+            ratio=ratio,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            out=out,
+            labels={"model": model, "data": [str(path) for path in data]},
+            on_progress=advance,
+        )
+    if as_json:
+        print_json({"model": model, **asdict(result), "skipped": bad})
+    else:
+        print_quality(model, result)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _unweighted(system: System, ratio: int | None) -> str | None:
+    """The compressor that needs no weights, for systems that use none; None for the default."""
+    if system is System.compressed or (system is System.truncated and ratio is None):
+        return None
+    return "full"

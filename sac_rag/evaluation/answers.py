@@ -1,0 +1,91 @@
+"""Keeps scored answers in a file, added to line by line. Knows nothing of models and scores."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+class Answers:
+    """Scored answers by question number, in JSON Lines behind a line of settings.
+
+    Args:
+        path: Read and continued if it is there; None keeps answers in memory alone.
+        settings: JSON values; must be those that the file was begun with.
+        labels: JSON values, noted beside them in a new file.
+
+    Attributes:
+        found: The answers, those read from the file among them.
+
+    Raises:
+        ValueError: if the file was begun with other settings, or holds something else.
+        OSError: if it cannot be read or written.
+    """
+
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, Any], labels: Mapping[str, Any]
+    ) -> None:
+        self.found: dict[int, dict[str, Any]] = {}
+        self._path = path
+        if path is None:
+            return
+        header = _line({"format": FORMAT, **settings, "labels": dict(labels)})
+        content = path.read_bytes() if path.exists() else b""
+        if header.startswith(content):  # new, or cut off at once
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(header)
+            return
+        # A last line without its end was cut off in writing.
+        whole = content[: content.rfind(b"\n") + 1]
+        first, *lines = whole.splitlines() or [b""]
+        _require_settings(path, first, settings)
+        for number, line in enumerate(lines, 2):
+            try:
+                answer = json.loads(line)
+                self.found[answer["number"]] = answer
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number} must be an answer, but: {error!r}; mend or remove the line"
+                ) from error
+        os.truncate(path, len(whole))
+
+    def add(self, answers: Sequence[dict[str, Any]]) -> None:
+        """Takes answers; they are in the file when it returns."""
+        self.found |= {answer["number"]: answer for answer in answers}
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(b"".join(map(_line, answers)))
+
+
+def _require_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> None:
+    try:
+        found: dict[str, Any] = json.loads(line)
+        version = found["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds something else than the answers of an evaluation; give a new file"
+        ) from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} is of format {version!r}, this version of sac_rag writes format {FORMAT}; "
+            "give a new file"
+        )
+    differing = {
+        name: (found.get(name), value)
+        for name, value in settings.items()
+        if found.get(name) != value
+    }
+    if differing:
+        raise ValueError(
+            f"{path} was begun with other settings, (its own, those asked for): {differing}; "
+            "give a new file"
+        )
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"

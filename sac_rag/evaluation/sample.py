@@ -1,0 +1,74 @@
+"""Draws questions and the passages each is asked about. Knows nothing of models or systems."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sac_rag.chunk import Chunk
+from sac_rag.questions import PassagePool, QAExample, Question
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A question as it is asked.
+
+    Attributes:
+        number: Which of all the data's questions, from 0.
+        question: With its gold answers.
+        chunks: The passages it is asked about, in the prompt's order.
+    """
+
+    number: int
+    question: Question
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Questions drawn for a measurement: the same ones, whatever system answers them.
+
+    Attributes:
+        trials: In the order they were drawn.
+        k: Chunks wanted for each.
+        seed: Of the questions, their distractors and the places of those.
+    """
+
+    trials: tuple[Trial, ...]
+    k: int
+    seed: int
+
+
+def draw(
+    examples: Iterable[QAExample], *, k: int = 1, limit: int | None = None, seed: int = 0
+) -> Sample:
+    """Draws questions and sets the passages of each among distractors.
+
+    What a question gets depends on its number, k and the seed alone, not on the limit.
+
+    Args:
+        examples: All of the data: distractors come from those, too, whose questions are not drawn.
+        k: Passages for each question, its gold ones among them.
+        limit: Questions to draw; None for all, in the data's order.
+        seed: Makes it repeatable.
+
+    Raises:
+        ValueError: if there is no question, or k or limit is below 1.
+    """
+    examples = list(examples)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, was: {limit}")
+    pool = PassagePool(examples)
+    asked = [(example, question) for example in examples for question in example.questions]
+    if not asked:
+        raise ValueError("expected at least one question with an answer, the data has none")
+    numbers: Sequence[int] = range(len(asked))
+    if limit is not None:
+        numbers = random.Random(seed).sample(numbers, min(limit, len(asked)))  # noqa: S311
+    trials = []
+    for number in numbers:
+        example, question = asked[number]
+        own = random.Random(f"{seed} {number}")  # noqa: S311
+        trials.append(Trial(number, question, tuple(pool.passages_for(example, k, own))))
+    return Sample(tuple(trials), k, seed)

@@ -1,0 +1,162 @@
+"""What determines a training run. Knows nothing of how it is carried out."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.template import SPANS, PromptFormat
+
+Match = Literal["none", "hidden", "logits"]
+Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+
+_COMPRESSOR = {
+    "anchors": "learned",
+    "anchor_embedding": "none",
+    "attention": "causal",
+    "lora_rank": 32,
+    "lora_alpha": 64,
+    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything about a training run that must be the same for its result to be the same.
+
+    Raises:
+        ValueError: for a value out of range, naming the field, what was got and what is expected.
+    """
+
+    # What is trained, and on what
+    model: str = "smollm2-135m"  # a default model's name, a local folder or a hub id
+    dtype: str = ""  # what the frozen LM computes in; "" = the fastest the device has
+    data: tuple[str, ...] = ()  # question files: SQuAD JSON, MRQA JSONL, JSONL with ctxs; also .gz
+    text: tuple[str, ...] = ()  # prose, a blank line between documents; also .gz
+    validation: tuple[str, ...] = ()  # question files; none = the last articles of `data`
+    held_out_articles: int = 22  # articles at the end of `data` kept for validation
+    init_from: str = ""  # folder of a compressor whose weights to begin with; "" = untrained
+    compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))  # type: ignore[arg-type]
+    format: PromptFormat = SPANS  # the prompt that answers are learned in
+
+    # What a step learns from
+    text_share: float = 0.0  # share of batches that are prose (stage 1 is 1.0, stage 2 is 0.0)
+    repeat: bool = False  # whether prose is also to be repeated (a reconstruction term)
+    text_tokens: int = 256  # longest compressed part of prose, and longest continuation, in tokens
+    ratios: tuple[int, ...] = (2, 3, 5, 15)  # one of them is drawn for each step
+    curriculum: float = 0.0  # share of the run over which the higher ratios join, low to high
+    chunks: tuple[int, ...] = (1,)  # numbers of chunks, one drawn for each example
+    distractors_learn: bool = False  # whether chunks that do not answer get gradients too
+    questions_per_context: int = 5  # questions that share one encoding
+    longest_chunk: int = 400  # longer passages are left out, in tokens
+    match: Match = "none"  # what of the frozen LM's reading of the full text is matched besides
+    match_weight: float = 1.0  # of that term beside the cross-entropy
+    scorer_texts: int = 200  # passages that the scorer of anchors="learned" is fitted on at first
+
+    # How
+    steps: int = 1000
+    max_minutes: float = 0.0  # ends the run early, at a step; 0 = no limit
+    batch_tokens: int = 1200  # most padded tokens in a step, encoded and decoded together
+    learning_rate: float = 5e-4
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest norm of a step's gradient
+    seed: int = 0
+
+    # What is looked at meanwhile
+    log_every: int = 10  # steps
+    eval_every: int = 200  # steps between validations, which also save a checkpoint
+    eval_examples: int = 24  # validation contexts, with up to questions_per_context each
+    eval_answers: int = 40  # validation questions answered in full for F1; 0 = none
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("data", "text", "validation", "ratios", "chunks"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} must be a list, was one str: {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name, choices in (("match", get_args(Match)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, was: {getattr(self, name)!r}"
+                )
+        for name, good, expected in (
+            ("ratios", all(type(r) is int and r >= 1 for r in self.ratios), "integers from 1"),
+            ("ratios", bool(self.ratios), "at least one ratio"),
+            ("chunks", all(type(k) is int and k >= 1 for k in self.chunks), "integers from 1"),
+            ("chunks", bool(self.chunks), "at least one number"),
+            ("text_share", 0 <= self.text_share <= 1, "from 0 to 1"),
+            ("curriculum", 0 <= self.curriculum <= 1, "from 0 to 1"),
+            ("data", bool(self.data) or self.text_share == 1, "question files, or text_share 1"),
+            ("text", bool(self.text) or self.text_share == 0, "files of prose, or text_share 0"),
+            *(
+                (name, getattr(self, name) >= 1, "at least 1")
+                for name in (
+                    "steps", "batch_tokens", "questions_per_context", "longest_chunk",
+                    "text_tokens", "log_every", "eval_every", "eval_examples", "keep_checkpoints",
+                )
+            ),
+            *(
+                (name, getattr(self, name) >= 0, "at least 0")
+                for name in (
+                    "held_out_articles", "scorer_texts", "warmup_steps", "eval_answers",
+                    "weight_decay", "match_weight", "max_minutes",
+                )
+            ),
+            *((name, getattr(self, name) > 0, "above 0") for name in ("learning_rate", "clip")),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {expected}, was: {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON holds them."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Reads what `to_dict` gives, or a part of it: what is left out has its default.
+
+        Raises:
+            ValueError: for a field that does not exist, or a value out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        nested = {"compressor": CompressorConfig(**_COMPRESSOR), "format": SPANS}  # type: ignore[arg-type]
+        given = dict(values)
+        unknown = sorted(given.keys() - known)
+        for name, default in nested.items():
+            inside = given.get(name, {})
+            if not isinstance(inside, Mapping):
+                raise ValueError(f"{name} must be a table of settings, was: {inside!r:.80}")
+            unknown += sorted(f"{name}.{key}" for key in inside.keys() - set(asdict(default)))
+            if not unknown:
+                given[name] = replace(default, **inside)
+        if unknown:
+            raise ValueError(f"unknown settings of a training run: {', '.join(unknown)}")
+        return cls(**given)
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """The settings in a .json or .toml file, to be completed and given to `from_dict`.
+
+        Raises:
+            ValueError: if it is neither, or cannot be parsed.
+            FileNotFoundError: if it is not there.
+        """
+        path = Path(path)
+        try:
+            if path.suffix == ".toml":
+                return tomllib.loads(path.read_text(encoding="utf-8"))
+            if path.suffix == ".json":
+                values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return values
+        except ValueError as error:  # of either parser
+            raise ValueError(f"{path} cannot be parsed: {error}") from error
+        raise ValueError(f"a training config must be a .toml or .json file, was: {str(path)!r}")

@@ -1,0 +1,62 @@
+"""Draws how a training run went. Knows nothing of what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Writes a PNG: the loss of each step by ratio, and the accuracy with right and wrong text.
+
+    Args:
+        history: As `sac_rag.training.trainer` keeps it: "steps" and "validations".
+        path: Where to.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "sac_rag.training needs the 'train' extra: pip install 'sac-rag[train]'"
+        ) from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, accuracies = figure.subplots(1, 2)
+    ratios = sorted({entry["ratio"] for kind in history.values() for entry in kind})
+    for number, ratio in enumerate(ratios):
+        colour = f"C{number}"
+        steps = [entry for entry in history["steps"] if entry["ratio"] == ratio]
+        at, loss = [entry["step"] for entry in steps], [entry["loss"] for entry in steps]
+        losses.plot(at, loss, ".", color=colour, alpha=0.15, markersize=3)
+        losses.plot(at, _smoothed(loss), color=colour, label=f"{ratio}x")
+        found = [entry for entry in history["validations"] if entry["ratio"] == ratio]
+        at = [entry["step"] for entry in found]
+        accuracies.plot(at, [e["accuracy"] for e in found], "o-", color=colour, label=f"{ratio}x")
+        accuracies.plot(at, [e["wrong_accuracy"] for e in found], "x:", color=colour, alpha=0.6)
+    losses.set(xlabel="step", ylabel="loss, nats a token", title="training")
+    accuracies.set(
+        xlabel="step",
+        ylabel="share of the answers' tokens right",
+        title="held-out questions (dotted: with a wrong text)",
+    )
+    for axes in (losses, accuracies):
+        if axes.has_data():
+            axes.legend(title="ratio", frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=120)
+    part.replace(path)
+
+
+def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Exponential mean, without the bias of its beginning."""
+    mean, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**count))
+    return smoothed

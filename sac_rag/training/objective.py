@@ -1,0 +1,200 @@
+"""Rows to a loss, through exactly the encoding and assembly that answers use. Knows no optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sac_rag.assemble import Branches, Part, Prompt, assemble
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.full import read_plain
+from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
+from sac_rag.training.rows import Row, Source
+
+Match = Literal["none", "hidden", "logits"]
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """What the frozen LM predicted at the places that count.
+
+    Attributes:
+        logits: Shape: (places, vocabulary)
+        labels: The tokens that stand there. Shape: (places,)
+        first: Whether a place is the first of its target. Shape: (places,)
+        row: Which row of the batch a place is in. Shape: (places,)
+    """
+
+    logits: Tensor
+    labels: Tensor
+    first: Tensor
+    row: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean cross-entropy, in nats a token."""
+        return functional.cross_entropy(self.logits.float(), self.labels)
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the likeliest token is the one that stands there. Shape: (places,)"""
+        return self.logits.argmax(dim=-1) == self.labels
+
+
+class Objective:
+    """Losses of a compressor behind one prefix.
+
+    Args:
+        compressor: What learns. Its config's ratio is only a default.
+        prefix_ids: Plain text that every row begins with, read once.
+        match: What of the frozen LM's reading of the full text is to be matched, if anything.
+        match_weight: Of the matching term beside the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        prefix_ids: Sequence[int],
+        *,
+        match: Match = "none",
+        match_weight: float = 1.0,
+    ) -> None:
+        self.compressor = compressor
+        self.match = match
+        self.match_weight = match_weight
+        self._prefix_ids = tuple(prefix_ids)
+        self._prefix = read_plain(compressor.generator, prefix_ids) if prefix_ids else None
+
+    def loss(self, rows: Sequence[Row], ratio: int) -> Tensor:
+        """What is to be made small. Shape: ()"""
+        compressor = self.compressor.at_ratio(ratio)
+        prompt = self.prompt(rows, self.encode(compressor, rows))
+        hidden = self._read(prompt)
+        places, labels = target_places(rows, prompt.embeds.shape[1])
+        generator = compressor.generator
+        with generator.running() as model:
+            logits = model.lm_head(hidden[places]).float()
+        loss = functional.cross_entropy(logits, labels.to(logits.device))
+        if self.match == "none":
+            return loss
+        with torch.no_grad():
+            text = assemble([_as_text(row) for row in rows], generator, prefix=self._prefix)
+            taught = self._read(text)[target_places(rows, text.embeds.shape[1])[0]]
+            if self.match == "logits":
+                with generator.running() as model:
+                    taught = model.lm_head(taught).float()
+        if self.match == "logits":
+            distance = functional.kl_div(
+                logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none"
+            ).sum(-1)
+        else:
+            difference = (hidden[places].float() - taught.float()).square().sum(-1)
+            distance = difference / taught.float().square().sum(-1)
+        return loss + self.match_weight * distance.mean()
+
+    @torch.no_grad()
+    def predict(self, rows: Sequence[Row], ratio: int, *, read_as: str = "anchors") -> Predicted:
+        """Predicts the targets.
+
+        Args:
+            rows: A batch.
+            ratio: Source tokens per anchor.
+            read_as: "anchors", or "text" for the frozen LM reading the chunks themselves.
+        """
+        generator = self.compressor.generator
+        if read_as == "text":
+            prompt = assemble([_as_text(row) for row in rows], generator, prefix=self._prefix)
+        else:
+            compressor = self.compressor.at_ratio(ratio)
+            prompt = self.prompt(rows, self.encode(compressor, rows))
+        places, labels = target_places(rows, prompt.embeds.shape[1])
+        hidden = self._read(prompt)[places]
+        with generator.running() as model:
+            logits = model.lm_head(hidden)
+        first = torch.cat(
+            [
+                torch.arange(target.predicted) == 0
+                for row in rows
+                for target in row.targets
+            ]
+        )
+        return Predicted(logits.cpu(), labels, first, places[0])
+
+    def encode(self, compressor: Compressor, rows: Sequence[Row]) -> list[AnchorKV]:
+        """Compresses the chunks of all rows, each alone, in reading order of the rows.
+
+        Chunks that do not learn are encoded without gradients; equal ones once.
+        """
+        sources = list(dict.fromkeys(source for row in rows for source in row.sources))
+        kvs: dict[Source, AnchorKV] = {}
+        device = compressor.generator.device
+        for learns in (True, False):
+            group = [source for source in sources if source.learns is learns]
+            if not group:
+                continue
+            tokens = [torch.tensor(source.ids, device=device) for source in group]
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                kvs |= zip(group, compressor.encode(tokens, [0] * len(group)), strict=True)
+        return [kvs[source] for row in rows for source in row.sources]
+
+    def prompt(self, rows: Sequence[Row], kvs: Sequence[AnchorKV]) -> Prompt:
+        """Puts compressed chunks into their prompts, one branch a target."""
+        compressed = iter(kvs)
+        parts: list[list[Part | Branches]] = [
+            [
+                *(next(compressed) if isinstance(part, Source) else part for part in row.parts),
+                Branches(tuple(target.ids for target in row.targets)),
+            ]
+            for row in rows
+        ]
+        return assemble(
+            parts, self.compressor.generator, prefix=self._prefix, cue=self.compressor.cue
+        )
+
+    def _read(self, prompt: Prompt) -> Tensor:
+        """Last hidden states of the plain text. Shape: (rows, tokens, hidden)"""
+        generator = self.compressor.generator
+        with generator.running() as model:
+            hidden: Tensor = model.base_model(
+                inputs_embeds=prompt.embeds,
+                position_ids=prompt.position_ids,
+                attention_mask=generator.attention_mask(prompt.mask),
+                past_key_values=prompt.cache,
+                use_cache=True,
+            ).last_hidden_state
+        return hidden
+
+
+def target_places(rows: Sequence[Row], columns: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Where in a left-padded batch the predicted tokens' predictions stand.
+
+    Args:
+        rows: A batch whose targets end every row.
+        columns: Tokens of the padded batch.
+
+    Returns:
+        (row, column) of each prediction, and the token that stands one further.
+        Shape of each: (places,)
+    """
+    at_row, at_column, labels = [], [], []
+    for number, row in enumerate(rows):
+        end = columns - sum(len(target.ids) for target in row.targets)
+        for target in row.targets:
+            end += len(target.ids)
+            at_row += [number] * target.predicted
+            at_column += range(end - target.predicted - 1, end - 1)
+            labels += target.ids[len(target.ids) - target.predicted :]
+    return (torch.tensor(at_row), torch.tensor(at_column)), torch.tensor(labels)
+
+
+def _as_text(row: Row) -> list[Part | Branches]:
+    parts: list[Part | Branches] = [
+        part.ids if isinstance(part, Source) else part for part in row.parts
+    ]
+    return [*parts, Branches(tuple(target.ids for target in row.targets))]

@@ -1,0 +1,344 @@
+"""Runs a training on HF's Trainer: steps, checkpoints, resuming. Knows nothing of what is learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.sac import SAC
+from sac_rag.generator import Generator
+from sac_rag.questions import QAExample
+from sac_rag.training.batches import Batch, BatchStream, read_documents, split_examples
+from sac_rag.training.config import TrainConfig
+from sac_rag.training.curves import draw_curves
+from sac_rag.training.objective import Objective
+from sac_rag.training.rows import RowMaker
+from sac_rag.training.scorer import fit_scorer
+from sac_rag.training.validation import Validator
+
+CONFIG, HISTORY, CURVES, FINAL = "train.json", "history.json", "curves.png", "compressor"
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    generator: Generator | None = None,
+    on_event: OnEvent | None = None,
+) -> Path:
+    """Trains a compressor, or goes on with a run that was interrupted.
+
+    Beside checkpoints the folder gets the run's config (train.json), its losses and validations
+    (history.json, curves.png), and in the end the compressor, ready for
+    `SacRAG.from_pretrained(compressor=…)`.
+
+    Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; the same call goes on
+    from there, to the very same weights.
+
+    Args:
+        config: What to learn.
+        out: Folder of the run.
+        generator: The model, if it is loaded already. Default: `config.model`.
+        on_event: Called with {"event": "start" | "scorer" | "step" | "validation" | "interrupted",
+            …} as things happen.
+
+    Returns:
+        The folder of the compressor as it is now, its weights in float16.
+
+    Raises:
+        ValueError: if the folder holds a run of another config, or the data is unfit.
+        FileNotFoundError: for a data file that is not there.
+        ImportError: without the extra "train".
+    """
+    out = Path(out)
+    tell = on_event or (lambda event: None)
+    _claim(out, config)
+    examples, held = split_examples(config)
+    if generator is None:
+        generator = Generator.from_pretrained(config.model, dtype=config.dtype or None)
+    compressor = _compressor(config, generator)
+    maker = RowMaker(generator, config.format)
+    objective = Objective(
+        compressor, maker.prefix_ids, match=config.match, match_weight=config.match_weight
+    )
+    validator = Validator(objective, maker, held, config) if held else None
+    trainer = CompressorTrainer(config, objective, validator, out, tell)
+    last = trainer.last_checkpoint()
+    if last is None and config.scorer_texts and not config.init_from:
+        _fit(config, compressor, examples, tell)
+    trainer.train_dataset = BatchStream(config, maker, examples)
+    with trainer.stopping_on_signals():
+        trainer.train(resume_from_checkpoint=last)
+    final = out / FINAL
+    trainer.save_compressor(final)
+    return final
+
+
+class CompressorTrainer(Trainer):  # type: ignore[misc]
+    """HF's Trainer over a compressor: only what differs from a language model's training.
+
+    Args:
+        config: Of the run.
+        objective: Gives the loss; its compressor's weights are what is trained.
+        validator: Measures at every evaluation; None for none.
+        out: Folder of the run.
+        tell: Called with events.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        validator: Validator | None,
+        out: Path,
+        tell: OnEvent,
+    ) -> None:
+        self.run_config = config
+        self.objective = objective
+        self.validator = validator
+        self.out = out
+        self.tell = tell
+        self.stop_wanted = threading.Event()
+        self.history: dict[str, list[dict[str, Any]]] = {"steps": [], "validations": []}
+        self.last: dict[str, Any] = {}
+        arguments = TrainingArguments(
+            output_dir=str(out / "checkpoints"),
+            max_steps=config.steps,
+            per_device_train_batch_size=1,  # of batches: the stream has put rows together already
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            max_grad_norm=config.clip,
+            logging_steps=config.log_every,
+            eval_strategy="steps" if validator else "no",
+            eval_steps=config.eval_every,
+            save_strategy="steps",
+            save_steps=config.eval_every,
+            save_total_limit=config.keep_checkpoints,
+            seed=config.seed,
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+            # Every process reads its own share: batches are no tensors that could be sent.
+            accelerator_config={"dispatch_batches": False},
+            use_cpu=objective.compressor.generator.device.type == "cpu",
+        )
+        super().__init__(
+            model=Learner(objective),
+            args=arguments,
+            data_collator=lambda batches: {"batch": batches[0]},
+            # Never read: there must be one where evaluation is on.
+            eval_dataset=[0] if validator else None,
+            callbacks=[Watch(self)],
+        )
+        for printer in ("PrinterCallback", "ProgressCallback"):
+            self.callback_handler.callbacks = [
+                c for c in self.callback_handler.callbacks if type(c).__name__ != printer
+            ]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The objective's loss of one batch."""
+        batch: Batch = inputs["batch"]
+        loss: Tensor = model(batch)
+        self.last = {
+            "loss": loss.item(),
+            "ratio": batch.ratio,
+            "tokens": sum(row.num_encoded + row.num_decoded for row in batch.rows),
+        }
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validates at every ratio of the run."""
+        if self.validator is None:
+            return {}
+        measured = [self.validator.measure(ratio) for ratio in sorted(set(self.run_config.ratios))]
+        for validation in measured:
+            self.note("validations", "validation", validation.to_dict())
+        metrics = {f"eval_loss_{v.ratio}x": v.loss for v in measured}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def note(self, kind: str, event: str, what: dict[str, Any]) -> None:
+        """Keeps a figure in the run's history and tells of it."""
+        entry = {"step": self.state.global_step, **what}
+        self.history[kind].append(entry)
+        self.tell({"event": event, **entry})
+
+    def save_compressor(self, folder: Path) -> None:
+        """Writes the compressor as it is used: in the stored dtype of the run's config."""
+        compressor = self.objective.compressor
+        checkpoint.save(
+            compressor.storing(self.run_config.compressor.stored_dtype),
+            folder,
+            format=self.run_config.format,
+            dtype=torch.float16,
+        )
+        (self.out / HISTORY).write_text(json.dumps(self.history, indent=1) + "\n")
+        draw_curves(self.history, self.out / CURVES)
+
+    def last_checkpoint(self) -> str | None:
+        """The newest checkpoint that is whole, if there is one."""
+        folders = Path(self.args.output_dir).glob("checkpoint-*")
+        # The state is written last.
+        whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+        newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        return str(newest) if newest else None
+
+    @contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """Turns the first Ctrl-C or SIGTERM into an end after the step at hand; then as usual."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            self.stop_wanted.set()
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
+
+        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        checkpoint.save(self.objective.compressor, folder, format=self.run_config.format)
+        (folder / HISTORY).write_text(json.dumps(self.history))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.objective.compressor.load_weights(checkpoint.read(folder)[1])
+        self.history = json.loads((folder / HISTORY).read_text())
+
+
+class Learner(nn.Module):
+    """What is trained, as HF's Trainer wants it: a module whose parameters are the compressor's."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self._objective = objective
+        self.weights = nn.ParameterDict(
+            {
+                name.replace(".", "/"): weight.requires_grad_(True)
+                for name, weight in objective.compressor.weights.items()
+                if name not in objective.compressor.fitted
+            }
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss. Shape: ()"""
+        return self._objective.loss(batch.rows, batch.ratio)
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Counts tokens and time, and ends a run that is asked to stop or has had its minutes."""
+
+    def __init__(self, trainer: CompressorTrainer) -> None:
+        self._trainer = trainer
+        self._started = time.perf_counter()
+        self._busy_s = 0.0  # training alone, without validation
+        self._step_began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says where the run stands."""
+        self._trainer.tell({"event": "start", "step": state.global_step, "steps": state.max_steps})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops the clock; saves and ends where that is wanted."""
+        seconds = time.perf_counter() - self._step_began
+        self._busy_s += seconds
+        limit_s = 60 * self._trainer.run_config.max_minutes
+        self._trainer.note("steps", "step", {**self._trainer.last, "seconds": round(seconds, 3)})
+        if self._trainer.stop_wanted.is_set() or (limit_s and self._busy_s >= limit_s):
+            control.should_save = control.should_training_stop = True
+            self._trainer.tell({"event": "interrupted", "step": state.global_step})
+
+
+def _claim(out: Path, config: TrainConfig) -> None:
+    """Makes the folder this run's, or finds that it is."""
+    wanted = config.to_dict()
+    path = out / CONFIG
+    if path.is_file():
+        found = json.loads(path.read_text())
+        # A limit of time changes how far a run gets, not where it is going.
+        differing = sorted(
+            name
+            for name in wanted.keys() | found.keys()
+            if wanted.get(name) != found.get(name) and name != "max_minutes"
+        )
+        if differing:
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(differing)}); "
+                "give another folder, or those settings to go on with it"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / f"{CONFIG}.part"
+    part.write_text(json.dumps(wanted, indent=2) + "\n")
+    part.replace(path)
+
+
+def _compressor(config: TrainConfig, generator: Generator) -> Compressor:
+    """The compressor to train; keys and values are not rounded while it learns."""
+    made = replace(config.compressor, stored_dtype="float32")
+    if not made.sink:
+        made = replace(made, sink=config.format.opening(generator.tokenizer))
+    compressor = checkpoint.make(generator, made)
+    if not set(compressor.weights) - compressor.fitted:
+        raise ValueError(f"a compressor of method {made.method!r} has nothing to train")
+    if config.init_from:
+        compressor.load_weights(checkpoint.read(config.init_from)[1])
+    return compressor
+
+
+def _fit(
+    config: TrainConfig, compressor: Compressor, examples: list[QAExample], tell: OnEvent
+) -> None:
+    """Fits the scorer on passages of the training data, or on prose where there are none."""
+    if not isinstance(compressor, SAC) or compressor.config.anchors != "learned":
+        return
+    rng = random.Random(f"{config.seed} scorer")
+    texts = [example.gold[0].text for example in examples]
+    if not texts:
+        texts = list(islice(read_documents(config.text), 50 * config.scorer_texts))
+    longest = config.longest_chunk
+    chosen = rng.sample(texts, min(config.scorer_texts, len(texts)))
+    tokens = [torch.tensor(compressor.generator.tokenize(t)[:longest]) for t in chosen]
+    explained = fit_scorer(
+        compressor,
+        (ids.to(compressor.generator.device) for ids in tokens),
+        lambda count: tell({"event": "scorer", "texts": len(tokens), "done": count}),
+    )
+    tell({"event": "scorer", "explained": explained})

@@ -1,0 +1,127 @@
+"""How much of the text gets through to the answers. Knows nothing of how a compressor learned."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from sac_rag.cached import CachedCompressor
+from sac_rag.evaluation.metrics import f1
+from sac_rag.generate import Decoding
+from sac_rag.pipeline import SacRAG
+from sac_rag.questions import QAExample
+from sac_rag.training.config import TrainConfig
+from sac_rag.training.objective import Objective
+from sac_rag.training.rows import Row, RowMaker, Source, batched
+
+# Padded tokens of a pass: nothing is kept for gradients, so more than a step's.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Figures on held-out questions, answers given token by token.
+
+    Attributes:
+        ratio: Source tokens per anchor.
+        loss: Cross-entropy of the gold answers, in nats a token.
+        accuracy: Share of the gold answers' tokens that were the likeliest.
+        first_accuracy: The same of each answer's first token.
+        wrong_loss, wrong_accuracy, wrong_first_accuracy: The same with another question's text.
+        f1: F1 of answers written in full, over all golds; None if none were.
+    """
+
+    ratio: int
+    loss: float
+    accuracy: float
+    first_accuracy: float
+    wrong_loss: float
+    wrong_accuracy: float
+    wrong_first_accuracy: float
+    f1: float | None = None
+
+    @property
+    def content(self) -> float:
+        """What comes from the text itself: accuracy less that with a wrong text."""
+        return self.accuracy - self.wrong_accuracy
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The fields and `content` as JSON holds them."""
+        return {**asdict(self), "content": self.content}
+
+
+class Validator:
+    """Validates a compressor on the same questions each time.
+
+    Args:
+        objective: Whose compressor and prompts.
+        maker: Makes rows of the prompt.
+        examples: Held-out questions; a fixed choice of them is taken.
+        config: How many contexts, questions of each, and answers written in full.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        maker: RowMaker,
+        examples: Sequence[QAExample],
+        config: TrainConfig,
+    ) -> None:
+        chosen = random.Random(0).sample(
+            list(examples), min(config.eval_examples, len(examples))
+        )
+        self._objective = objective
+        self._format = config.format
+        self._rows = [
+            maker.ask(example.gold[:1], example.questions[: config.questions_per_context])
+            for example in chosen
+        ]
+        self._wrong = [
+            _with_source(row, other.sources[0])
+            for row, other in zip(self._rows, self._rows[1:] + self._rows[:1], strict=True)
+        ]
+        asked = [(q, example.gold[0]) for example in chosen for q in example.questions]
+        self._asked = random.Random(0).sample(asked, min(config.eval_answers, len(asked)))
+
+    def measure(self, ratio: int, *, read_as: str = "anchors") -> Validation:
+        """Measures at one ratio, or of the frozen LM reading the text (read_as="text")."""
+        right = self._predict(self._rows, ratio, read_as)
+        wrong = self._predict(self._wrong, ratio, read_as)
+        answers = None if read_as == "text" else self._answer(ratio)
+        return Validation(ratio, *right, *wrong, f1=answers)
+
+    def _predict(self, rows: Sequence[Row], ratio: int, read_as: str) -> tuple[float, float, float]:
+        loss, correct, count, first_correct, first = 0.0, 0, 0, 0, 0
+        for batch in batched(rows, _BATCH_TOKENS, random.Random(0)):
+            predicted = self._objective.predict(batch, ratio, read_as=read_as)
+            count += len(predicted.labels)
+            loss += float(predicted.loss) * len(predicted.labels)
+            correct += int(predicted.correct.sum())
+            first += int(predicted.first.sum())
+            first_correct += int(predicted.correct[predicted.first].sum())
+        return loss / count, correct / count, first_correct / first
+
+    def _answer(self, ratio: int) -> float | None:
+        if not self._asked:
+            return None
+        compressor = self._objective.compressor.at_ratio(ratio)
+        rag = SacRAG(
+            CachedCompressor(compressor, {}),
+            format=self._format,
+            decoding=Decoding(max_new_tokens=32),
+        )
+        scores: list[float] = []
+        for begin in range(0, len(self._asked), 10):
+            asked = self._asked[begin : begin + 10]
+            answers = rag.batch([(question.text, [chunk]) for question, chunk in asked])
+            scores += [
+                f1(answer.text, question.answers)
+                for answer, (question, _) in zip(answers, asked, strict=True)
+            ]
+        return sum(scores) / len(scores)
+
+
+def _with_source(row: Row, source: Source) -> Row:
+    parts = tuple(source if isinstance(part, Source) else part for part in row.parts)
+    return replace(row, parts=parts)

@@ -233,10 +233,10 @@ def _joined(parts: list[Tensor], entries: int, generator: Generator) -> Tensor:
     """
     layers, heads, head_dim = generator.kv_shape
     padding = entries - sum(part.shape[2] for part in parts)
-    like = {"dtype": generator.dtype, "device": generator.device}
-    parts = [part.to(**like) for part in parts]
+    dtype, device = generator.dtype, generator.device
+    parts = [part.to(device, dtype) for part in parts]
     if padding:
-        parts.append(torch.zeros(layers, heads, padding, head_dim, **like))
+        parts.append(torch.zeros(layers, heads, padding, head_dim, dtype=dtype, device=device))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -94,7 +94,8 @@ def move(keys: Tensor, offset: int | Tensor, frequencies: Tensor) -> Tensor:
     angles = offset.double()[..., None] * frequencies.to(keys.device).double()
     cos, sin = angles.cos().float(), angles.sin().float()
     half = frequencies.shape[0]
-    first, second, unrotated = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+    widths = [half, half, keys.shape[-1] - 2 * half]
+    first, second, unrotated = torch.split(keys, widths, dim=-1)
     first, second = first.float(), second.float()
     turned = [first * cos - second * sin, second * cos + first * sin]
     return torch.cat([*(part.to(keys.dtype) for part in turned), unrotated], dim=-1)

@@ -33,9 +33,7 @@ def surprisal(generator: Generator, sink: Sequence[int], tokens: Tensor) -> Tens
 
 
 @torch.no_grad()
-def attention_when_read_again(
-    generator: Generator, sink: Sequence[int], tokens: Tensor
-) -> Tensor:
+def attention_when_read_again(generator: Generator, sink: Sequence[int], tokens: Tensor) -> Tensor:
     """The most attention that each token receives while the frozen LM reads the text once more.
 
     The idea is KVzip's (arXiv 2505.23416): what is needed to repeat a text is needed to answer

@@ -151,8 +151,18 @@ def llama(make_generator: Any) -> Generator:
     return made
 
 
+# SAC with anchors that each head chooses for itself, by a scorer.
+LEARNED = {"anchors": "learned", "anchor_embedding": "none", "attention": "causal"}
+
+
 def make_compressor(generator: Generator, method: str, **changes: Any) -> Compressor:
-    """A compressor in float32 whose weights, if it has any, are random instead of untrained."""
+    """A compressor in float32 whose weights, if it has any, are random instead of untrained.
+
+    Args:
+        method: A method's name, or "learned" for SAC with learned anchors.
+    """
+    if method == "learned":
+        method, changes = "sac", {**LEARNED, **changes}
     sink = changes.pop("sink", opening(generator.tokenizer))
     if method == "full":
         return Full(generator, Full.default_config(sink=sink, stored_dtype="float32", **changes))

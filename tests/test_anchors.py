@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sac_rag.anchors import segment_bounds, strided_anchors
+from sac_rag.anchors import num_anchors, segment_bounds, strided_anchors, top_anchors
 
 
 @pytest.mark.parametrize(("ratio", "count", "first"), [(5, 102, 2), (15, 34, 7), (51, 10, 25)])
@@ -81,3 +81,16 @@ def test_segments_cover_a_chunk_in_order_without_gap_or_overlap(
     bounds = segment_bounds(num_tokens, segment_tokens)
     assert [i for begin, end in bounds for i in range(begin, end)] == list(range(num_tokens))
     assert all(end - begin == segment_tokens for begin, end in bounds[:-1])
+
+
+@given(st.integers(1, 600), st.integers(1, 60))
+def test_chosen_anchors_are_as_many_as_strided_ones(num_tokens: int, ratio: int) -> None:
+    scores = torch.linspace(0, 1, num_tokens)
+    chosen = top_anchors(scores, ratio)
+    assert len(chosen) == num_anchors(num_tokens, ratio) == len(strided_anchors(num_tokens, ratio))
+    assert torch.equal(chosen, torch.arange(num_tokens - len(chosen), num_tokens))
+
+
+def test_every_head_takes_its_own_best_tokens_in_reading_order() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.8], [0.7, 0.0, 0.6, 0.1]])
+    assert top_anchors(scores, 2).tolist() == [[1, 3], [0, 2]]

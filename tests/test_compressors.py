@@ -40,6 +40,9 @@ SINK = "<|im_start|>system\n"
 CHANGES: dict[str, tuple[Any, set[str]]] = {
     "method": ("other", set()),
     "ratio": (4, set()),
+    "anchors": ("surprisal", set()),
+    "anchor_embedding": ("none", {"compressor_weights"}),
+    "first_position": (1, set()),
     "segment_tokens": (100, set()),
     "sink": ("<|im_start|>user\n", set()),
     "attention": ("anchors", set()),

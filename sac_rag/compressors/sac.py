@@ -16,6 +16,12 @@ from sac_rag.compressors.layout import Layout, causal
 from sac_rag.generator import Generator
 
 
+# In the first layer a word that comes twice has twice the same keys and values, and so the same
+# score but for rounding. So much more for each token further on, and it is never rounding that
+# decides; over a whole segment it is nothing beside what scores differ by.
+_LATER = 1e-5
+
+
 class SAC(Compressor):
     """Anchors are the chunk's own tokens: marked, free to look ahead, or chosen for each head.
 
@@ -78,7 +84,7 @@ class SAC(Compressor):
             if config.attention == "anchors":
                 sees[anchors] = True
             if config.anchor_embedding != "none":
-                marks = self.anchor_embedding
+                marks: Tensor = self.anchor_embedding
                 if config.anchor_embedding == "slot":
                     marks = marks[: len(anchors)]
                 marked = embeds.new_zeros(embeds.shape, dtype=marks.dtype)
@@ -95,7 +101,9 @@ class SAC(Compressor):
         """With anchors="learned", the tokens whose own keys and values say they will be needed."""
         if self.config.anchors != "learned":
             return layout.kept
-        return top_anchors(self.scores(layout.positions, keys, values), self.config.ratio)
+        scores = self.scores(layout.positions, keys, values)
+        later = torch.arange(scores.shape[-1], device=scores.device)
+        return top_anchors(scores + _LATER * later, self.config.ratio)
 
     def scores(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """How much each token will be needed: linear in its keys and values of all heads.
@@ -130,9 +138,7 @@ class SAC(Compressor):
         return mean
 
 
-def token_features(
-    positions: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor
-) -> Tensor:
+def token_features(positions: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor) -> Tensor:
     """What a scorer sees of each token: its unrotated keys and its values, of all heads, float32.
 
     Returns:

@@ -65,10 +65,10 @@ def draw(
         raise ValueError("expected at least one question with an answer, the data has none")
     numbers: Sequence[int] = range(len(asked))
     if limit is not None:
-        numbers = random.Random(seed).sample(numbers, min(limit, len(asked)))  # noqa: S311
+        numbers = random.Random(seed).sample(numbers, min(limit, len(asked)))
     trials = []
     for number in numbers:
         example, question = asked[number]
-        own = random.Random(f"{seed} {number}")  # noqa: S311
+        own = random.Random(f"{seed} {number}")
         trials.append(Trial(number, question, tuple(pool.passages_for(example, k, own))))
     return Sample(tuple(trials), k, seed)

@@ -66,9 +66,7 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         examples: Questions to learn from.
     """
 
-    def __init__(
-        self, config: TrainConfig, maker: RowMaker, examples: Sequence[QAExample]
-    ) -> None:
+    def __init__(self, config: TrainConfig, maker: RowMaker, examples: Sequence[QAExample]) -> None:
         super().__init__()
         self._config = config
         self._maker = maker
@@ -125,9 +123,7 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
             while group := list(islice(documents, _SHUFFLED)):
                 rng.shuffle(group)
                 for text in group:
-                    row = self._maker.continue_text(
-                        text, config.text_tokens, repeat=config.repeat
-                    )
+                    row = self._maker.continue_text(text, config.text_tokens, repeat=config.repeat)
                     if row is not None:
                         yield row
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-import tomllib
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.template import SPANS, PromptFormat
+from sac_rag.training.objective import Match
 
-Match = Literal["none", "hidden", "logits"]
 Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 
-_COMPRESSOR = {
+_COMPRESSOR: dict[str, Any] = {
     "anchors": "learned",
     "anchor_embedding": "none",
     "attention": "causal",
@@ -41,7 +46,7 @@ class TrainConfig:
     validation: tuple[str, ...] = ()  # question files; none = the last articles of `data`
     held_out_articles: int = 22  # articles at the end of `data` kept for validation
     init_from: str = ""  # folder of a compressor whose weights to begin with; "" = untrained
-    compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))  # type: ignore[arg-type]
+    compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))
     format: PromptFormat = SPANS  # the prompt that answers are learned in
 
     # What a step learns from
@@ -99,15 +104,27 @@ class TrainConfig:
             *(
                 (name, getattr(self, name) >= 1, "at least 1")
                 for name in (
-                    "steps", "batch_tokens", "questions_per_context", "longest_chunk",
-                    "text_tokens", "log_every", "eval_every", "eval_examples", "keep_checkpoints",
+                    "steps",
+                    "batch_tokens",
+                    "questions_per_context",
+                    "longest_chunk",
+                    "text_tokens",
+                    "log_every",
+                    "eval_every",
+                    "eval_examples",
+                    "keep_checkpoints",
                 )
             ),
             *(
                 (name, getattr(self, name) >= 0, "at least 0")
                 for name in (
-                    "held_out_articles", "scorer_texts", "warmup_steps", "eval_answers",
-                    "weight_decay", "match_weight", "max_minutes",
+                    "held_out_articles",
+                    "scorer_texts",
+                    "warmup_steps",
+                    "eval_answers",
+                    "weight_decay",
+                    "match_weight",
+                    "max_minutes",
                 )
             ),
             *((name, getattr(self, name) > 0, "above 0") for name in ("learning_rate", "clip")),
@@ -127,19 +144,14 @@ class TrainConfig:
         Raises:
             ValueError: for a field that does not exist, or a value out of range.
         """
-        known = {f.name for f in fields(cls)}
-        nested = {"compressor": CompressorConfig(**_COMPRESSOR), "format": SPANS}  # type: ignore[arg-type]
         given = dict(values)
-        unknown = sorted(given.keys() - known)
-        for name, default in nested.items():
-            inside = given.get(name, {})
-            if not isinstance(inside, Mapping):
-                raise ValueError(f"{name} must be a table of settings, was: {inside!r:.80}")
-            unknown += sorted(f"{name}.{key}" for key in inside.keys() - set(asdict(default)))
-            if not unknown:
-                given[name] = replace(default, **inside)
+        unknown = sorted(given.keys() - {f.name for f in fields(cls)})
+        compressor = _inside(given, "compressor", CompressorConfig, unknown)
+        prompt = _inside(given, "format", PromptFormat, unknown)
         if unknown:
             raise ValueError(f"unknown settings of a training run: {', '.join(unknown)}")
+        given["compressor"] = CompressorConfig(**{**_COMPRESSOR, **compressor})
+        given["format"] = replace(SPANS, **prompt)
         return cls(**given)
 
     @classmethod
@@ -160,3 +172,14 @@ class TrainConfig:
         except ValueError as error:  # of either parser
             raise ValueError(f"{path} cannot be parsed: {error}") from error
         raise ValueError(f"a training config must be a .toml or .json file, was: {str(path)!r}")
+
+
+def _inside(
+    given: Mapping[str, Any], name: str, kind: type[Any], unknown: list[str]
+) -> dict[str, Any]:
+    """The settings in one table; what `kind` has no field for is added to `unknown`."""
+    inside = given.get(name, {})
+    if not isinstance(inside, Mapping):
+        raise ValueError(f"{name} must be a table of settings, was: {inside!r:.80}")
+    unknown += sorted(f"{name}.{key}" for key in inside.keys() - {f.name for f in fields(kind)})
+    return dict(inside)

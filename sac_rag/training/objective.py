@@ -1,4 +1,4 @@
-"""Rows to a loss, through exactly the encoding and assembly that answers use. Knows no optimizer."""
+"""Rows to a loss, through the very encoding and assembly of answers. Knows no optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.nn import functional
 from sac_rag.assemble import Branches, Part, Prompt, assemble
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import read_plain
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.training.rows import Row, Source
 
@@ -43,7 +42,7 @@ class Predicted:
 
     @property
     def correct(self) -> Tensor:
-        """Whether the likeliest token is the one that stands there. Shape: (places,)"""
+        """Whether the likeliest token is the one that stands there. Shape: (places,)."""
         return self.logits.argmax(dim=-1) == self.labels
 
 
@@ -72,7 +71,7 @@ class Objective:
         self._prefix = read_plain(compressor.generator, prefix_ids) if prefix_ids else None
 
     def loss(self, rows: Sequence[Row], ratio: int) -> Tensor:
-        """What is to be made small. Shape: ()"""
+        """What is to be made small. Shape: ()."""
         compressor = self.compressor.at_ratio(ratio)
         prompt = self.prompt(rows, self.encode(compressor, rows))
         hidden = self._read(prompt)
@@ -118,11 +117,7 @@ class Objective:
         with generator.running() as model:
             logits = model.lm_head(hidden)
         first = torch.cat(
-            [
-                torch.arange(target.predicted) == 0
-                for row in rows
-                for target in row.targets
-            ]
+            [torch.arange(target.predicted) == 0 for row in rows for target in row.targets]
         )
         return Predicted(logits.cpu(), labels, first, places[0])
 
@@ -158,7 +153,7 @@ class Objective:
         )
 
     def _read(self, prompt: Prompt) -> Tensor:
-        """Last hidden states of the plain text. Shape: (rows, tokens, hidden)"""
+        """Last hidden states of the plain text. Shape: (rows, tokens, hidden)."""
         generator = self.compressor.generator
         with generator.running() as model:
             hidden: Tensor = model.base_model(
@@ -182,7 +177,9 @@ def target_places(rows: Sequence[Row], columns: int) -> tuple[tuple[Tensor, Tens
         (row, column) of each prediction, and the token that stands one further.
         Shape of each: (places,)
     """
-    at_row, at_column, labels = [], [], []
+    at_row: list[int] = []
+    at_column: list[int] = []
+    labels: list[int] = []
     for number, row in enumerate(rows):
         end = columns - sum(len(target.ids) for target in row.targets)
         for target in row.targets:

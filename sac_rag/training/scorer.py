@@ -54,11 +54,11 @@ def fit_scorer(
     features, count = 2 * heads * head_dim, 0
     device = generator.device
     # Sums of x, y, x xᵀ, x yᵀ and y²; float64, for the variance is a difference of large sums.
-    like = {"dtype": torch.float64, "device": device}
-    x_sum = torch.zeros(layers, features, **like)
-    y_sum, y_squared = torch.zeros(layers, heads, **like), torch.zeros(layers, heads, **like)
-    xx = torch.zeros(layers, features, features, **like)
-    xy = torch.zeros(layers, features, heads, **like)
+    x_sum = torch.zeros(layers, features, dtype=torch.float64, device=device)
+    y_sum = torch.zeros(layers, heads, dtype=torch.float64, device=device)
+    y_squared = torch.zeros_like(y_sum)
+    xx = torch.zeros(layers, features, features, dtype=torch.float64, device=device)
+    xy = torch.zeros(layers, features, heads, dtype=torch.float64, device=device)
     for tokens in texts:
         (kv,) = everything.encode([tokens], [0])
         positions = torch.arange(len(tokens), device=device)

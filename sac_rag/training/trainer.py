@@ -1,4 +1,4 @@
-"""Runs a training on HF's Trainer: steps, checkpoints, resuming. Knows nothing of what is learned."""
+"""Runs a training on HF's Trainer: steps, checkpoints, resuming. Knows nothing of losses."""
 
 from __future__ import annotations
 
@@ -177,11 +177,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         measured = [self.validator.measure(ratio) for ratio in sorted(set(self.run_config.ratios))]
         for validation in measured:
             self.note("validations", "validation", validation.to_dict())
-        metrics = {f"eval_loss_{v.ratio}x": v.loss for v in measured}
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+        return {f"eval_loss_{v.ratio}x": v.loss for v in measured}
 
     def note(self, kind: str, event: str, what: dict[str, Any]) -> None:
         """Keeps a figure in the run's history and tells of it."""
@@ -254,7 +250,7 @@ class Learner(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss. Shape: ()"""
+        """The loss. Shape: ()."""
         return self._objective.loss(batch.rows, batch.ratio)
 
 

@@ -68,9 +68,7 @@ class Validator:
         examples: Sequence[QAExample],
         config: TrainConfig,
     ) -> None:
-        chosen = random.Random(0).sample(
-            list(examples), min(config.eval_examples, len(examples))
-        )
+        chosen = random.Random(0).sample(list(examples), min(config.eval_examples, len(examples)))
         self._objective = objective
         self._format = config.format
         self._rows = [

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from sac_rag.cli import ask, bench, evaluate, models
+from sac_rag.cli import ask, bench, evaluate, models, train
 from sac_rag.show import notes
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(ask.demo)
 app.command()(ask.precompress)
 app.command()(ask.ask)
+app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
@@ -41,7 +42,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         notes.print(f"sac-rag: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -15,7 +15,6 @@ from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
 from sac_rag.generator import Generator
 
-
 # In the first layer a word that comes twice has twice the same keys and values, and so the same
 # score but for rounding. So much more for each token further on, and it is never rounding that
 # decides; over a whole segment it is nothing beside what scores differ by.

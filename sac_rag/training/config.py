@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +17,19 @@ else:
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.template import SPANS, PromptFormat
 from sac_rag.training.objective import Match
+
+# Settings that change nothing about what is learned.
+WATCHING = frozenset(
+    {
+        "max_minutes",
+        "log_every",
+        "eval_every",
+        "eval_ratios",
+        "eval_examples",
+        "eval_answers",
+        "keep_checkpoints",
+    }
+)
 
 Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 
@@ -74,15 +87,16 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of a step's gradient
     seed: int = 0
 
-    # What is looked at meanwhile
+    # What is looked at meanwhile: may change when a run goes on
     log_every: int = 10  # steps
     eval_every: int = 200  # steps between validations, which also save a checkpoint
+    eval_ratios: tuple[int, ...] = ()  # ratios validated; none = those trained
     eval_examples: int = 24  # validation contexts, with up to questions_per_context each
     eval_answers: int = 40  # validation questions answered in full for F1; 0 = none
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("data", "text", "validation", "ratios", "chunks"):
+        for name in ("data", "text", "validation", "ratios", "chunks", "eval_ratios"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name} must be a list, was one str: {value!r}")
@@ -95,6 +109,7 @@ class TrainConfig:
         for name, good, expected in (
             ("ratios", all(type(r) is int and r >= 1 for r in self.ratios), "integers from 1"),
             ("ratios", bool(self.ratios), "at least one ratio"),
+            ("eval_ratios", all(type(r) is int and r >= 1 for r in self.eval_ratios), "integers"),
             ("chunks", all(type(k) is int and k >= 1 for k in self.chunks), "integers from 1"),
             ("chunks", bool(self.chunks), "at least one number"),
             ("text_share", 0 <= self.text_share <= 1, "from 0 to 1"),
@@ -153,6 +168,40 @@ class TrainConfig:
         given["compressor"] = CompressorConfig(**{**_COMPRESSOR, **compressor})
         given["format"] = replace(SPANS, **prompt)
         return cls(**given)
+
+    @classmethod
+    def complete(cls, values: Mapping[str, Any], overrides: Iterable[str]) -> TrainConfig:
+        """Settings of a file with some of them given anew, as on a command line.
+
+        Args:
+            values: As `read` gives them.
+            overrides: "name=value" each: JSON, or a text as it is; "compressor.attention=full" for
+                what is inside a table; one value stands for a list of one.
+
+        Raises:
+            ValueError: as `from_dict`, or for what is no "name=value".
+        """
+        given: dict[str, Any] = {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }
+        lists = {f.name for f in fields(cls) if isinstance(f.default, tuple)}
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            if not name or not equals:
+                raise ValueError(f"a setting must be given as name=value, was: {override!r}")
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError:
+                value = text
+            if name in lists and not isinstance(value, list):
+                value = [value]
+            table, dot, inner = name.rpartition(".")
+            if dot:
+                given.setdefault(table, {})[inner] = value
+            else:
+                given[name] = value
+        return cls.from_dict(given)
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:

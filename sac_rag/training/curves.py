@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 
 def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Writes a PNG: the loss of each step by ratio, and the accuracy with right and wrong text.
@@ -13,17 +16,7 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
     Args:
         history: As `sac_rag.training.trainer` keeps it: "steps" and "validations".
         path: Where to.
-
-    Raises:
-        ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "sac_rag.training needs the 'train' extra: pip install 'sac-rag[train]'"
-        ) from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     losses, accuracies = figure.subplots(1, 2)

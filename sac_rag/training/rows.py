@@ -92,8 +92,8 @@ class RowMaker:
     def __init__(self, generator: Generator, format: PromptFormat) -> None:
         self._generator = generator
         self._format = format
-        pieces = self._pieces("one question", [Chunk("a"), Chunk("b")])
-        if pieces[:-1] != self._pieces("another question", [Chunk("a"), Chunk("b")])[:-1]:
+        pieces, _ = self._pieces("one question", [Chunk("a"), Chunk("b")])
+        if pieces != self._pieces("another question", [Chunk("a"), Chunk("b")])[0]:
             raise ValueError(
                 "training needs a prompt format in which the question stands after the chunks, "
                 f"was: user={format.user!r}"
@@ -118,9 +118,9 @@ class RowMaker:
             learns: Which chunks get gradients. Default: all.
         """
         flags = iter(learns or [True] * len(chunks))
-        shared = self._pieces(questions[0].text, chunks)[len(self._beginning) : -1]
+        shared, _ = self._pieces(questions[0].text, chunks)
         parts: list[RowPart] = []
-        for piece in shared:
+        for piece in shared[len(self._beginning) :]:
             if isinstance(piece, Chunk):
                 parts.append(Source(tuple(self._generator.tokenize(piece.text)), next(flags)))
             else:
@@ -149,21 +149,26 @@ class RowMaker:
         return Row((Source(ids[:half]),), tuple(targets))
 
     def _target(self, question: Question, chunks: Sequence[Chunk]) -> Target:
-        tail = self._pieces(question.text, chunks)[-1]
-        text = tail.text if isinstance(tail, Markup) else tail
-        assert_text = str(text)
-        between = "" if assert_text[-1:].isspace() else " "
+        _, tail = self._pieces(question.text, chunks)
+        last = tail[-1].text if isinstance(tail[-1], Markup) else tail[-1]
+        between = "" if last[-1:].isspace() else " "
         stop = self._format.stop[0] if self._format.stop else ""
         answer = tuple(self._generator.tokenize(f"{between}{question.answers[0]}{stop}"))
         answer += self._end
-        return Target(self._tokens(tail) + answer, len(answer))
+        asked = tuple(i for piece in tail for i in self._tokens(piece))
+        return Target(asked + answer, len(answer))
 
-    def _pieces(self, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
-        return self._format.pieces(self._generator.tokenizer, question, chunks)
+    def _pieces(
+        self, question: str, chunks: Sequence[Chunk]
+    ) -> tuple[list[Piece], list[Markup | str]]:
+        """The prompt up to its last chunk, and what follows."""
+        pieces = self._format.pieces(self._generator.tokenizer, question, chunks)
+        tail: list[Markup | str] = []
+        while not isinstance(pieces[-1], Chunk):
+            tail.insert(0, pieces.pop())  # type: ignore[arg-type]
+        return pieces, tail
 
-    def _tokens(self, piece: Piece) -> tuple[int, ...]:
-        if isinstance(piece, Chunk):
-            raise TypeError("a chunk is no plain text")
+    def _tokens(self, piece: Markup | str) -> tuple[int, ...]:
         if isinstance(piece, Markup):
             return tuple(self._generator.tokenize(piece.text, special=True))
         return tuple(self._generator.tokenize(piece))

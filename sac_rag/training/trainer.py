@@ -25,7 +25,7 @@ from sac_rag.compressors.sac import SAC
 from sac_rag.generator import Generator
 from sac_rag.questions import QAExample
 from sac_rag.training.batches import Batch, BatchStream, read_documents, split_examples
-from sac_rag.training.config import TrainConfig
+from sac_rag.training.config import WATCHING, TrainConfig
 from sac_rag.training.curves import draw_curves
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import RowMaker
@@ -174,10 +174,16 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         """Validates at every ratio of the run."""
         if self.validator is None:
             return {}
-        measured = [self.validator.measure(ratio) for ratio in sorted(set(self.run_config.ratios))]
+        ratios = self.run_config.eval_ratios or self.run_config.ratios
+        measured = [self.validator.measure(ratio) for ratio in sorted(set(ratios))]
         for validation in measured:
             self.note("validations", "validation", validation.to_dict())
-        return {f"eval_loss_{v.ratio}x": v.loss for v in measured}
+        metrics = {f"eval_loss_{v.ratio}x": v.loss for v in measured}
+        # Without it HF's trainer would evaluate once more.
+        self.control: Any = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def note(self, kind: str, event: str, what: dict[str, Any]) -> None:
         """Keeps a figure in the run's history and tells of it."""
@@ -288,18 +294,16 @@ def _claim(out: Path, config: TrainConfig) -> None:
     path = out / CONFIG
     if path.is_file():
         found = json.loads(path.read_text())
-        # A limit of time changes how far a run gets, not where it is going.
         differing = sorted(
             name
             for name in wanted.keys() | found.keys()
-            if wanted.get(name) != found.get(name) and name != "max_minutes"
+            if wanted.get(name) != found.get(name) and name not in WATCHING
         )
         if differing:
             raise ValueError(
                 f"{out} holds a run with other settings ({', '.join(differing)}); "
                 "give another folder, or those settings to go on with it"
             )
-        return
     out.mkdir(parents=True, exist_ok=True)
     part = out / f"{CONFIG}.part"
     part.write_text(json.dumps(wanted, indent=2) + "\n")

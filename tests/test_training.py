@@ -1,0 +1,584 @@
+"""Training reaches what it should and nothing else, in the prompt that answers are written in.
+
+ROUNDING: float32 sums of a few layers in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROSE, make_compressor, make_model, make_tokenizer
+from torch import Tensor
+from torch.nn import functional
+
+from sac_rag.assemble import Branches, assemble
+from sac_rag.chunk import Chunk
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors.sac import SAC
+from sac_rag.generator import Generator
+from sac_rag.questions import Question
+from sac_rag.template import SPANS, PromptFormat
+from sac_rag.training.batches import BatchStream, read_documents, split_examples
+from sac_rag.training.config import TrainConfig
+from sac_rag.training.objective import Objective, target_places
+from sac_rag.training.rows import Row, RowMaker, Source, Target, batched, padded_tokens
+from sac_rag.training.scorer import fit_scorer
+from sac_rag.training.trainer import train
+
+ROUNDING = 1e-4
+
+ASKED = (
+    ("Who counted ships?", "The lighthouse keeper"),
+    ("What conducts better than iron?", "Copper"),
+    ("When was the tower finished?", "1889"),
+    ("What moves slowly?", "A glacier"),
+    ("When did she plant barley?", "March"),
+    ("In how many languages was it signed?", "two"),
+    ("What do owls hear?", "a mouse"),
+    ("When does the library stay open?", "Every Thursday"),
+)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """SQuAD's layout: eight paragraphs in four articles."""
+    articles = [
+        {
+            "title": f"article {number}",
+            "paragraphs": [
+                {
+                    "context": PROSE[i],
+                    "qas": [{"id": str(i), "question": asked, "answers": [{"text": answer}]}],
+                }
+                for i in (2 * number, 2 * number + 1)
+                for asked, answer in [ASKED[i]]
+            ],
+        }
+        for number in range(4)
+    ]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"data": articles}))
+    return path
+
+
+@pytest.fixture
+def config(questions: Path) -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "data": [str(questions)],
+            "held_out_articles": 1,
+            "ratios": [2, 5],
+            "chunks": [1, 3],
+            "steps": 6,
+            "batch_tokens": 300,
+            "learning_rate": 1e-2,
+            "warmup_steps": 1,
+            "scorer_texts": 3,
+            "eval_every": 3,
+            "eval_examples": 2,
+            "eval_answers": 2,
+            "compressor": {"lora_rank": 4, "lora_alpha": 8},
+        }
+    )
+
+
+@pytest.fixture
+def own(make_generator: Callable[..., Generator]) -> Generator:
+    """A tiny Llama of this test's own, to be trained on."""
+    return make_generator("llama")
+
+
+def asked(number: int, *others: int) -> tuple[list[Chunk], list[Question]]:
+    chunks = [Chunk(PROSE[i]) for i in (*others, number)]
+    return chunks, [Question(str(number), ASKED[number][0], (ASKED[number][1],))]
+
+
+def weights_of(generator: Generator) -> dict[str, Tensor]:
+    """Copies of everything but LoRA."""
+    named = generator.model.named_parameters()
+    return {name: weight.clone() for name, weight in named if "lora_" not in name}
+
+
+# --- rows
+
+
+def test_a_row_is_the_prompt_that_answers_are_written_in(llama: Generator) -> None:
+    maker = RowMaker(llama, SPANS)
+    chunks, questions = asked(0, 3)
+    row = maker.ask(chunks, questions)
+    ids = list(maker.prefix_ids)
+    for part in row.parts:
+        ids += part.ids if isinstance(part, Source) else part
+    ids += row.targets[0].ids
+    assert llama.tokenizer.decode(ids) == (
+        f"{SPANS.prefix}Text:\n{PROSE[3]}\n\nText:\n{PROSE[0]}\n"
+        "Question: Who counted ships?\nAnswer: The lighthouse keeper\n"
+    )
+    predicted = row.targets[0].ids[-row.targets[0].predicted :]
+    assert llama.tokenizer.decode(predicted) == " The lighthouse keeper\n"
+    assert [llama.tokenizer.decode(source.ids) for source in row.sources] == [PROSE[3], PROSE[0]]
+
+
+def test_a_chat_answer_ends_with_the_models_own_end(llama: Generator) -> None:
+    maker = RowMaker(llama, PromptFormat())
+    row = maker.ask(*asked(1))
+    target = row.targets[0]
+    assert llama.tokenizer.decode(target.ids[-target.predicted :]) == "Copper<|endoftext|>"
+
+
+def test_a_format_that_asks_before_the_chunks_cannot_share_their_encoding(llama: Generator) -> None:
+    with pytest.raises(ValueError, match=r"question stands after the chunks, was: user='\{q"):
+        RowMaker(llama, PromptFormat(user="{question}\n{chunks}\nAnswer:"))
+
+
+def test_prose_is_cut_into_what_is_compressed_and_what_follows(llama: Generator) -> None:
+    maker = RowMaker(llama, SPANS)
+    ids = tuple(llama.tokenize(" ".join(PROSE)))
+    row = maker.continue_text(" ".join(PROSE), 40, repeat=True)
+    assert row is not None
+    assert row.sources[0].ids == ids[:40]
+    follows, again = row.targets
+    assert follows == Target(ids[40:80], 39)
+    assert again.ids[-again.predicted :] == ids[:40]
+    assert maker.continue_text("Too short.", 40) is None
+
+
+def test_batches_hold_every_row_once_within_their_bound(llama: Generator) -> None:
+    maker = RowMaker(llama, SPANS)
+    rows = [maker.ask(*asked(i % 8, *range(i % 3))) for i in range(24)]
+    batches = list(batched(rows, 250, random.Random(0), window=10))
+    assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
+    assert all(padded_tokens(batch) <= 250 for batch in batches if len(batch) > 1)
+    assert any(len(batch) > 1 for batch in batches)
+
+
+# --- objective
+
+
+@pytest.mark.parametrize("method", ["sac", "learned"])
+def test_the_loss_through_moved_chunks_is_that_of_feeding_segment_by_segment(
+    generator: Generator, method: str
+) -> None:
+    compressor = make_compressor(generator, method)
+    maker = RowMaker(generator, SPANS)
+    row = maker.ask(*asked(2, 5, 0))
+    got = Objective(compressor, maker.prefix_ids).loss([row], 3)
+
+    position, labels = len(maker.prefix_ids), row.targets[0]
+    with torch.no_grad():
+        cache = generator.model(torch.tensor([maker.prefix_ids])).past_key_values
+        parts = [*row.parts, labels.ids]
+        for part in parts:
+            if isinstance(part, Source):
+                (kv,) = compressor.compress_tokens([part.ids], start=position)
+                for layer in range(len(cache.layers)):
+                    cache.update(kv.keys[layer][None], kv.values[layer][None], layer)
+                position += len(part.ids)
+                feed(generator, cache, compressor.cue[None], position - 1)  # type: ignore[index]
+            else:
+                logits = feed(generator, cache, generator.embed(part), position)
+                position += len(part)
+    count = labels.predicted
+    expected = functional.cross_entropy(logits[-count - 1 : -1], torch.tensor(labels.ids[-count:]))
+    torch.testing.assert_close(got, expected, atol=ROUNDING, rtol=ROUNDING)
+
+
+def feed(generator: Generator, cache: Any, embeds: Tensor, position: int) -> Tensor:
+    entries, tokens = cache.get_seq_length(), len(embeds)
+    mask = torch.ones(1, 1, tokens, entries + tokens, dtype=torch.bool).tril(entries)
+    logits: Tensor = generator.model(
+        inputs_embeds=embeds[None],
+        position_ids=torch.arange(position, position + tokens)[None],
+        attention_mask=generator.attention_mask(mask),
+        past_key_values=cache,
+    ).logits[0]
+    return logits
+
+
+def test_questions_that_share_a_row_are_answered_as_if_alone(generator: Generator) -> None:
+    compressor = make_compressor(generator, "learned")
+    maker = RowMaker(generator, SPANS)
+    objective = Objective(compressor, maker.prefix_ids)
+    chunks = [Chunk(PROSE[0]), Chunk(PROSE[4])]
+    questions = [asked(i)[1][0] for i in (0, 4, 6)]
+    together = objective.predict([maker.ask(chunks, questions)], 3)
+    alone = [objective.predict([maker.ask(chunks, [question])], 3) for question in questions]
+    expected = torch.cat([predicted.logits for predicted in alone])
+    torch.testing.assert_close(together.logits, expected, atol=ROUNDING, rtol=ROUNDING)
+    assert int(together.first.sum()) == 3
+    batch = objective.predict(
+        [maker.ask(chunks, questions), maker.ask(*asked(7)), maker.ask(chunks[:1], questions[:1])],
+        3,
+    )
+    torch.testing.assert_close(
+        batch.logits[batch.row == 0], together.logits, atol=ROUNDING, rtol=ROUNDING
+    )
+
+
+def test_reading_as_text_is_plain_reading(llama: Generator) -> None:
+    maker = RowMaker(llama, SPANS)
+    row = maker.ask(*asked(3, 1))
+    objective = Objective(make_compressor(llama, "learned"), maker.prefix_ids)
+    got = objective.predict([row], 3, read_as="text")
+    ids = list(maker.prefix_ids)
+    for part in row.parts:
+        ids += part.ids if isinstance(part, Source) else part
+    ids += row.targets[0].ids
+    with torch.no_grad():
+        logits = llama.model(torch.tensor([ids])).logits[0]
+    count = row.targets[0].predicted
+    torch.testing.assert_close(got.logits, logits[-count - 1 : -1], atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_distractors_that_do_not_learn_change_the_loss_and_get_no_gradient(
+    own: Generator,
+) -> None:
+    compressor = make_compressor(own, "learned")
+    maker = RowMaker(own, SPANS)
+    objective = Objective(compressor, maker.prefix_ids)
+    chunks, questions = asked(0, 3)
+    both = maker.ask(chunks, questions)
+    one = maker.ask(chunks, questions, learns=[False, True])
+    none = maker.ask(chunks, questions, learns=[False, False])
+    losses = [objective.loss([row], 3) for row in (both, one, none)]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+    lora = [w for name, w in compressor.weights.items() if "lora_" in name]
+    of_both, of_one = (torch.autograd.grad(loss, lora, allow_unused=True) for loss in losses[:2])
+    assert any(not torch.equal(a, b) for a, b in zip(of_both, of_one, strict=True))
+    of_none = torch.autograd.grad(losses[2], lora, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in of_none)
+
+
+@pytest.mark.parametrize("match", ["hidden", "logits"])
+def test_matching_plain_reading_costs_nothing_where_reading_is_plain(
+    own: Generator, match: Any
+) -> None:
+    maker = RowMaker(own, SPANS)
+    prefix = own.tokenizer.decode(maker.prefix_ids)
+    full = make_compressor(own, "full", sink=prefix)
+    row = maker.ask(*asked(0))
+    plain = Objective(full, maker.prefix_ids).loss([row], 1)
+    matched = Objective(full, maker.prefix_ids, match=match).loss([row], 1)
+    torch.testing.assert_close(matched, plain, atol=ROUNDING, rtol=ROUNDING)
+    lossy = make_compressor(own, "learned", sink=prefix)
+    without = Objective(lossy, maker.prefix_ids).loss([row], 3)
+    assert Objective(lossy, maker.prefix_ids, match=match).loss([row], 3) > without + 1e-3
+
+
+@pytest.mark.parametrize("method", ["sac", "learned"])
+def test_one_batch_repeated_is_learned_and_the_model_stays_frozen(
+    own: Generator, method: str
+) -> None:
+    compressor = make_compressor(own, method)
+    maker = RowMaker(own, SPANS)
+    objective = Objective(compressor, maker.prefix_ids)
+    rows = [maker.ask(*asked(0, 2)), maker.ask(*asked(5))]
+    frozen = weights_of(own)
+    before = {name: weight.clone() for name, weight in compressor.weights.items()}
+    trained = [w for name, w in compressor.weights.items() if name not in compressor.fitted]
+    optimizer = torch.optim.AdamW(trained, lr=3e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(20):
+        loss = objective.loss(rows, 3)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    changed = {n for n, w in compressor.weights.items() if not torch.equal(w, before[n])}
+    # What the last layer makes of its attention goes into no key or value.
+    idle = {name for name in compressor.weights if "layers.2.self_attn.q_proj" in name}
+    assert changed == set(compressor.weights) - compressor.fitted - idle
+    assert all(torch.equal(w, frozen[name]) for name, w in weights_of(own).items())
+
+
+def test_places_are_those_before_each_predicted_token() -> None:
+    row = Row((Source((1, 2)), (3,)), (Target((4, 5, 6), 2), Target((7, 8), 1)))
+    (rows, columns), labels = target_places([row], 9)
+    assert rows.tolist() == [0, 0, 0]
+    assert columns.tolist() == [4, 5, 7]
+    assert labels.tolist() == [5, 6, 8]
+
+
+def test_branches_must_end_a_prompt_and_have_text(llama: Generator) -> None:
+    for parts in ([Branches(((1,),)), [2]], [[1], Branches(((2,), ()))]):
+        with pytest.raises(ValueError, match="branches must be the last part"):
+            assemble([parts], llama)  # type: ignore[list-item]
+
+
+# --- scorer
+
+
+def test_a_fitted_scorer_chooses_much_like_the_attention_it_foretells(own: Generator) -> None:
+    compressor = make_compressor(own, "learned")
+    assert isinstance(compressor, SAC)
+    for name, weight in compressor.weights.items():
+        if "lora_" in name:
+            weight.data.zero_()
+    texts = [torch.tensor(own.tokenize(text)) for text in PROSE]
+    seen: list[int] = []
+
+    def overlap() -> float:
+        shares = []
+        for tokens in texts:
+            measured = SAC(own, compressor_config(compressor, anchors="attention"))
+            wanted = measured.layout(tokens).kept
+            (kv,) = compressor.encode([tokens], [0])
+            shares.append(torch.isin(kv.positions[0, 0].long(), wanted[0, 0]).float().mean().item())
+        return sum(shares) / len(shares)
+
+    before = overlap()
+    explained = fit_scorer(compressor, texts, seen.append)
+    assert seen == [1] * len(texts)
+    assert 0 < explained <= 1
+    assert overlap() > before + 0.1
+
+
+def compressor_config(compressor: SAC, **changes: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(compressor.config, lora_targets=(), cue=False, **changes)
+
+
+def test_only_learned_anchors_have_a_scorer_and_it_needs_texts(own: Generator) -> None:
+    uniform = make_compressor(own, "sac")
+    with pytest.raises(ValueError, match="anchors='learned' has a scorer, was: anchors='uniform'"):
+        fit_scorer(uniform, [])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one text"):
+        fit_scorer(make_compressor(own, "learned"), [])  # type: ignore[arg-type]
+
+
+# --- data and config
+
+
+def test_no_article_is_in_training_and_validation(config: TrainConfig) -> None:
+    training, held = split_examples(config)
+    assert {example.article for example in held} == {"article 3"}
+    assert len(training) == 6
+    assert not {e.article for e in training} & {e.article for e in held}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"), [(4, "all 8 are held out"), (0, "no validation examples")]
+)
+def test_data_that_leaves_nothing_is_refused(questions: Path, held_out: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_examples(TrainConfig(data=(str(questions),), held_out_articles=held_out))
+
+
+def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
+    llama: Generator, config: TrainConfig
+) -> None:
+    from dataclasses import replace
+    from itertools import islice
+
+    examples, _ = split_examples(config)
+    maker = RowMaker(llama, config.format)
+
+    def first(changed: TrainConfig) -> list[Any]:
+        return list(islice(BatchStream(changed, maker, examples), 12))
+
+    batches = first(config)
+    assert batches == first(config)
+    assert batches != first(replace(config, seed=1))
+    assert {batch.ratio for batch in batches} == {2, 5}
+    assert {len(row.sources) for batch in batches for row in batch.rows} == {1, 3}
+    rows = [row for batch in batches for row in batch.rows]
+    assert all(sum(source.learns for source in row.sources) == 1 for row in rows)
+
+
+def test_a_curriculum_lets_higher_ratios_join_later(llama: Generator, config: TrainConfig) -> None:
+    from dataclasses import replace
+    from itertools import islice
+
+    slow = replace(config, curriculum=1.0, steps=40)
+    examples, _ = split_examples(slow)
+    batches = list(islice(BatchStream(slow, RowMaker(llama, slow.format), examples), 80))
+    assert {batch.ratio for batch in batches[:39]} == {2}
+    assert {batch.ratio for batch in batches[40:]} == {2, 5}
+
+
+def test_documents_are_paragraphs_between_blank_lines(tmp_path: Path) -> None:
+    import gzip
+
+    path = tmp_path / "prose.txt.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("one\ntwo\n\n\nthree\n\n")
+    assert list(read_documents([str(path), str(path)])) == ["one two", "three"] * 2
+
+
+def test_a_config_survives_json_and_names_what_it_does_not_know(config: TrainConfig) -> None:
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"unknown settings .*: zoom, compressor\.lora, format\.x"):
+        TrainConfig.from_dict({"zoom": 1, "compressor": {"lora": 2}, "format": {"x": ""}})
+    with pytest.raises(ValueError, match="compressor must be a table of settings, was: 5"):
+        TrainConfig.from_dict({"compressor": 5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratios": []}, "ratios must be at least one ratio"),
+        ({"ratios": [0]}, "ratios must be integers from 1"),
+        ({"ratios": "5"}, "ratios must be a list, was one str"),
+        ({"chunks": [0]}, "chunks must be integers from 1"),
+        ({"data": []}, "data must be question files"),
+        ({"text_share": 0.5}, "text must be files of prose"),
+        ({"text_share": 2}, "text_share must be from 0 to 1, was: 2"),
+        ({"steps": 0}, "steps must be at least 1, was: 0"),
+        ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"schedule": "step"}, "schedule must be one of cosine, .*was: 'step'"),
+        ({"match": "all"}, "match must be one of none, hidden, logits, was: 'all'"),
+        ({"compressor": {"ratio": 0}}, "ratio must be an integer of at least 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict({"data": ["x.json"], **changes})
+
+
+def test_settings_of_a_file_are_given_anew_one_by_one(tmp_path: Path) -> None:
+    toml, as_json = tmp_path / "run.toml", tmp_path / "run.json"
+    toml.write_text('data = ["a.json"]\nsteps = 5\n[compressor]\nlora_rank = 8\n')
+    as_json.write_text('{"data": ["a.json"], "steps": 5, "compressor": {"lora_rank": 8}}')
+    assert TrainConfig.read(toml) == TrainConfig.read(as_json)
+    overrides = ["steps=7", "compressor.attention=full", "ratios=[2,3]", "data=b.json", "chunks=4"]
+    config = TrainConfig.complete(TrainConfig.read(toml), overrides)
+    assert (config.steps, config.ratios, config.data, config.chunks) == (
+        7,
+        (2, 3),
+        ("b.json",),
+        (4,),
+    )
+    assert (config.compressor.lora_rank, config.compressor.attention) == (8, "full")
+    with pytest.raises(ValueError, match="name=value, was: 'steps'"):
+        TrainConfig.complete({}, ["steps"])
+    with pytest.raises(ValueError, match="unknown settings of a training run: stepz"):
+        TrainConfig.complete({}, ["stepz=1"])
+    (tmp_path / "bad.toml").write_text("steps =")
+    with pytest.raises(ValueError, match=r"bad\.toml cannot be parsed"):
+        TrainConfig.read(tmp_path / "bad.toml")
+    with pytest.raises(ValueError, match=r"must be a \.toml or \.json file"):
+        TrainConfig.read(tmp_path / "run.yaml")
+
+
+# --- whole runs
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_compressor_that_answers_and_an_account(
+    own: Generator, config: TrainConfig, tmp_path: Path
+) -> None:
+    frozen = {name.replace(".base_layer", ""): w for name, w in weights_of(own).items()}
+    events: list[dict[str, Any]] = []
+    folder = train(config, tmp_path / "run", generator=own, on_event=events.append)
+    for name, weight in weights_of(own).items():
+        assert torch.equal(weight, frozen[name.replace(".base_layer", "")]), name
+    loaded = checkpoint.load(folder, own)
+    assert checkpoint.load_format(folder) == config.format
+    assert loaded.config.sink == config.format.opening(own.tokenizer)
+    assert loaded.compress([PROSE[0]])[0].dtype == torch.bfloat16
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [entry["step"] for entry in history["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert [(v["step"], v["ratio"]) for v in history["validations"]] == [
+        (3, 2), (3, 5), (6, 2), (6, 5),
+    ]  # fmt: skip
+    for validation in history["validations"]:
+        assert 0 <= validation["f1"] <= 1
+        content = validation["accuracy"] - validation["wrong_accuracy"]
+        assert validation["content"] == pytest.approx(content)
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {event["event"] for event in events} == {"scorer", "start", "step", "validation"}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(
+    make_generator: Callable[..., Generator], config: TrainConfig, tmp_path: Path
+) -> None:
+    whole = train(config, tmp_path / "whole", generator=make_generator("llama"))
+
+    def stop_at_four(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    parts = tmp_path / "parts"
+    train(config, parts, generator=make_generator("llama"), on_event=stop_at_four)
+    steps = json.loads((parts / "history.json").read_text())["steps"]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    events: list[dict[str, Any]] = []
+    resumed = train(config, parts, generator=make_generator("llama"), on_event=events.append)
+    assert events[0] == {"event": "start", "step": 4, "steps": 6}
+    of_whole, of_parts = checkpoint.read(whole)[1], checkpoint.read(resumed)[1]
+    assert of_whole.keys() == of_parts.keys()
+    assert all(torch.equal(of_whole[name], of_parts[name]) for name in of_whole)
+    losses = [
+        [entry["loss"] for entry in json.loads((run / "history.json").read_text())["steps"]]
+        for run in (tmp_path / "whole", parts)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_run_of_other_settings_is_not_continued(
+    own: Generator, config: TrainConfig, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    limited = replace(config, max_minutes=1e-6)
+    train(limited, tmp_path / "run", generator=own)
+    steps = json.loads((tmp_path / "run" / "history.json").read_text())["steps"]
+    assert len(steps) == 1, "a limit of time ends a run after the step at hand"
+    with pytest.raises(ValueError, match=r"run with other settings \(learning_rate\)"):
+        train(replace(config, learning_rate=1.0), tmp_path / "run", generator=own)
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_saves_on_ctrl_c_and_goes_on(
+    questions: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    model = make_model("qwen3")
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    settings = tmp_path / "run.json"
+    settings.write_text(json.dumps({**config.to_dict(), "steps": 500, "eval_every": 400}))
+    command = [
+        *(sys.executable, "-m", "sac_rag.cli", "train", "--config", str(settings)),
+        *("--out", str(tmp_path / "run"), "--data", str(questions), "--json"),
+        *(f"model={tmp_path / 'model'}", "dtype=float32"),
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(300, running.kill)
+    watchdog.start()
+    try:
+        # It has begun once the folder is claimed; a little later it is within a step or before.
+        while not (tmp_path / "run" / "train.json").exists() and running.poll() is None:
+            time.sleep(0.1)
+        time.sleep(20)
+        running.send_signal(signal.SIGINT)
+        printed, errors = running.communicate()
+    finally:
+        watchdog.cancel()
+    assert running.returncode == 0, errors
+    assert json.loads(printed)["compressor"].endswith("compressor")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    reached = history["steps"][-1]["step"]
+    assert 0 < reached < 500
+    done = subprocess.run(
+        [*command, "max_minutes=0.00001"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history["steps"][-1]["step"] == reached + 1

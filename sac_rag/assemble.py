@@ -92,6 +92,7 @@ def assemble(
     prefix: AnchorKV | None = None,
     cue: Tensor | None = None,
     reserve: int = 0,
+    first_position: int = 0,
 ) -> Prompt:
     """Places parts one after the other and moves every chunk's keys to its place.
 
@@ -102,6 +103,7 @@ def assemble(
         cue: Embedding put behind every chunk, at the position of the chunk's last token.
             Shape: (hidden,)
         reserve: Positions to keep free for the answer, in tokens.
+        first_position: Of every row's first token, or of its prefix's.
 
     Raises:
         ValueError: if a row does not end in text, or a chunk is not of this generator's shape.
@@ -113,8 +115,8 @@ def assemble(
         # Before anything is embedded: what is far too long would not fit into memory either.
         positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in parts)
         positions += prefix.num_tokens if prefix is not None else 0
-        require_room(number, positions, reserve, generator)
-    placed = [_place(row, generator, prefix, cue) for row in rows]
+        require_room(number, first_position + positions, reserve, generator)
+    placed = [_place(row, generator, prefix, cue, first_position) for row in rows]
     cache, entry_turns = _cache(placed, generator)
     embeds, position_ids, token_turns = _plain_text(placed, generator)
     return Prompt(
@@ -133,7 +135,7 @@ def require_room(number: int, positions: int, reserve: int, generator: Generator
 
     Args:
         number: Which prompt of the batch, for the message.
-        positions: What the prompt takes, in source tokens.
+        positions: What the prompt takes, in source tokens, and what it leaves free before it.
         reserve: Positions to keep free for the answer, in tokens.
         generator: Whose last position counts.
 
@@ -153,13 +155,14 @@ def _place(
     generator: Generator,
     prefix: AnchorKV | None,
     cue: Tensor | None,
+    first_position: int,
 ) -> _Row:
     if not parts or isinstance(parts[-1], AnchorKV) or not len(parts[-1]):
         raise ValueError("a prompt must end in text: the model answers from its last token")
-    row = _Row([], [])
+    row = _Row([], [], end=first_position)
     if prefix is not None:
-        row.chunks.append((0, 0, prefix))
-        row.end = prefix.num_tokens
+        row.chunks.append((0, row.end, prefix))
+        row.end += prefix.num_tokens
     for turn, part in enumerate(parts, start=1):
         if isinstance(part, Branches):
             _place_branches(part, turn, row, generator, last=turn == len(parts))

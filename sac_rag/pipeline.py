@@ -195,8 +195,10 @@ class SacRAG:
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
-        pieces = self._ask(question, chunks)
-        return self._ids(piece.text if isinstance(piece, Chunk) else piece for piece in pieces)
+        ids: list[int] = []
+        for piece in self._ask(question, chunks):
+            ids += self._chunk_ids(piece) if isinstance(piece, Chunk) else self._tokenize(piece)
+        return ids
 
     def beginning_ids(self) -> list[int]:
         """Token ids that prompts of this format begin with, whatever is asked: the shared prefix.
@@ -205,6 +207,10 @@ class SacRAG:
         them.
         """
         return self._ids(self.format.beginning(self.generator.tokenizer))
+
+    def _chunk_ids(self, chunk: Chunk) -> list[int]:
+        """A chunk as text: the very tokens that are compressed."""
+        return [] if chunk.is_empty else self.compressor.compressor.tokenize(chunk.text)
 
     def _ids(self, pieces: Iterable[Markup | str]) -> list[int]:
         return [token for piece in pieces for token in self._tokenize(piece)]
@@ -255,6 +261,7 @@ class SacRAG:
             started: When the work on this call began, on the clock of `time.perf_counter`.
         """
         generator = self.generator
+        first_position = self.compressor.compressor.config.first_position
         # Text becomes token ids, chunks stay as they are until their KV is there.
         plain = [
             [piece if isinstance(piece, Chunk) else self._tokenize(piece) for piece in row]
@@ -267,7 +274,8 @@ class SacRAG:
             for number, row in enumerate(plain):
                 text = sum(len(p) for p in row if not isinstance(p, Chunk))
                 inside = sum(islice(of_chunk, len(chunks[number])))
-                require_room(number, text + inside, decoding.max_new_tokens, generator)
+                positions = first_position + text + inside
+                require_room(number, positions, decoding.max_new_tokens, generator)
 
         flat = [chunk for row in chunks for chunk in row]
         prepare_s = time.perf_counter() - started
@@ -291,13 +299,13 @@ class SacRAG:
                     reports[-1].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0))
                 else:
                     kv, miss = next(results)
-                    part = kv if kv is not None else generator.tokenize(piece.text)
+                    part = kv if kv is not None else self._chunk_ids(piece)
                     parts[-1].append(part)
                     reports[-1].append(_report(piece, part, miss))
         for number, row_parts in enumerate(parts):
             # Before the prefix is read: what does not fit must not cost a forward pass.
             positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in row_parts)
-            require_room(number, positions, decoding.max_new_tokens, generator)
+            require_room(number, first_position + positions, decoding.max_new_tokens, generator)
         prepare_s += time.perf_counter() - started
         started = time.perf_counter()
         split = self.prefixes.split(beginning, parts)
@@ -309,6 +317,7 @@ class SacRAG:
             prefix=split.prefix,
             cue=self.compressor.compressor.cue,
             reserve=decoding.max_new_tokens,
+            first_position=first_position,
         )
         return Run(
             generation=Generation(generator, prompt, decoding),

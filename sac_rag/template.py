@@ -60,6 +60,8 @@ class PromptFormat:
         separator: Plain text between chunks.
         prefix: What every plain prompt begins with, word for word: nothing in it is filled in.
         chat: Whether the prompt is a chat in the tokenizer's template.
+        raw: Whether a plain prompt is its own words and no more, as a template is: special tokens
+            in them count, the BOS too must be among them, and the question is tokenized apart.
         stop: Texts at which an answer ends, besides those of the Decoding.
 
     Raises:
@@ -73,11 +75,15 @@ class PromptFormat:
     separator: str = "\n\n"
     prefix: str = ""
     chat: bool = True
+    raw: bool = False
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chat, bool):
-            raise ValueError(f"the prompt format's 'chat' must be a bool, was: {self.chat!r}")
+        for name in ("chat", "raw"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"the prompt format's {name!r} must be a bool, was: {getattr(self, name)!r}"
+                )
         if not self.chat and self.system == _SYSTEM:
             object.__setattr__(self, "system", "")
         stop = tuple(self.stop) if isinstance(self.stop, (list, tuple)) else (self.stop,)
@@ -103,6 +109,11 @@ class PromptFormat:
                 "a chat begins with its template's own words, so it has no 'prefix', was: "
                 f"{self.prefix!r:.100}; put it into 'system', or give chat=False for a plain prompt"
             )
+        if self.chat and self.raw:
+            raise ValueError(
+                "a chat is in its template's words, so it cannot be 'raw'; give chat=False for a "
+                "plain prompt"
+            )
         if self.system and not self.chat:
             raise ValueError(
                 f"a plain prompt (chat=False) has no 'system', was: {self.system!r:.100}; "
@@ -125,6 +136,8 @@ class PromptFormat:
         """
         if self.chat:
             return render(tokenizer, self.messages(question, chunks))
+        if self.raw:
+            return self._raw(question, chunks)
         bos = _bos(tokenizer)
         words = _joined([self.prefix, *self._filled(question, chunks)])
         return [*([Markup(bos)] if bos else []), *words]
@@ -162,7 +175,7 @@ class PromptFormat:
         begins = self.user.split("{chunks}")[0] + heading
         text = self.prefix + begins
         end = text.find(begins) + len(begins) if begins else len(text)
-        return _bos(tokenizer) + text[:end]
+        return text[:end] if self.raw else _bos(tokenizer) + text[:end]
 
     def to_json(self) -> str:
         """The fields, one a line."""
@@ -191,19 +204,32 @@ class PromptFormat:
 
     def _filled(self, question: str, chunks: Sequence[Chunk]) -> list[str | Chunk]:
         """The user's text with its places taken."""
-        if not question.strip():
-            raise ValueError("the question must have text, was: empty or only white space")
+        _require_text(question)
+        before, after = self.user.split("{chunks}")
+        return [
+            _fill(before, {"question": question}),
+            *self._passages(chunks),
+            _fill(after, {"question": question}),
+        ]
+
+    def _raw(self, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
+        """The prompt with its own words as markup, each apart from the caller's."""
+        _require_text(question)
+        pieces: list[Piece] = [Markup(self.prefix)]
+        before, after = self.user.split("{chunks}")
+        for words, then in ((before, self._passages(chunks)), (after, [])):
+            head, *tail = words.split("{question}")
+            pieces += [Markup(head), *((question, Markup(tail[0])) if tail else ()), *then]
+        return [piece for piece in pieces if piece not in ("", Markup(""))]
+
+    def _passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
+        """The chunks in their surroundings."""
         passages: list[str | Chunk] = []
         for number, chunk in enumerate(chunks, start=1):
             passages += [self.separator] if passages else []
             after = _fill(self.chunk.split("{chunk}")[1], _names(chunk, number))
             passages += [self._heading(chunk, number), chunk, after]
-        before, after = self.user.split("{chunks}")
-        return [
-            _fill(before, {"question": question}),
-            *passages,
-            _fill(after, {"question": question}),
-        ]
+        return passages
 
     def _heading(self, chunk: Chunk, number: int) -> str:
         heading = _fill(self.chunk.split("{chunk}")[0], _names(chunk, number))
@@ -240,6 +266,11 @@ Answer: the flood of 1987
     user="{chunks}\nQuestion: {question}\nAnswer:",
     stop=("\n",),
 )
+
+
+def _require_text(question: str) -> None:
+    if not question.strip():
+        raise ValueError("the question must have text, was: empty or only white space")
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:

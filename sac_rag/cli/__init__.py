@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from sac_rag.cli import ask, bench, evaluate, models, train
+from sac_rag.cli import ask, bench, convert, evaluate, models, train
 from sac_rag.show import notes
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(ask.precompress)
 app.command()(ask.ask)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(convert.convert)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 

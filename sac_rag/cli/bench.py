@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, loading, progress, pull_missing
-from sac_rag.show import print_json, print_speed
+from sac_rag.show import notes, print_choices, print_json, print_speed
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -49,3 +50,44 @@ def speed(
         print_json({"rows": [asdict(row) for row in rows]})
     else:
         print_speed(model, rows)
+
+
+@app.command()
+def choices(
+    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder of results; run again to go on.")
+    ] = Path("runs/choices"),
+    config: Annotated[
+        Path | None, typer.Option(help="Settings that all runs share, .toml or .json.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Prose, for the choices that learn from it.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A choice; may be repeated.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Time of each run, validation not.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each choice.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Compares design choices of training on equal time, at one ratio."""
+    with loading():
+        from sac_rag.training.choices import compare
+        from sac_rag.training.config import TrainConfig
+    values: dict[str, Any] = TrainConfig.read(config) if config else {}
+    values["data"] = [str(path) for path in data]
+    # The rows of prose are drawn only by the choices that set a share of them.
+    values["text"] = [str(path) for path in text or ()]
+    values["max_minutes"] = minutes
+    base = TrainConfig.from_dict({"ratios": [5], "steps": 1000, "eval_every": 1000, **values})
+    rows = []
+    for outcome in compare(base, folder, names=only or (), seeds=range(seeds)):
+        rows.append(asdict(outcome))
+        notes.print(
+            f"{outcome.choice}, seed {outcome.seed}: loss {outcome.loss:.3f}, accuracy "
+            f"{outcome.accuracy:.3f}, content {outcome.content:.3f} after {outcome.steps} steps",
+            markup=False,
+        )
+    if as_json:
+        print_json({"rows": rows})
+    else:
+        print_choices(rows)

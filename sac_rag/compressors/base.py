@@ -56,6 +56,7 @@ class Compressor(ABC):
         self.cue: Tensor | None = None
         self._adapter: str | None = None
         self._sink_ids = generator.tokenize(config.sink, special=True)
+        self._heading_ids = generator.tokenize(config.heading, special=True)
 
     @abstractmethod
     def layout(self, tokens: Tensor) -> Layout:
@@ -69,6 +70,11 @@ class Compressor(ABC):
     def sink_ids(self) -> list[int]:
         """Token ids read before each segment and dropped."""
         return list(self._sink_ids)
+
+    @property
+    def heading_ids(self) -> list[int]:
+        """Token ids that stand before each chunk's own and are compressed with them."""
+        return list(self._heading_ids)
 
     def at_ratio(self, ratio: int) -> Self:
         """The same weights at another ratio.
@@ -145,14 +151,14 @@ class Compressor(ABC):
         return self.compress_tokens(chunks)
 
     def tokenize(self, text: str) -> list[int]:
-        """A chunk's tokens; special tokens spelled out in it stay ordinary text.
+        """A chunk's tokens behind its heading's; special tokens spelled out in it stay ordinary text.
 
         Raises:
             ValueError: if the text is empty or only white space.
         """
         if not text.strip():
             raise ValueError("a chunk must have text, was: empty or only white space")
-        return self.generator.tokenize(text)
+        return [*self._heading_ids, *self.generator.tokenize(text)]
 
     @torch.no_grad()
     def compress_tokens(self, chunks: Sequence[Sequence[int]], *, start: int = 0) -> list[AnchorKV]:

@@ -28,6 +28,8 @@ class CompressorConfig:
     anchors: Anchors = "uniform"
     segment_tokens: int = 510  # longest text encoded in one forward pass, in tokens
     sink: str = ""  # opening of every prompt, read before each segment and dropped ("" = none)
+    # Text that stands before each chunk and is compressed with it, special tokens and all.
+    heading: str = ""
     attention: Attention = "full"  # who sees later tokens: nobody, the anchors, or every token
     # What is added to an anchor's input: one learned vector, one for each slot, or nothing.
     anchor_embedding: AnchorEmbedding = "shared"
@@ -66,8 +68,9 @@ class CompressorConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, was: {getattr(self, name)!r}"
                 )
-        if not isinstance(self.sink, str):
-            raise ValueError(f"sink must be a str, was: {self.sink!r}")
+        for name in ("sink", "heading"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a str, was: {getattr(self, name)!r}")
         if self.anchors in ("attention", "learned") and (
             self.anchor_embedding != "none" or self.attention == "anchors"
         ):

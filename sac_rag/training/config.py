@@ -61,6 +61,7 @@ class TrainConfig:
     init_from: str = ""  # folder of a compressor whose weights to begin with; "" = untrained
     compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))
     format: PromptFormat = SPANS  # the prompt that answers are learned in
+    sink: bool = True  # whether chunks are read behind the format's opening, if no sink is given
 
     # What a step learns from
     text_share: float = 0.0  # share of batches that are prose (stage 1 is 1.0, stage 2 is 0.0)

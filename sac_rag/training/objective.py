@@ -83,7 +83,7 @@ class Objective:
         if self.match == "none":
             return loss
         with torch.no_grad():
-            text = assemble([_as_text(row) for row in rows], generator, prefix=self._prefix)
+            text = self._text_prompt(rows)
             taught = self._read(text)[target_places(rows, text.embeds.shape[1])[0]]
             if self.match == "logits":
                 with generator.running() as model:
@@ -108,7 +108,7 @@ class Objective:
         """
         generator = self.compressor.generator
         if read_as == "text":
-            prompt = assemble([_as_text(row) for row in rows], generator, prefix=self._prefix)
+            prompt = self._text_prompt(rows)
         else:
             compressor = self.compressor.at_ratio(ratio)
             prompt = self.prompt(rows, self.encode(compressor, rows))
@@ -133,7 +133,8 @@ class Objective:
             group = [source for source in sources if source.learns is learns]
             if not group:
                 continue
-            tokens = [torch.tensor(source.ids, device=device) for source in group]
+            heading = compressor.heading_ids
+            tokens = [torch.tensor([*heading, *source.ids], device=device) for source in group]
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                 kvs |= zip(group, compressor.encode(tokens, [0] * len(group)), strict=True)
         return [kvs[source] for row in rows for source in row.sources]
@@ -148,8 +149,19 @@ class Objective:
             ]
             for row in rows
         ]
+        return self._assemble(parts, self.compressor.cue)
+
+    def _text_prompt(self, rows: Sequence[Row]) -> Prompt:
+        """The same prompts with the chunks as text."""
+        return self._assemble([_as_text(row, self.compressor.heading_ids) for row in rows], None)
+
+    def _assemble(self, parts: Sequence[Sequence[Part | Branches]], cue: Tensor | None) -> Prompt:
         return assemble(
-            parts, self.compressor.generator, prefix=self._prefix, cue=self.compressor.cue
+            parts,
+            self.compressor.generator,
+            prefix=self._prefix,
+            cue=cue,
+            first_position=self.compressor.config.first_position,
         )
 
     def _read(self, prompt: Prompt) -> Tensor:
@@ -190,8 +202,8 @@ def target_places(rows: Sequence[Row], columns: int) -> tuple[tuple[Tensor, Tens
     return (torch.tensor(at_row), torch.tensor(at_column)), torch.tensor(labels)
 
 
-def _as_text(row: Row) -> list[Part | Branches]:
+def _as_text(row: Row, heading: list[int]) -> list[Part | Branches]:
     parts: list[Part | Branches] = [
-        part.ids if isinstance(part, Source) else part for part in row.parts
+        [*heading, *part.ids] if isinstance(part, Source) else part for part in row.parts
     ]
     return [*parts, Branches(tuple(target.ids for target in row.targets))]

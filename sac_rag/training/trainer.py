@@ -132,7 +132,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
             max_grad_norm=config.clip,
             logging_steps=config.log_every,
             eval_strategy="steps" if validator else "no",
-            eval_steps=config.eval_every,
+            eval_steps=config.eval_every,  # saving goes by it too
             save_strategy="steps",
             save_steps=config.eval_every,
             save_total_limit=config.keep_checkpoints,
@@ -270,7 +270,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._step_began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says where the run stands."""
+        """Says where the run stands, and looks as often as is wanted now, not as it once was."""
+        state.eval_steps = state.save_steps = args.eval_steps
+        state.logging_steps = args.logging_steps
         self._trainer.tell({"event": "start", "step": state.global_step, "steps": state.max_steps})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -282,9 +284,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         seconds = time.perf_counter() - self._step_began
         self._busy_s += seconds
         limit_s = 60 * self._trainer.run_config.max_minutes
+        out_of_time = limit_s > 0 and self._busy_s >= limit_s
         self._trainer.note("steps", "step", {**self._trainer.last, "seconds": round(seconds, 3)})
-        if self._trainer.stop_wanted.is_set() or (limit_s and self._busy_s >= limit_s):
+        if self._trainer.stop_wanted.is_set() or out_of_time:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = out_of_time and self._trainer.validator is not None
             self._trainer.tell({"event": "interrupted", "step": state.global_step})
 
 
@@ -293,7 +297,8 @@ def _claim(out: Path, config: TrainConfig) -> None:
     wanted = config.to_dict()
     path = out / CONFIG
     if path.is_file():
-        found = json.loads(path.read_text())
+        # By way of a config, so that settings which a later version added have their default.
+        found = TrainConfig.from_dict(json.loads(path.read_text())).to_dict()
         differing = sorted(
             name
             for name in wanted.keys() | found.keys()
@@ -313,7 +318,7 @@ def _claim(out: Path, config: TrainConfig) -> None:
 def _compressor(config: TrainConfig, generator: Generator) -> Compressor:
     """The compressor to train; keys and values are not rounded while it learns."""
     made = replace(config.compressor, stored_dtype="float32")
-    if not made.sink:
+    if config.sink and not made.sink:
         made = replace(made, sink=config.format.opening(generator.tokenizer))
     compressor = checkpoint.make(generator, made)
     if not set(compressor.weights) - compressor.fitted:

@@ -1,0 +1,128 @@
+"""Compares design choices on equal time. Knows only settings of runs, not what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sac_rag.generator import Generator
+from sac_rag.training.config import TrainConfig
+from sac_rag.training.trainer import HISTORY, OnEvent, train
+
+# What is set otherwise than in the run that all are compared with.
+_MARKED = {"compressor.anchors": "uniform", "compressor.anchor_embedding": "shared"}
+CHOICES: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "anchors: uniform": {**_MARKED},
+    "anchors: uniform, not marked": {"compressor.anchors": "uniform"},
+    "anchors: surprisal": {**_MARKED, "compressor.anchors": "surprisal"},
+    "anchors: attention when read again": {"compressor.anchors": "attention"},
+    "mask: anchors see all": {**_MARKED, "compressor.attention": "anchors"},
+    "mask: all see all": {"compressor.attention": "full"},
+    "mask: all see all, uniform": {**_MARKED, "compressor.attention": "full"},
+    "no sink": {"sink": False},
+    "anchor embedding: one a slot": {**_MARKED, "compressor.anchor_embedding": "slot"},
+    "no cue": {"compressor.cue": False},
+    "LoRA on q, v": {"compressor.lora_targets": ["q_proj", "v_proj"]},
+    "LoRA rank 8": {"compressor.lora_rank": 8, "compressor.lora_alpha": 16},
+    "LoRA rank 128": {"compressor.lora_rank": 128, "compressor.lora_alpha": 256},
+    "LoRA on all projections, rank 16": {
+        "compressor.lora_rank": 16,
+        "compressor.lora_alpha": 32,
+        "compressor.lora_targets": [
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ],
+    },
+    "match hidden states": {"match": "hidden"},
+    "match logits": {"match": "logits"},
+    "half prose": {"text_share": 0.5},
+    "half prose, also repeated": {"text_share": 0.5, "repeat": True},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a choice came to.
+
+    Attributes:
+        choice: Its name in CHOICES.
+        seed: Of the run.
+        steps: Steps done in the time.
+        tokens: Tokens read in them.
+        ratio, loss, accuracy, first_accuracy, content: As the last validation had them.
+    """
+
+    choice: str
+    seed: int
+    steps: int
+    tokens: int
+    ratio: int
+    loss: float
+    accuracy: float
+    first_accuracy: float
+    content: float
+
+
+def compare(
+    base: TrainConfig,
+    out: Path,
+    *,
+    names: Iterable[str] = (),
+    seeds: Iterable[int] = (0, 1),
+    on_event: OnEvent | None = None,
+) -> Iterator[Outcome]:
+    """Trains every choice for the same time, and says how it stands then.
+
+    What is done already (results.json in `out`) is not done again.
+
+    Args:
+        base: What is shared; its `max_minutes` is the time each run has.
+        out: Folder for results and runs.
+        names: Some of CHOICES. Default: all that `base` has the data for.
+        seeds: Of the runs.
+        on_event: As for `train`.
+
+    Raises:
+        ValueError: for an unknown choice, or without a time.
+    """
+    if not base.max_minutes:
+        raise ValueError("max_minutes must be the time each choice has, was: 0")
+    chosen = list(names) or [n for n, c in CHOICES.items() if base.text or "text_share" not in c]
+    if unknown := sorted(set(chosen) - set(CHOICES)):
+        raise ValueError(f"choices must be among {', '.join(CHOICES)}; unknown: {unknown}")
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.json"
+    done = json.loads(results.read_text()) if results.is_file() else []
+    for seed in seeds:
+        for name in chosen:
+            if any(row["choice"] == name and row["seed"] == seed for row in done):
+                continue
+            # Each its own model: LoRA stays on a model that it was put on.
+            generator = Generator.from_pretrained(base.model, dtype=base.dtype or None)
+            config = _chosen(base, name, seed)
+            folder = out / f"{len(done):03d}"
+            train(config, folder, generator=generator, on_event=on_event)
+            history = json.loads((folder / HISTORY).read_text())
+            last = history["validations"][-1]
+            outcome = Outcome(
+                choice=name,
+                seed=seed,
+                steps=len(history["steps"]),
+                tokens=sum(entry["tokens"] for entry in history["steps"]),
+                **{k: last[k] for k in ("ratio", "loss", "accuracy", "first_accuracy", "content")},
+            )
+            done.append(asdict(outcome))
+            results.write_text(json.dumps(done, indent=1) + "\n")
+            yield outcome
+
+
+def _chosen(base: TrainConfig, name: str, seed: int) -> TrainConfig:
+    overrides = dict(CHOICES[name])
+    values = base.to_dict()
+    for setting, value in overrides.items():
+        table, _, inner = setting.rpartition(".")
+        (values[table] if table else values)[inner or setting] = value
+    return replace(TrainConfig.from_dict(values), seed=seed)

@@ -151,7 +151,7 @@ class Compressor(ABC):
         return self.compress_tokens(chunks)
 
     def tokenize(self, text: str) -> list[int]:
-        """A chunk's tokens behind its heading's; special tokens spelled out in it stay ordinary text.
+        """A chunk's tokens behind the heading's; special tokens spelled out in it stay plain text.
 
         Raises:
             ValueError: if the text is empty or only white space.

@@ -40,6 +40,7 @@ SINK = "<|im_start|>system\n"
 CHANGES: dict[str, tuple[Any, set[str]]] = {
     "method": ("other", set()),
     "ratio": (4, set()),
+    "heading": ("text: ", set()),
     "anchors": ("surprisal", set()),
     "anchor_embedding": ("none", {"compressor_weights"}),
     "first_position": (1, set()),

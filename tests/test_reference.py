@@ -15,15 +15,15 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer
+from conftest import PROSE, make_compressor, make_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from sac_rag import SacRAG
 from sac_rag.assemble import assemble
@@ -42,7 +42,13 @@ from sac_rag.training.rows import RowMaker
 TOLERANCE = 1e-4
 SEGMENT = 510
 RANK = 4
-QUESTION = " What counted seven ships? "
+QUESTION = "What counted seven ships?"
+
+# How Llama 3 cuts text before BPE: a line break goes with the sign before it.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # Contexts of one segment, of exactly one, and of two, with the BOS and the heading.
 CONTEXTS = {
@@ -52,6 +58,42 @@ CONTEXTS = {
     "one segment": " ".join(PROSE * 3)[:900],
     "two segments": " ".join(PROSE * 5),
 }
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Small, and like Llama 3's in what matters here: it puts a BOS first and merges "?\\n"."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|end_of_text|>", "<|begin_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*PROSE, *["?\n", ":\n", ":\n\n"] * 20], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
+
+
+def make_generator() -> Generator:
+    """The tiny Llama with that tokenizer."""
+    return Generator(make_model("llama"), make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Generator:
+    """One that tests must not change."""
+    return make_generator()
 
 
 def their_file(slots: int = 34, layers: int = 3, hidden: int = 48) -> dict[str, Tensor]:
@@ -172,8 +214,8 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ours(adapter: Path, make_generator: Callable[..., Generator]) -> SAC:
-    return reference.load(adapter, make_generator("llama")).storing("float32")
+def ours(adapter: Path) -> SAC:
+    return reference.load(adapter, make_generator()).storing("float32")
 
 
 def save(path: Path, held: Any) -> Path:
@@ -182,6 +224,16 @@ def save(path: Path, held: Any) -> Path:
 
 
 # --- the same numbers
+
+
+def test_the_tokenizer_would_show_a_prompt_that_is_put_together_otherwise() -> None:
+    theirs = make_tokenizer()
+    for one, other in (("Who?", "\n### Answer"), ("### Context:\n", "\nText")):
+        first, then, joined = (
+            theirs(text, add_special_tokens=False).input_ids for text in (one, other, one + other)
+        )
+        assert joined != first + then
+    assert theirs("a").input_ids[0] == theirs.bos_token_id
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -220,11 +272,9 @@ def test_logits_are_theirs(ours: SAC, theirs: Theirs, context: str, home: Path) 
 
 
 @pytest.mark.parametrize("slots", [102, 10])
-def test_logits_are_theirs_at_the_other_ratios(
-    slots: int, tmp_path: Path, make_generator: Callable[..., Generator], home: Path
-) -> None:
+def test_logits_are_theirs_at_the_other_ratios(slots: int, tmp_path: Path, home: Path) -> None:
     file = their_file(slots)
-    ours = reference.load(save(tmp_path / "a.pt", file), make_generator("llama"))
+    ours = reference.load(save(tmp_path / "a.pt", file), make_generator())
     rag = SacRAG(CachedCompressor(ours.storing("float32"), {}), format=reference.FORMAT)
     theirs = Theirs(510 // slots, file)
     text = CONTEXTS["two segments"]
@@ -233,11 +283,9 @@ def test_logits_are_theirs_at_the_other_ratios(
     assert answer.text.strip() == theirs.text(expected)
 
 
-def test_a_file_of_half_precision_is_read_as_it_is(
-    tmp_path: Path, make_generator: Callable[..., Generator]
-) -> None:
+def test_a_file_of_half_precision_is_read_as_it_is(tmp_path: Path) -> None:
     held = {name: tensor.bfloat16() for name, tensor in their_file().items()}
-    weights = reference.load(save(tmp_path / "a.pt", held), make_generator("llama")).weights
+    weights = reference.load(save(tmp_path / "a.pt", held), make_generator()).weights
     assert torch.equal(weights["cue"], held["special_tokens"][1].float())
     assert torch.equal(
         weights["model.layers.2.self_attn.v_proj.lora_B.weight"],
@@ -262,10 +310,10 @@ def test_the_folder_answers_as_their_code_does(
     assert rag.compressor.compressor.config.ratio == 15
     for context in ("short", "two segments"):
         text = CONTEXTS[context]
-        answer = rag.answer("Who counted?", [text], Decoding(max_new_tokens=12))
-        expected = theirs.answer(theirs.context(text), theirs.question("Who counted?"), 12)
+        answer = rag.answer(QUESTION, [text], Decoding(max_new_tokens=12))
+        expected = theirs.answer(theirs.context(text), theirs.question(QUESTION), 12)
         assert answer.text.strip() == theirs.text(expected)
-        again = rag.answer("Who counted?", [text], Decoding(max_new_tokens=12))
+        again = rag.answer(QUESTION, [text], Decoding(max_new_tokens=12))
         assert (again.text, again.chunks[0].status) == (answer.text, "hit")
 
 
@@ -357,7 +405,7 @@ class Trap:
 
 @pytest.mark.parametrize("written_by", ["torch", "pickle"])
 def test_code_in_a_file_is_refused_and_never_run(
-    written_by: str, llama: Generator, tmp_path: Path
+    written_by: str, tiny: Generator, tmp_path: Path
 ) -> None:
     sprung = tmp_path / "sprung"
     path = tmp_path / "adapter.pt"
@@ -367,7 +415,7 @@ def test_code_in_a_file_is_refused_and_never_run(
     else:
         path.write_bytes(pickle.dumps(held))
     with pytest.raises(ValueError, match=r"has code in it, of which nothing was run") as refused:
-        reference.load(path, llama)
+        reference.load(path, tiny)
     assert not sprung.exists()
     assert "weights_only" not in str(refused.value), "torch advises to run the code"
     if written_by == "torch":
@@ -376,24 +424,24 @@ def test_code_in_a_file_is_refused_and_never_run(
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 100, 2000, -300, -1])
-def test_half_a_file_is_refused(kept: int, adapter: Path, llama: Generator) -> None:
+def test_half_a_file_is_refused(kept: int, adapter: Path, tiny: Generator) -> None:
     adapter.write_bytes(adapter.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"must be a dict of tensors .* damaged, .* get the"):
-        reference.load(adapter, llama)
+        reference.load(adapter, tiny)
 
 
 @pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04", b"\x80\x02.", b"{}", b"\x80\x05N."])
 def test_what_torch_did_not_write_is_refused(
-    content: bytes, llama: Generator, tmp_path: Path
+    content: bytes, tiny: Generator, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter.pt").write_bytes(content)
     with pytest.raises(ValueError, match="must be a dict of tensors"):
-        reference.load(tmp_path / "adapter.pt", llama)
+        reference.load(tmp_path / "adapter.pt", tiny)
 
 
-def test_a_file_that_is_not_there_is_named(llama: Generator, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_named(tiny: Generator, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no\.pt cannot be read: .*No such file"):
-        reference.load(tmp_path / "no.pt", llama)
+        reference.load(tmp_path / "no.pt", tiny)
 
 
 LORA = "model.model.layers.1.self_attn.v_proj.lora_"
@@ -421,10 +469,7 @@ LORA = "model.model.layers.1.self_attn.v_proj.lora_"
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(
-    changes: dict[str, tuple[int, ...] | None],
-    complaint: str,
-    tmp_path: Path,
-    make_generator: Callable[..., Generator],
+    changes: dict[str, tuple[int, ...] | None], complaint: str, tmp_path: Path
 ) -> None:
     held = their_file()
     for name, shape in changes.items():
@@ -433,7 +478,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
         else:
             held[name] = torch.ones(shape)
     with pytest.raises(ValueError, match=complaint):
-        reference.load(save(tmp_path / "adapter.pt", held), make_generator("llama"))
+        reference.load(save(tmp_path / "adapter.pt", held), make_generator())
 
 
 @pytest.mark.parametrize(
@@ -448,10 +493,10 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     ],
 )
 def test_a_file_of_another_structure_is_refused(
-    held: Any, complaint: str, tmp_path: Path, llama: Generator
+    held: Any, complaint: str, tmp_path: Path, tiny: Generator
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        reference.load(save(tmp_path / "adapter.pt", held), llama)
+        reference.load(save(tmp_path / "adapter.pt", held), tiny)
 
 
 @pytest.mark.parametrize("sizes", [{"layers": 2}, {"hidden": 64}])
@@ -470,22 +515,18 @@ def test_a_tokenizer_without_a_bos_is_refused(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize(("slots", "ratio"), [(102, 5), (34, 15), (10, 51), (510, 1)])
-def test_the_ratio_follows_from_the_slots(
-    slots: int, ratio: int, tmp_path: Path, make_generator: Callable[..., Generator]
-) -> None:
+def test_the_ratio_follows_from_the_slots(slots: int, ratio: int, tmp_path: Path) -> None:
     path = save(tmp_path / "adapter.pt", their_file(slots))
-    config = reference.load(path, make_generator("llama")).config
+    config = reference.load(path, make_generator()).config
     assert (config.ratio, config.segment_tokens) == (ratio, SEGMENT)
     assert (config.lora_rank, config.lora_alpha) == (RANK, 2 * RANK)
 
 
-def test_a_ratio_that_is_open_can_be_given(
-    tmp_path: Path, make_generator: Callable[..., Generator]
-) -> None:
+def test_a_ratio_that_is_open_can_be_given(tmp_path: Path) -> None:
     path = save(tmp_path / "adapter.pt", their_file(10))
-    assert reference.load(path, make_generator("llama"), ratio=50).config.ratio == 50
+    assert reference.load(path, make_generator(), ratio=50).config.ratio == 50
     with pytest.raises(ValueError, match="ratio 49 to 53, was given: 15"):
-        reference.load(path, make_generator("llama"), ratio=15)
+        reference.load(path, make_generator(), ratio=15)
 
 
 # --- what the core learned for it
@@ -493,25 +534,25 @@ def test_a_ratio_that_is_open_can_be_given(
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_where_a_prompt_starts_changes_positions_and_no_logits(
-    llama: Generator, prefix: bool
+    tiny: Generator, prefix: bool
 ) -> None:
-    compressor = make_compressor(llama, "sac")
+    compressor = make_compressor(tiny, "sac")
     (kv,) = compressor.compress([PROSE[0]])
-    read = read_plain(llama, [1, 7, 9]) if prefix else None
+    read = read_plain(tiny, [1, 7, 9]) if prefix else None
 
     def logits(first: int) -> tuple[Tensor, Tensor]:
         prompt = assemble(
             [[[4, 5], kv, [6, 7, 8]]],
-            llama,
+            tiny,
             prefix=read,
             cue=compressor.cue,
             first_position=first,
         )
         with torch.no_grad():
-            out = llama.model(
+            out = tiny.model(
                 inputs_embeds=prompt.embeds,
                 position_ids=prompt.position_ids,
-                attention_mask=llama.attention_mask(prompt.mask),
+                attention_mask=tiny.attention_mask(prompt.mask),
                 past_key_values=prompt.cache,
             ).logits
         return out, torch.cat([prompt.position_ids[0], prompt.next_positions])

@@ -46,7 +46,12 @@ def evaluate(
         str, typer.Option(help="Default model, local folder or hub id.")
     ] = "smollm2-135m",
     compressor: Annotated[
-        str | None, typer.Option(help="'full', or the folder of a trained compressor.")
+        str | None,
+        typer.Option(help="'shipped', 'full' or the folder of a trained compressor."),
+    ] = None,
+    prompt: Annotated[
+        Path | None,
+        typer.Option(help="Prompt format, JSON. Default: the compressor's, else few-shot spans."),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
@@ -76,9 +81,15 @@ def evaluate(
         pull_missing([model])
     with loading():
         from sac_rag import SacRAG
+        from sac_rag.compressors import checkpoint
         from sac_rag.evaluation import quality
+        from sac_rag.template import SPANS, PromptFormat
 
-        options: dict[str, Any] = {}
+        # One and the same prompt for every system, whether or not it needs the compressor.
+        folder = checkpoint.find(compressor or checkpoint.default(model), model)
+        own = checkpoint.load_format(folder) if folder else None
+        format = PromptFormat.from_json(prompt.read_text()) if prompt else own or SPANS
+        options: dict[str, Any] = {"format": format}
         if chosen := compressor or _unweighted(system, ratio):
             options["compressor"] = chosen
         if system is System.compressed:

@@ -295,7 +295,7 @@ def _with_passages(record: Any, place: str, on_bad: OnBad) -> Iterator[QAExample
         for item in _take(record, "ctxs", list):
             title = _title(item)
             chunks.append(Chunk(_words(item, "text"), id=title, title=title))
-            flags.append(item.get("gold", item.get("isgold")))
+            flags.append(_flag(item))
         if not question.answers:
             return
         if not any(flag is not None for flag in flags):
@@ -322,6 +322,14 @@ def _question(item: Any, place: str) -> Question:
     ]
     name = item.get("id", item.get("qid"))
     return Question(place if name is None else str(name), text, tuple(dict.fromkeys(answers)))
+
+
+def _flag(passage: dict[str, Any]) -> bool | None:
+    """Whether a passage is gold; None where the data does not say."""
+    flag = passage.get("gold", passage.get("isgold"))
+    if flag not in (None, True, False):
+        raise ValueError(f'"gold" must be true or false, was: {flag!r:.80}')
+    return None if flag is None else bool(flag)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PROSE, make_compressor, make_model, make_tokenizer
+from typer.testing import CliRunner
+
+from sac_rag.cli import app
+from sac_rag.compressors import checkpoint
+from sac_rag.template import SPANS, PromptFormat
 
 TOWN = """# Port Ellery
 
@@ -91,6 +99,7 @@ def test_precompress_again_computes_nothing_and_takes_more_from_stdin(library: A
         (("ask", "Why?", "--store", "nowhere"), "nowhere is no collection yet"),
         (("models", "pull", "gpt-7"), "gpt-7"),
         (("models", "verify", "gpt-7"), "gpt-7"),
+        (("evaluate", "--data", "nowhere.json"), "a file that exists, was: 'nowhere.json'"),
     ],
 )
 def test_mistakes_are_a_sentence_and_not_a_traceback(
@@ -118,6 +127,183 @@ def test_models_list_and_verify_know_what_is_on_disk() -> None:
     verified = sac_rag("models", "verify")
     assert verified.returncode == 0
     assert verified.stdout.count("is as it was pulled") == 3
+
+
+# --- evaluate, on a tiny model
+
+OWN_FORMAT = PromptFormat(
+    chat=False, chunk="{chunk}", user="{chunks} {question} ", prefix="Say: ", stop=("\n",)
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory, make_generator: Any) -> Path:
+    """A model, two compressors for it and questions of two articles, on disk."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model("llama").save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    for name, format in (("sac", None), ("formatted", OWN_FORMAT)):
+        compressor = make_compressor(make_generator("llama"), "sac")
+        checkpoint.save(compressor, folder / name, format=format)
+    (folder / "data.json").write_text(
+        json.dumps(
+            {
+                "data": [
+                    {
+                        "title": title,
+                        "paragraphs": [
+                            {
+                                "context": text,
+                                "qas": [
+                                    {
+                                        "id": f"{title}{n}.{word}",
+                                        "question": f"What about {word}?",
+                                        "answers": [{"text": word}],
+                                    }
+                                    for word in text.rstrip(".").split()
+                                ],
+                            }
+                            for n, text in enumerate(texts)
+                        ],
+                    }
+                    for title, texts in (("one", PROSE[:4]), ("two", PROSE[4:]))
+                ]
+            }
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_files: Path, home: Path) -> Path:
+    """The same, with a cache folder of the test's own."""
+    return tiny_files
+
+
+def evaluate_arguments(tiny: Path, *more: str) -> tuple[str, ...]:
+    return (
+        *("evaluate", "--data", str(tiny / "data.json"), "--model", str(tiny / "model")),
+        *("--dtype", "float32", "--max-new-tokens", "4", "--json", *more),
+    )
+
+
+def evaluated(tiny: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    """What `sac-rag evaluate` prints, in this process: loading torch takes seconds."""
+    done = CliRunner().invoke(app, evaluate_arguments(tiny, *more), catch_exceptions=False)
+    assert done.exit_code == code, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+@pytest.mark.slow
+def test_evaluate_prints_one_object_and_nothing_else(tiny: Path) -> None:
+    more = ("--compressor", str(tiny / "sac"), "--ratio", "5", "--k", "3", "--limit", "4")
+    done = sac_rag(*evaluate_arguments(tiny, *more))
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert {name: printed[name] for name in ("system", "ratio", "k", "n", "seed", "skipped")} == {
+        "system": "compressed", "ratio": 5, "k": 3, "n": 4, "seed": 0, "skipped": [],
+    }  # fmt: skip
+    for score in ("em", "f1", "contains"):
+        assert 0 <= printed[score] <= 1
+    low, high = printed["f1_interval"]
+    assert low <= printed["f1"] <= high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ratio"),
+    [
+        (("--system", "compressed", "--ratio", "1", "--compressor", "sac"), 1),
+        (("--system", "compressed", "--compressor", "sac"), 3),
+        (("--system", "compressed"), 1),
+        (("--system", "truncated", "--compressor", "sac"), 3),
+        (("--system", "truncated", "--ratio", "5"), 5),
+        # So that one line of a script does for all systems.
+        (("--system", "full-text", "--ratio", "5"), 1),
+        (("--system", "no-text", "--ratio", "5"), None),
+    ],
+)
+def test_evaluate_takes_every_system(
+    tiny: Path, arguments: tuple[str, ...], ratio: int | None
+) -> None:
+    given = [str(tiny / a) if a == "sac" else a for a in arguments]
+    out = tiny / "-".join(arguments)
+    printed = evaluated(tiny, "--limit", "2", "--k", "2", "--out", str(out), *given)
+    assert (printed["system"], printed["ratio"], printed["n"]) == (arguments[1], ratio, 2)
+    settings, *answers = map(json.loads, out.read_text().splitlines())
+    assert PromptFormat(**settings["prompt"]) == SPANS
+    assert [len(answers), settings["labels"]["model"]] == [2, str(tiny / "model")]
+
+
+def test_evaluate_shows_every_system_the_prompt_of_the_compressor(tiny: Path) -> None:
+    common = ("--limit", "1", "--compressor", str(tiny / "formatted"))
+    prompts = {
+        evaluated(tiny, *common, "--system", system)["prompt"]
+        for system in ("compressed", "truncated", "full-text", "no-text")
+    }
+    assert len(prompts) == 1
+    (tiny / "own.json").write_text(OWN_FORMAT.to_json())
+    without_weights = ("--system", "no-text", "--limit", "1", "--prompt", str(tiny / "own.json"))
+    assert {evaluated(tiny, *without_weights)["prompt"]} == prompts
+    assert evaluated(tiny, *without_weights[:4])["prompt"] not in prompts
+
+
+def test_evaluate_reports_bad_records_and_scores_the_rest(tiny: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"context": "Owls.", "qas": 5}\n')
+    arguments = ("--system", "no-text", "--limit", "3", "--data", str(more))
+    printed = evaluated(tiny, *arguments, code=1)
+    assert printed["n"] == 3
+    assert printed["skipped"] == [f'{more.as_posix()}:1: "qas" must be a list, was: 5']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to a process")
+def test_evaluate_goes_on_after_ctrl_c(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    more = ("--system", "full-text", "--batch-size", "1", "--out", str(out))
+    command = [sys.executable, "-m", "sac_rag.cli", *evaluate_arguments(tiny, *more)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not out.exists() or out.read_bytes().count(b"\n") < 3:
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        printed, complaint = running.communicate(timeout=60)
+    assert (running.returncode, printed) == (130, "")
+    assert "run it again to go on" in complaint.replace("\n", " ")
+    assert "Traceback" not in complaint
+    kept = out.read_bytes()
+    total = sum(len(text.split()) for text in PROSE)
+    assert 2 <= kept.count(b"\n") - 1 < total
+    resumed = evaluated(tiny, *more)
+    assert out.read_bytes().startswith(kept)
+    again = evaluated(tiny, *more[:2])
+    assert [{**r, "seconds": 0, "n": total} for r in (resumed, again)] == [
+        {**again, "seconds": 0}
+    ] * 2
+
+
+def test_evaluate_says_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("just some prose\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    for more, complaint in (
+        (("--data", str(tmp_path / "none.json")), "none.json"),
+        (("--data", str(tmp_path / "prose.txt")), "prose.txt must be SQuAD JSON"),
+        (("--data", str(tmp_path / "empty.jsonl")), "empty.jsonl must hold question data"),
+        (("--compressor", str(tmp_path / "nowhere")), "a compressor must be 'full', 'shipped' or"),
+        (("--ratio", "5"), "'full' keeps every token"),
+    ):
+        # What `main` prints of it: see test_mistakes_are_a_sentence_and_not_a_traceback.
+        with pytest.raises((ValueError, OSError), match=complaint):
+            CliRunner().invoke(app, evaluate_arguments(tiny, *more), catch_exceptions=False)
+    for more in (("--system", "half"), ("--k", "0"), ("--limit", "0"), ("--seed", "-1")):
+        done = CliRunner().invoke(app, evaluate_arguments(tiny, *more))
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert more[0] in done.stderr
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -129,6 +129,64 @@ def test_a_bad_record_is_reported_with_its_place_and_passed_over(tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_a_bad_paragraph_of_squad_is_named_by_its_place(tmp_path: Path) -> None:
+    article = SQUAD["data"][0]
+    broken = {
+        "data": [
+            {"title": "No paragraphs"},
+            {**article, "paragraphs": [{"qas": []}, *article["paragraphs"]]},
+            "an article",
+        ]
+    }
+    told: list[str] = []
+    path = write(tmp_path / "a.json", json.dumps(broken))
+    examples = list(read_questions([path], on_bad=lambda place, why: told.append(place)))
+    assert [e.questions[0].id for e in examples] == ["q1", "q3"]
+    assert [place.rsplit("/", 1)[1] for place in told] == [
+        "a.json data[0]", "a.json data[1].paragraphs[0]", "a.json data[2]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ctxs": [{"text": "Bees hum.", "gold": "no"}]}, '"gold" must be true or false, was: .no'),
+        ({"ctxs": [{"text": "Owls hunt."}]}, "must be gold or contain an answer"),
+        ({"ctxs": [{"text": "Bees hum.", "gold": False}]}, "must be gold or contain an answer"),
+        ({"ctxs": [{"title": "Bees"}]}, '"text" must be a str, was: None'),
+        ({"ctxs": ["Bees hum."]}, "was: .Bees hum"),
+        ({"ctxs": {}}, '"ctxs" must be a list'),
+        ({"answers": "bees"}, '"answers" must be a list'),
+        ({"question": "  "}, '"question" must have text'),
+        ({"question": "half \ud83d"}, '"question" must be valid Unicode'),
+    ],
+)
+def test_a_bad_record_says_what_is_wrong_and_where(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    # The first record of the file: the layout shows in the second.
+    path = write(tmp_path / "a.jsonl", lines([{**PASSAGES[0], **changes}, PASSAGES[1]]))
+    with pytest.raises(ValueError, match=rf"a\.jsonl:1: .*{message}"):
+        list(read_questions([path]))
+    told: list[str] = []
+    (left,) = read_questions([path], on_bad=lambda place, why: told.append(why))
+    assert (left.questions[0].text, len(told)) == ("Who hunts?", 1)
+
+
+def test_files_of_different_layouts_are_read_one_after_the_other(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / "a.json", json.dumps(SQUAD)),
+        write(tmp_path / "b.jsonl", "\ufeff" + lines(MRQA[1:])),  # as some editors write it
+        write(tmp_path / "c.jsonl.gz", "{ no record\n\n" + lines(PASSAGES)),
+    ]
+    told: list[str] = []
+    examples = list(read_questions(paths, on_bad=lambda place, why: told.append(place)))
+    assert len(examples) == 2 + 2 + 2
+    # A question without an id of its own is named by its place.
+    assert examples[-1].questions[0].id == f"{paths[2].as_posix()}:4"
+    assert told == [f"{paths[2].as_posix()}:1"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -145,14 +203,15 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: str, message
         list(read_questions([write(tmp_path / "a", content)]))
 
 
-def test_half_a_gzip_and_no_gzip_are_refused(tmp_path: Path) -> None:
+def test_gzip_that_is_cut_damaged_or_none_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json.gz", json.dumps(SQUAD))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"a\.json\.gz must be whole gzip"):
-        list(read_questions([path]))
-    path.write_text(json.dumps(SQUAD))
-    with pytest.raises(ValueError, match="must be whole gzip"):
-        list(read_questions([path]))
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    for content in (whole[:-20], whole[:-4], bytes(damaged), json.dumps(SQUAD).encode()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.json\.gz must be whole gzip"):
+            list(read_questions([path]))
 
 
 def test_a_missing_file_and_a_single_path_are_refused_at_once(tmp_path: Path) -> None:
@@ -192,6 +251,17 @@ def test_gold_stands_among_passages_of_its_article_at_any_place() -> None:
         assert {text[8] for text in texts} == {"x"}
         places.add(texts.index(POOL[0].gold[0].text))
     assert places == {0, 1, 2, 3}
+
+
+def test_examples_of_no_article_stand_among_passages_of_any() -> None:
+    lonely = [QAExample(e.gold, e.questions) for e in POOL]
+    passages = [
+        chunk.text
+        for seed in range(10)
+        for chunk in PassagePool(lonely).passages_for(lonely[1], 3, random.Random(seed))
+    ]
+    assert {text[8] for text in passages} == {"x", "y"}
+    assert not any("y1" in text for text in passages)  # says "pear" too
 
 
 def test_equal_seeds_give_equal_passages() -> None:

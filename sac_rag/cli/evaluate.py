@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ class System(str, Enum):
     no_text = "no-text"
 
 
+_WITHOUT_RATIO = (System.full_text, System.no_text)
+
+
 def evaluate(
     data: Annotated[
         list[Path],
@@ -33,7 +36,12 @@ def evaluate(
         System, typer.Option(help="Who answers, from anchors or from text.")
     ] = System.compressed,
     ratio: Annotated[
-        int | None, typer.Option(min=1, help="Source tokens per anchor. Default: the compressor's.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Source tokens per anchor, or per token of the truncated. Default: the "
+            "compressor's; full-text and no-text have none.",
+        ),
     ] = None,
     k: Annotated[
         int, typer.Option("--k", "-k", min=1, help="Chunks to answer from, gold ones among them.")
@@ -41,7 +49,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions to draw. Default: all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the questions, distractors and places.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions, distractors and places.")] = 0,
     model: Annotated[
         str, typer.Option(help="Default model, local folder or hub id.")
     ] = "smollm2-135m",
@@ -51,7 +59,11 @@ def evaluate(
     ] = None,
     prompt: Annotated[
         Path | None,
-        typer.Option(help="Prompt format, JSON. Default: the compressor's, else few-shot spans."),
+        typer.Option(
+            dir_okay=False,
+            exists=True,
+            help="Prompt format, JSON. Default: the compressor's, else few-shot spans.",
+        ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
@@ -88,35 +100,39 @@ def evaluate(
         # One and the same prompt for every system, whether or not it needs the compressor.
         folder = checkpoint.find(compressor or checkpoint.default(model), model)
         own = checkpoint.load_format(folder) if folder else None
-        format = PromptFormat.from_json(prompt.read_text()) if prompt else own or SPANS
-        options: dict[str, Any] = {"format": format}
-        if chosen := compressor or _unweighted(system, ratio):
-            options["compressor"] = chosen
-        if system is System.compressed:
-            options["ratio"] = ratio
-        rag = SacRAG.from_pretrained(model, dtype=dtype.value if dtype else None, **options)
-    with progress("answering", total=len(sample.trials), show=not as_json) as advance:
-        result = quality.evaluate(
-            rag,
-            sample,
-            system=system.value,
-            ratio=ratio,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            out=out,
-            labels={"model": model, "data": [str(path) for path in data]},
-            on_progress=advance,
+        given = PromptFormat.from_json(prompt.read_text(encoding="utf-8")) if prompt else None
+        rag = SacRAG.from_pretrained(
+            model,
+            # What reads the whole text or none needs no weights, unless they were asked for.
+            compressor=compressor or ("full" if system in _WITHOUT_RATIO else None),
+            ratio=ratio if system is System.compressed else None,
+            format=given or own or SPANS,
+            dtype=dtype.value if dtype else None,
         )
+    try:
+        with progress("answering", total=len(sample.trials), show=not as_json) as advance:
+            result = quality.evaluate(
+                rag,
+                sample,
+                system=system.value,
+                ratio=None if system in _WITHOUT_RATIO else ratio,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                out=out,
+                labels={"model": model, "data": [str(path) for path in data]},
+                on_progress=advance,
+            )
+    except KeyboardInterrupt:
+        notes.print(
+            f"interrupted; run it again to go on, the answers so far are in {out}"
+            if out
+            else "interrupted; with --out FILE.jsonl the answers so far would have been kept",
+            markup=False,
+        )
+        raise typer.Exit(130) from None
     if as_json:
         print_json({"model": model, **asdict(result), "skipped": bad})
     else:
         print_quality(model, result)
     if bad:
         raise typer.Exit(1)
-
-
-def _unweighted(system: System, ratio: int | None) -> str | None:
-    """The compressor that needs no weights, for systems that use none; None for the default."""
-    if system is System.compressed or (system is System.truncated and ratio is None):
-        return None
-    return "full"

@@ -6,6 +6,8 @@ compressed   from the chunks' anchors
 full-text    from the chunks' text, read in one piece
 truncated    from the first tokens of each chunk, as many as it would have anchors
 no-text      from nothing but the question
+
+A compressor's heading, if it has one, is read in front of each chunk by all but the last.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal, get_args
 from sac_rag.anchors import num_anchors, segment_bounds
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
+from sac_rag.compressors.base import Compressor
 from sac_rag.digests import digest_json
 from sac_rag.evaluation.answers import Answers
 from sac_rag.evaluation.metrics import contains, exact_match, f1, interval
@@ -49,6 +52,7 @@ class QualityResult:
         f1_interval: Bootstrap 95 % interval of f1.
         seed: Of the sample.
         dtype: What the model computes in.
+        prompt: Digest of the prompt format; systems are comparable where it is the same.
         fingerprint: The compressor's; None where no anchors were read.
         seconds: Time that the answers took, reading and compressing included.
     """
@@ -63,6 +67,7 @@ class QualityResult:
     f1_interval: tuple[float, float]
     seed: int
     dtype: str
+    prompt: str
     fingerprint: str | None
     seconds: float
 
@@ -82,8 +87,8 @@ def evaluate(
     """Has one system answer all questions of a sample, and scores the answers.
 
     Args:
-        rag: Model, prompt format and compressor; of a system that reads text, the compressor has
-            only its config asked.
+        rag: Model, prompt format and compressor; where text is read, only the compressor's config
+            counts.
         sample: What to answer.
         system: Who answers.
         ratio: Of "truncated", source tokens per token that is read. Default: the compressor's.
@@ -99,7 +104,8 @@ def evaluate(
     Raises:
         ValueError: for an unknown system, a ratio that the system cannot have, or an `out` of other
             settings.
-        PromptTooLong: before anything is answered, if a question's chunks do not fit the model.
+        PromptTooLong: if a question with its chunks does not fit the model; the longest are asked
+            first.
         OSError: if `out` cannot be written.
     """
     if system not in get_args(System):
@@ -108,7 +114,7 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
     generator, compressor = rag.generator, rag.compressor.compressor
     ratio = _ratio(system, ratio, compressor.config.ratio)
-    trials = _as_read(sample.trials, system, generator, ratio, compressor.config.segment_tokens)
+    trials = as_read(sample.trials, system, compressor, ratio)
     if system == "compressed":
         reader = SacRAG(rag.compressor, format=rag.format)
     else:
@@ -117,6 +123,7 @@ def evaluate(
         reader = SacRAG(plain, format=rag.format, on_miss="text")
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
     fingerprint = rag.compressor.fingerprint if system == "compressed" else None
+    prompt = json.loads(rag.format.to_json())
     settings = {
         "system": system,
         "ratio": ratio,
@@ -124,7 +131,8 @@ def evaluate(
         "seed": sample.seed,
         "n": len(trials),
         "questions": digest_json([asdict(trial) for trial in trials]),
-        "prompt": json.loads(rag.format.to_json()),
+        "prompt": prompt,
+        "heading": compressor.config.heading or None,
         "max_new_tokens": max_new_tokens,
         "stop": list(decoding.stop),
         "dtype": generator.dtype_name,
@@ -160,9 +168,10 @@ def evaluate(
         em=_mean([row["em"] for row in rows]),
         f1=_mean(scores),
         contains=_mean([row["contains"] for row in rows]),
-        f1_interval=interval(scores, seed=sample.seed),
+        f1_interval=interval(scores),
         seed=sample.seed,
         dtype=generator.dtype_name,
+        prompt=digest_json(prompt),
         fingerprint=fingerprint,
         seconds=sum(row["seconds"] for row in rows),
     )
@@ -179,35 +188,44 @@ def _ratio(system: System, wanted: int | None, of_compressor: int) -> int | None
     return fixed
 
 
-def _as_read(
-    trials: Sequence[Trial],
-    system: System,
-    generator: Generator,
-    ratio: int | None,
-    segment_tokens: int,
+def as_read(
+    trials: Sequence[Trial], system: System, compressor: Compressor, ratio: int | None
 ) -> list[Trial]:
-    """Trials with the chunks that a system gets to read."""
+    """Trials with the chunks that a system gets to read.
+
+    Args:
+        trials: With whole chunks.
+        system: Who reads.
+        compressor: Says what would be compressed, and in what segments; does nothing.
+        ratio: Source tokens per token that "truncated" reads; of no matter to others.
+    """
     if system == "no-text":
         return [replace(trial, chunks=()) for trial in trials]
     if system != "truncated" or ratio is None:
         return list(trials)
 
     def cut(chunk: Chunk) -> Chunk:
-        ids = generator.tokenize(chunk.text)
-        bounds = segment_bounds(len(ids), segment_tokens)
+        ids = compressor.generator.tokenize(chunk.text)
+        compressed = len(compressor.heading_ids) + len(ids)
+        bounds = segment_bounds(compressed, compressor.config.segment_tokens)
         count = sum(num_anchors(end - begin, ratio) for begin, end in bounds)
-        return replace(chunk, text=_beginning(chunk.text, ids, count, generator))
+        return replace(chunk, text=_beginning(chunk.text, ids, count, compressor.generator))
 
     return [replace(trial, chunks=tuple(map(cut, trial.chunks))) for trial in trials]
 
 
 def _beginning(text: str, ids: list[int], count: int, generator: Generator) -> str:
-    """The text of the first tokens."""
+    """The text of the first tokens, as many as there may be."""
     if count >= len(ids):
         return text
-    begun: str = generator.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-    # What a byte-level tokenizer shows for a character that was cut through.
-    return begun.rstrip("\N{REPLACEMENT CHARACTER}")
+    for kept in range(count, 0, -1):
+        begun: str = generator.tokenizer.decode(ids[:kept], clean_up_tokenization_spaces=False)
+        # What a byte-level tokenizer shows for a character that was cut through.
+        begun = begun.rstrip("\N{REPLACEMENT CHARACTER}")
+        # The beginning of a word may be other tokens than in the word, and more of them.
+        if len(generator.tokenize(begun)) <= count:
+            return begun
+    return ""
 
 
 def _batches(

@@ -51,14 +51,16 @@ def draw(
         examples: All of the data: distractors come from those, too, whose questions are not drawn.
         k: Passages for each question, its gold ones among them.
         limit: Questions to draw; None for all, in the data's order.
-        seed: Makes it repeatable.
+        seed: Makes it repeatable; not negative.
 
     Raises:
-        ValueError: if there is no question, or k or limit is below 1.
+        ValueError: if there is no question, k or limit is below 1, or the seed below 0.
     """
     examples = list(examples)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, was: {limit}")
+    if seed < 0:  # Random takes it for its absolute value
+        raise ValueError(f"seed must be at least 0, was: {seed}")
     pool = PassagePool(examples)
     asked = [(example, question) for example in examples for question in example.questions]
     if not asked:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sac_rag.chunk import Chunk
-from sac_rag.questions import PassagePool, QAExample, Question
+from sac_rag.passages import PassagePool
+from sac_rag.questions import QAExample, Question
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset
 
-from sac_rag.questions import PassagePool, QAExample, read_questions
+from sac_rag.passages import PassagePool
+from sac_rag.questions import QAExample, read_questions
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.rows import Row, RowMaker, batched
 

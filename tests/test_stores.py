@@ -230,6 +230,25 @@ def test_the_memory_store_may_be_shared_by_threads() -> None:
     assert store.nbytes == sum(kv.nbytes for kv in store.values()) <= store.max_bytes
 
 
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_two_may_pop_one_entry(kind: str, disk: DiskStore) -> None:
+    store = MemoryStore() if kind == "memory" else disk
+    kv = make_kv()
+
+    def pop(_: int) -> bool:
+        start.wait()
+        return store.pop(KEY, None) is not None
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            start = threading.Barrier(4)
+            store[KEY] = kv
+            assert any(list(pool.map(pop, range(4))))
+            assert KEY not in store
+    with pytest.raises(KeyError):
+        store.pop(KEY)
+
+
 # The bytes of an entry.
 
 

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 MAGIC = "sac_rag.DiskStore"
 FORMAT = 1
 
+_NO_DEFAULT = object()
+
 
 class DiskStore(MutableMapping[str, AnchorKV]):
     """AnchorKVs in a folder, the least recently used dropped when they pass the cap.
@@ -157,6 +159,18 @@ class DiskStore(MutableMapping[str, AnchorKV]):
                     raise KeyError(key)
                 self._index.delete(row)
             self._files.remove(row)
+
+    def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
+        """Removes an entry and returns it, or the default; others may remove it meanwhile."""
+        try:
+            kv = self[key]
+        except KeyError:
+            if default is _NO_DEFAULT:
+                raise
+            return default
+        with contextlib.suppress(KeyError):
+            del self[key]
+        return kv
 
     def __contains__(self, key: object) -> bool:
         with self._named():

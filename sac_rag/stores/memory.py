@@ -6,11 +6,13 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
+from typing import Any
 
 from sac_rag.kv import AnchorKV
 
 logger = logging.getLogger(__name__)
 
+_NO_DEFAULT = object()
 # What an entry read from disk carries beside its tensors: two headers and their padding.
 _SLACK_BYTES = 16 * 1024
 
@@ -78,6 +80,17 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
             if key not in self._entries:
                 raise KeyError(key)
             self._drop(key)
+
+    def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
+        """Removes an entry and returns it, or the default; one step to other threads."""
+        with self._lock:
+            kv = self._entries.get(key)
+            if kv is not None:
+                self._drop(key)
+                return kv
+        if default is _NO_DEFAULT:
+            raise KeyError(key)
+        return default
 
     def __contains__(self, key: object) -> bool:
         with self._lock:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
 
-from sac_rag.assemble import Part, assemble, require_room
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors import checkpoint
+from sac_rag.compressors.config import StoredDtype
 from sac_rag.compressors.full import Full
-from sac_rag.generate import Decoding, Generation
+from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.metrics import Meter, Metrics
 from sac_rag.precompress import precompress
 from sac_rag.prefix import Prefixes
-from sac_rag.reports import Answer, ChunkReport, PrecompressReport
+from sac_rag.prepare import evictions, prepare, tokenize, tokenize_chunk
+from sac_rag.reports import Answer, PrecompressReport
 from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
 from sac_rag.stream import AnswerStream, Run
+from sac_rag.telemetry import Trace
 from sac_rag.template import Markup, Message, Piece, PromptFormat, before_first_turn, render
 
 
@@ -55,6 +57,7 @@ class SacRAG:
         self.on_miss: OnMiss = on_miss
         self.decoding = decoding or Decoding()
         self.prefixes = Prefixes(self.generator)
+        self._meter = Meter(evictions(compressor))
         self.self_check()
 
     @classmethod
@@ -67,6 +70,8 @@ class SacRAG:
         ratio: int | None = None,
         format: PromptFormat | None = None,
         namespace: str = "",
+        stored_dtype: StoredDtype | None = None,
+        guard: bool = True,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         **options: Any,
@@ -82,7 +87,9 @@ class SacRAG:
             ratio: Source tokens per anchor, instead of the compressor's own; any is possible.
             format: How question and chunks become a prompt. Default: the format that the
                 compressor was trained for, if it was for one.
-            namespace: Part of every key: one tenant's chunks are no hits for another.
+            namespace: The secret of every key: one tenant's chunks are no hits for another.
+            stored_dtype: What keys and values are kept in, instead of the compressor's own.
+            guard: Whether a stored chunk may be computed anew where that is faster than loading.
             device: Default: CUDA if there is one, else CPU.
             dtype: What the model computes in. Default: the fastest the device has.
             **options: on_miss, decoding: see the class.
@@ -104,15 +111,18 @@ class SacRAG:
                 )
             format = format or PromptFormat()
             config = Full.default_config(
-                sink=format.opening(generator.tokenizer), stored_dtype=generator.dtype_name
+                sink=format.opening(generator.tokenizer),
+                stored_dtype=stored_dtype or generator.dtype_name,
             )
             plain = checkpoint.make(generator, config)
         else:
-            changes = {} if ratio is None else {"ratio": ratio}
+            asked = {"ratio": ratio, "stored_dtype": stored_dtype}
+            changes = {name: value for name, value in asked.items() if value is not None}
             plain = checkpoint.load(folder, generator, **changes)
             format = format or checkpoint.load_format(folder)
         kept = MemoryStore() if store is None else store
-        return cls(CachedCompressor(plain, kept, namespace=namespace), format=format, **options)
+        cached = CachedCompressor(plain, kept, namespace=namespace, guard=guard)
+        return cls(cached, format=format, **options)
 
     @property
     def generator(self) -> Generator:
@@ -147,6 +157,23 @@ class SacRAG:
             OSError: if the store cannot be written.
         """
         return precompress(self.compressor, chunks, on_progress)
+
+    def forget(self, document_id: str) -> int:
+        """Deletes what was stored for a document; texts that other documents have too stay.
+
+        Returns:
+            How many entries were deleted.
+
+        Raises:
+            TypeError: if the store does not remember documents.
+            OSError: if the store cannot be changed.
+        """
+        return self.compressor.forget(document_id)
+
+    def metrics(self) -> Metrics:
+        """What this pipeline's answers came to since it was made, in numbers."""
+        self._meter.evicted(evictions(self.compressor))
+        return self._meter.snapshot()
 
     def answer(
         self, question: str, chunks: Sequence[ChunkLike], decoding: Decoding | None = None
@@ -197,7 +224,10 @@ class SacRAG:
         """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
         ids: list[int] = []
         for piece in self._ask(question, chunks):
-            ids += self._chunk_ids(piece) if isinstance(piece, Chunk) else self._tokenize(piece)
+            if isinstance(piece, Chunk):
+                ids += tokenize_chunk(piece, self.compressor)
+            else:
+                ids += tokenize(piece, self.generator)
         return ids
 
     def beginning_ids(self) -> list[int]:
@@ -208,17 +238,8 @@ class SacRAG:
         """
         return self._ids(self.format.beginning(self.generator.tokenizer))
 
-    def _chunk_ids(self, chunk: Chunk) -> list[int]:
-        """A chunk as text: the very tokens that are compressed."""
-        return [] if chunk.is_empty else self.compressor.compressor.tokenize(chunk.text)
-
     def _ids(self, pieces: Iterable[Markup | str]) -> list[int]:
-        return [token for piece in pieces for token in self._tokenize(piece)]
-
-    def _tokenize(self, piece: Markup | str) -> list[int]:
-        if isinstance(piece, Markup):
-            return self.generator.tokenize(piece.text, special=True)
-        return self.generator.tokenize(piece)
+        return [token for piece in pieces for token in tokenize(piece, self.generator)]
 
     def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Piece]:
         if isinstance(chunks, str):
@@ -229,106 +250,48 @@ class SacRAG:
     def _start(
         self, questions: Sequence[tuple[str, Sequence[ChunkLike]]], decoding: Decoding | None
     ) -> Run:
-        started = time.perf_counter()
         decoding = decoding or self.decoding
         stop = tuple(dict.fromkeys((*decoding.stop, *self.format.stop)))
-        rows = [self._ask(question, chunks) for question, chunks in questions]
-        beginning = self.beginning_ids()
-        return self._run(rows, beginning, replace(decoding, stop=stop), started)
+        with self._call() as trace:
+            rows = [self._ask(question, chunks) for question, chunks in questions]
+            return self._prepare(rows, self.beginning_ids(), replace(decoding, stop=stop), trace)
 
     def _start_chat(
         self, conversations: Sequence[Sequence[Message]], decoding: Decoding | None
     ) -> Run:
-        started = time.perf_counter()
         tokenizer = self.generator.tokenizer
-        rows = [render(tokenizer, messages) for messages in conversations]
-        beginning = self._ids(before_first_turn(tokenizer, conversations[0]))
-        return self._run(rows, beginning, decoding or self.decoding, started)
+        with self._call() as trace:
+            rows = [render(tokenizer, messages) for messages in conversations]
+            beginning = self._ids(before_first_turn(tokenizer, conversations[0]))
+            return self._prepare(rows, beginning, decoding or self.decoding, trace)
 
-    def _run(
+    @contextmanager
+    def _call(self) -> Iterator[Trace]:
+        """Begins the account of a call; the run ends it, or what is raised before there is one."""
+        trace = Trace("answer")
+        try:
+            yield trace
+        except Exception as error:
+            self._meter.add(failed=1)
+            trace.end({}, {}, type(error).__name__)
+            raise
+
+    def _prepare(
         self,
         rows: Sequence[Sequence[Piece]],
         beginning: list[int],
         decoding: Decoding,
-        started: float,
+        trace: Trace,
     ) -> Run:
-        """Prepares one prompt for each row of pieces.
-
-        Args:
-            rows: Prompts in reading order.
-            beginning: Token ids that they are likely to begin with.
-            decoding: How to answer.
-            started: When the work on this call began, on the clock of `time.perf_counter`.
-        """
-        generator = self.generator
-        first_position = self.compressor.compressor.config.first_position
-        # Text becomes token ids, chunks stay as they are until their KV is there.
-        plain = [
-            [piece if isinstance(piece, Chunk) else self._tokenize(piece) for piece in row]
-            for row in rows
-        ]
-        chunks = [[p for p in row if isinstance(p, Chunk) and not p.is_empty] for row in plain]
-
-        def accept(lengths: list[int]) -> None:
-            of_chunk = iter(lengths)
-            for number, row in enumerate(plain):
-                text = sum(len(p) for p in row if not isinstance(p, Chunk))
-                inside = sum(islice(of_chunk, len(chunks[number])))
-                positions = first_position + text + inside
-                require_room(number, positions, decoding.max_new_tokens, generator)
-
-        flat = [chunk for row in chunks for chunk in row]
-        prepare_s = time.perf_counter() - started
-        fetched = self.compressor.fetch(
-            [chunk.text for chunk in flat],
+        return prepare(
+            rows,
+            beginning,
+            decoding,
+            compressor=self.compressor,
             on_miss=self.on_miss,
-            documents=[chunk.id for chunk in flat],
-            accept=accept,
-        )
-        started = time.perf_counter()
-        results = zip(fetched.kvs, fetched.misses, strict=True)
-        parts: list[list[Part]] = []
-        reports: list[list[ChunkReport]] = []
-        for row in plain:
-            parts.append([])
-            reports.append([])
-            for piece in row:
-                if not isinstance(piece, Chunk):
-                    parts[-1].append(piece)
-                elif piece.is_empty:
-                    reports[-1].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0))
-                else:
-                    kv, miss = next(results)
-                    part = kv if kv is not None else self._chunk_ids(piece)
-                    parts[-1].append(part)
-                    reports[-1].append(_report(piece, part, miss))
-        for number, row_parts in enumerate(parts):
-            # Before the prefix is read: what does not fit must not cost a forward pass.
-            positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in row_parts)
-            require_room(number, first_position + positions, decoding.max_new_tokens, generator)
-        prepare_s += time.perf_counter() - started
-        started = time.perf_counter()
-        split = self.prefixes.split(beginning, parts)
-        prefix_s = time.perf_counter() - started
-        started = time.perf_counter()
-        prompt = assemble(
-            split.rows,
-            generator,
-            prefix=split.prefix,
-            cue=self.compressor.compressor.cue,
-            reserve=decoding.max_new_tokens,
-            first_position=first_position,
-        )
-        return Run(
-            generation=Generation(generator, prompt, decoding),
-            prompt=prompt,
-            reports=reports,
-            prefix_tokens=split.prefix.num_tokens if split.prefix is not None else 0,
-            prefix_reused=split.reused,
-            load_s=fetched.load_s,
-            compress_s=fetched.compress_s,
-            relocate_s=prepare_s + time.perf_counter() - started,
-            prefix_s=prefix_s,
+            prefixes=self.prefixes,
+            meter=self._meter,
+            trace=trace,
         )
 
 
@@ -336,10 +299,3 @@ def _finished(run: Run) -> list[Answer]:
     for _ in run.steps():
         pass
     return run.answers()
-
-
-def _report(chunk: Chunk, part: Part, miss: str | None) -> ChunkReport:
-    status = miss or "hit"
-    if isinstance(part, AnchorKV):
-        return ChunkReport(chunk, status, "anchors", part.num_tokens, part.num_anchors, part.nbytes)
-    return ChunkReport(chunk, status, "text", len(part), len(part), 0)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from sac_rag.assemble import Prompt
 from sac_rag.generate import Generation
+from sac_rag.metrics import Meter
 from sac_rag.reports import Answer, ChunkReport, Timings, Usage
+from sac_rag.telemetry import Trace
 
 
 @dataclass
@@ -19,6 +21,8 @@ class Run:
         generation: Writes the answers.
         prompt: What they answer, one row each.
         reports: What became of each row's chunks.
+        meter: Told what was written, once that has ended.
+        trace: The call that this is the rest of; ended with it.
         prefix_tokens: Tokens at the start of each row that are in the prompt as KV.
         prefix_reused: How many of them an earlier call has read.
         load_s, compress_s, relocate_s: Seconds spent before; see Timings.
@@ -29,6 +33,8 @@ class Run:
     generation: Generation
     prompt: Prompt
     reports: list[list[ChunkReport]]
+    meter: Meter
+    trace: Trace
     prefix_tokens: int
     prefix_reused: int
     load_s: float
@@ -41,27 +47,40 @@ class Run:
     def steps(self) -> Iterator[list[str]]:
         """The new text of every row, step by step; the clock stops while the caller works."""
         steps = iter(self.generation)
-        while True:
-            started = time.perf_counter()
-            pieces = next(steps, None)
-            elapsed = time.perf_counter() - started
-            if not self.prefill_s:
-                self.prefill_s = elapsed
-            else:
-                self.decode_s += elapsed
-            if pieces is None:
-                return
-            yield pieces
+        error: str | None = None
+        try:
+            while True:
+                started = time.perf_counter()
+                pieces = next(steps, None)
+                elapsed = time.perf_counter() - started
+                if not self.prefill_s:
+                    self.prefill_s = elapsed
+                    self.meter.first_token(self.timings.time_to_first_token_s)
+                else:
+                    self.decode_s += elapsed
+                if pieces is None:
+                    return
+                yield pieces
+        except Exception as problem:
+            error = type(problem).__name__
+            raise
+        finally:
+            self._account(error)
 
-    def answers(self) -> list[Answer]:
-        """The answers as far as they are written."""
-        timings = Timings(
+    @property
+    def timings(self) -> Timings:
+        """Seconds so far."""
+        return Timings(
             load_s=self.load_s,
             compress_s=self.compress_s,
             relocate_s=self.relocate_s,
             prefill_s=self.prefix_s + self.prefill_s,
             decode_s=self.decode_s,
         )
+
+    def answers(self) -> list[Answer]:
+        """The answers as far as they are written."""
+        timings = self.timings
         return [
             Answer(
                 text=self.generation.texts[row],
@@ -72,6 +91,37 @@ class Run:
             )
             for row, reports in enumerate(self.reports)
         ]
+
+    def _account(self, error: str | None) -> None:
+        """Reports what was done, once it has ended, if only because the caller left."""
+        usages = [self._usage(row) for row in range(len(self.reports))]
+        counts = {
+            "questions": len(usages),
+            "prompt_tokens": sum(usage.plain_tokens for usage in usages),
+            "reused_tokens": sum(usage.plain_tokens_reused for usage in usages),
+            "generated_tokens": sum(usage.generated_tokens for usage in usages),
+        }
+        self.meter.add(**counts, failed=error is not None)
+        chunks = [report for reports in self.reports for report in reports]
+        timings = self.timings
+        self.trace.end(
+            {
+                "load": timings.load_s,
+                "compress": timings.compress_s,
+                "relocate": timings.relocate_s,
+                "prefill": timings.prefill_s,
+                "decode": timings.decode_s,
+            },
+            {
+                **counts,
+                "chunks": len(chunks),
+                "hits": sum(report.status == "hit" for report in chunks),
+                "anchors": sum(usage.anchors_from_store for usage in usages)
+                + sum(usage.anchors_computed for usage in usages),
+                "source_tokens": sum(usage.source_tokens for usage in usages),
+            },
+            error,
+        )
 
     def _usage(self, row: int) -> Usage:
         anchors = [report for report in self.reports[row] if report.read_as == "anchors"]

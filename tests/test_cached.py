@@ -11,12 +11,13 @@ from conftest import PROSE, make_compressor, passes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sac_rag.cached import CachedCompressor, DocumentStore
+from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.stores import DiskStore
+from sac_rag.stores.abilities import DocumentStore
 
 
 @pytest.fixture(scope="module")

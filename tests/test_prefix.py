@@ -22,6 +22,7 @@ from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.pipeline import SacRAG
 from sac_rag.prefix import Prefixes, Split
+from sac_rag.prepare import tokenize
 from sac_rag.template import SPANS, Message, PromptFormat
 
 SHORT = Decoding(max_new_tokens=12)
@@ -101,7 +102,7 @@ def test_a_prompt_behind_its_prefix_has_the_logits_of_reading_both(
     rag = SacRAG(CachedCompressor(compressor, {}), format=prompt_format)
     kvs = iter(compressor.compress(PROSE[:2]))
     row: list[Part] = [
-        next(kvs) if isinstance(piece, Chunk) else rag._tokenize(piece)
+        next(kvs) if isinstance(piece, Chunk) else tokenize(piece, generator)
         for piece in prompt_format.pieces(generator.tokenizer, QUESTION, [*map(Chunk, PROSE[:2])])
     ]
     split = rag.prefixes.split(rag.beginning_ids(), [row])

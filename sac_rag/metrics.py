@@ -17,8 +17,8 @@ class Metrics:
     """Numbers of a pipeline's answers; all of them only grow. `asdict` makes it JSON.
 
     Where OpenTelemetry is installed it gets the same numbers under the same names, each behind
-    `sac_rag.`: the maps as one counter with an attribute, the time to the first token as the
-    histogram `sac_rag.first_token_seconds`.
+    `sac_rag.`: `sac_rag.misses` has the attribute "reason", and `sac_rag.first_token_seconds` is a
+    histogram, with count, sum and maximum.
 
     Attributes:
         questions: Questions and turns of chats, each row of a batch one.

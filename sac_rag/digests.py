@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,15 @@ def weights_digest(model: nn.Module) -> str:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         digests = list(threads.map(digest, sorted(model.named_parameters())))
     return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, shapes and values of tensors, the same in whatever dtype they are kept."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        bits = tensor.detach().cpu().float().contiguous().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}\0".encode() + bits.tobytes())
+    return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from sac_rag.archive import Archive
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
-from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import StoredDtype
-from sac_rag.compressors.full import Full
 from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.loading import load_compressor, load_stored
 from sac_rag.metrics import Meter, Metrics
 from sac_rag.precompress import precompress
 from sac_rag.prefix import Prefixes
@@ -52,6 +52,11 @@ class SacRAG:
         decoding: Decoding | None = None,
     ) -> None:
         require_on_miss(on_miss)
+        if on_miss == "compress" and not compressor.compressor.computes:
+            raise ValueError(
+                "on_miss must be 'text' or 'raise' where the compressor is not there to compress, "
+                "was: 'compress'"
+            )
         self.compressor = compressor
         self.format = format or PromptFormat()
         self.on_miss: OnMiss = on_miss
@@ -99,30 +104,53 @@ class SacRAG:
             ModelUnavailable: if a default model cannot be fetched.
             UnsupportedModel: if the model's keys cannot be moved.
         """
-        folder = checkpoint.find(
-            checkpoint.default(model) if compressor is None else compressor, model
+        plain, format = load_compressor(
+            model,
+            compressor,
+            ratio=ratio,
+            stored_dtype=stored_dtype,
+            format=format,
+            device=device,
+            dtype=dtype,
         )
-        generator = Generator.from_pretrained(model, device=device, dtype=dtype)
-        if folder is None:
-            if ratio not in (None, 1):
-                raise ValueError(
-                    f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; "
-                    "give the folder of a trained compressor"
-                )
-            format = format or PromptFormat()
-            config = Full.default_config(
-                sink=format.opening(generator.tokenizer),
-                stored_dtype=stored_dtype or generator.dtype_name,
-            )
-            plain = checkpoint.make(generator, config)
-        else:
-            asked = {"ratio": ratio, "stored_dtype": stored_dtype}
-            changes = {name: value for name, value in asked.items() if value is not None}
-            plain = checkpoint.load(folder, generator, **changes)
-            format = format or checkpoint.load_format(folder)
         kept = MemoryStore() if store is None else store
         cached = CachedCompressor(plain, kept, namespace=namespace, guard=guard)
         return cls(cached, format=format, **options)
+
+    @classmethod
+    def from_archive(
+        cls,
+        archive: str | os.PathLike[str],
+        model: str | os.PathLike[str] = "smollm2-135m",
+        *,
+        store: MutableMapping[str, AnchorKV] | None = None,
+        format: PromptFormat | None = None,
+        namespace: str = "",
+        device: str | torch.device | None = None,
+        on_miss: OnMiss = "text",
+        **options: Any,
+    ) -> SacRAG:
+        """Answers from precompressed chunks without their compressor: no LoRA is in memory.
+
+        Args:
+            archive: What `sac-rag store export` wrote.
+            model: The one that the chunks were compressed for. It is loaded in the same dtype.
+            store: Where the archive was imported to. Default: the archive itself.
+            format: Default: the format of the prompts that the chunks were made for, if known.
+            namespace: The one that they were compressed in.
+            device: Default: CUDA if there is one, else CPU.
+            on_miss: "text" or "raise": what is not in the store cannot be compressed.
+            **options: decoding: see the class.
+
+        Raises:
+            ValueError: if the file is no archive, or the model is another one, naming what differs.
+            ModelUnavailable: if a default model cannot be fetched.
+        """
+        opened = Archive(archive)
+        stored = load_stored(model, opened.origin, device)
+        kept = opened if store is None else store
+        cached = CachedCompressor(stored, kept, namespace=namespace, guard=False)
+        return cls(cached, format=format or opened.origin.format, on_miss=on_miss, **options)
 
     @property
     def generator(self) -> Generator:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
@@ -17,6 +15,7 @@ from typing_extensions import Self
 from sac_rag.anchors import segment_bounds
 from sac_rag.compressors.config import CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
+from sac_rag.digests import digest_json, tensors_digest
 from sac_rag.errors import PromptTooLong
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
@@ -46,6 +45,8 @@ class Compressor(ABC):
     method: ClassVar[str]
     # Weights that are computed from examples at once, not trained by gradients.
     fitted: ClassVar[frozenset[str]] = frozenset()
+    # Whether it computes what a store does not have.
+    computes: ClassVar[bool] = True
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
         if config.method != self.method:
@@ -256,21 +257,22 @@ class Compressor(ABC):
     @property
     def fingerprint(self) -> str:
         """Digest of everything that determines a KV but the text."""
-        canonical = json.dumps(self.fingerprint_fields(), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest_json(self.fingerprint_fields())
 
     def fingerprint_fields(self) -> dict[str, str]:
         """What the fingerprint covers, by name, so that a difference can be named."""
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self.weights.items()):
-            bits = tensor.detach().cpu().float().contiguous().numpy()
-            weights.update(f"{name} {tuple(tensor.shape)}\0".encode() + bits.tobytes())
         return {
             "kv_format": str(KV_FORMAT),
-            "compressor_weights": weights.hexdigest(),
-            **{f"generator.{name}": value for name, value in self.generator.identity.items()},
+            "compressor_weights": tensors_digest(self.weights),
+            **self.generator_fields(),
             **{f"config.{name}": repr(value) for name, value in self.config.to_dict().items()},
         }
+
+    def generator_fields(self) -> dict[str, str]:
+        """Those of them that are the generator's."""
+        # Told by the weights' digest too, but not so that anyone could read it.
+        identity = {**self.generator.identity, "dtype": self.generator.dtype_name}
+        return {f"generator.{name}": value for name, value in identity.items()}
 
 
 def _batches(

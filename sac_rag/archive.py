@@ -1,0 +1,309 @@
+"""A precompressed corpus in one file, to be carried elsewhere. Knows nothing of models or prompts.
+
+An archive is a ZIP file without compression, so that any unzip lists it and entries are read alone:
+
+    entries/<key>.kv    one chunk's KV, as a store writes it and in plain (see stores/entry.py)
+    cue.safetensors     the compressor's cue, if it has one
+    manifest.json       what made the chunks, and a digest of every other file
+
+The digests find damage. They do not tell who wrote the archive: take archives only from whom you
+would take the model from, and guard them as you do the text, for an archive is not encrypted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from sac_rag.errors import CorruptEntry
+from sac_rag.kv import AnchorKV
+from sac_rag.origin import Origin
+from sac_rag.stores.abilities import DocumentStore, ExplainingStore
+from sac_rag.stores.entry import decode, encode, is_key
+
+MAGIC = "sac_rag.archive"
+FORMAT = 1
+
+_MANIFEST, _CUE = "manifest.json", "cue.safetensors"
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+# (key, KV, documents, text id)
+Entry: TypeAlias = tuple[str, AnchorKV, Iterable[str], str | None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the manifest says of one entry.
+
+    Attributes:
+        sha256: Of its bytes in the archive.
+        documents: Ids of the documents that have its text.
+        text_id: See `keys.Namespace.text_id`; None if the store did not know it.
+    """
+
+    sha256: str
+    documents: tuple[str, ...] = ()
+    text_id: str | None = None
+
+
+def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]) -> int:
+    """Writes an archive, for its owner alone; it appears whole or not at all.
+
+    Args:
+        path: A file that is not there yet.
+        origin: What made the entries.
+        entries: Taken one by one, never all in memory.
+
+    Returns:
+        How many entries were written.
+
+    Raises:
+        FileExistsError: if there is something at the path.
+        OSError: if it cannot be written.
+    """
+    path = Path(path)
+    _require_free(path)
+    records: dict[str, Record] = {}
+    descriptor, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for key, kv, documents, text_id in entries:
+                    data = encode(key, kv)
+                    archive.writestr(_member(_place(key)), data)
+                    records[key] = Record(_sha256(data), tuple(sorted(documents)), text_id)
+                cue = None
+                if origin.cue is not None:
+                    cue = save({"cue": origin.cue.detach().cpu().float().contiguous()})
+                    archive.writestr(_member(_CUE), cue)
+                archive.writestr(_member(_MANIFEST), _manifest(origin, cue, records))
+            file.flush()
+            os.fsync(file.fileno())
+        _require_free(path)
+        Path(part).replace(path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return len(records)
+
+
+class Archive(MutableMapping[str, AnchorKV]):
+    """An archive, as a store that can only be read. Safe to share between threads.
+
+    Attributes:
+        origin: What made its entries.
+        records: What its manifest says of them, by key.
+
+    Raises:
+        ValueError: if the file is no archive, or one of a later format.
+        OSError: if it cannot be read.
+    """
+
+    read_only = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = zipfile.ZipFile(self.path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path} is no archive of sac_rag: {error}") from error
+        try:
+            self.origin, self.records = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        """Reads an entry.
+
+        Raises:
+            KeyError: if there is none; a `CorruptEntry` if it is damaged.
+            OSError: if the file cannot be read.
+        """
+        if key not in self.records:
+            raise KeyError(key)
+        return decode(key, self._read(_place(key)))
+
+    def __setitem__(self, key: str, kv: AnchorKV) -> None:
+        self._refuse()
+
+    def __delitem__(self, key: str) -> None:
+        self._refuse()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def verify(self, on_progress: Callable[[int], None] | None = None) -> list[str]:
+        """Reads every entry; says what is wrong with which, nothing if all is well."""
+        problems = []
+        for key, record in self.records.items():
+            try:
+                self._verified(key, record)
+            except CorruptEntry as error:
+                problems.append(f"{key}: {error.detail}")
+            if on_progress is not None:
+                on_progress(1)
+        return problems
+
+    def copy_to(
+        self,
+        store: MutableMapping[str, AnchorKV],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Copies into a store what it does not have, each entry verified before.
+
+        May be interrupted and done again: what is there with its documents is not read.
+
+        Returns:
+            How many entries were copied, or got documents.
+
+        Raises:
+            CorruptEntry: at the first damaged entry; those before it are there.
+            OSError: if the store cannot be written.
+        """
+        copied = 0
+        fingerprint = self.origin.fingerprint
+        if isinstance(store, ExplainingStore):
+            store.note(fingerprint, self.origin.fields)
+        for key, record in self.records.items():
+            if not _has(store, key, record):
+                kv = self._verified(key, record)
+                if isinstance(store, ExplainingStore):
+                    store.put(
+                        key, kv, record.documents, text_id=record.text_id, fingerprint=fingerprint
+                    )
+                else:
+                    store[key] = kv
+                copied += 1
+            if on_progress is not None:
+                on_progress(1)
+        return copied
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(self) -> tuple[Origin, dict[str, Record]]:
+        try:
+            return self._parse(json.loads(self._read(_MANIFEST)))
+        except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.path} is no archive of sac_rag, or is damaged: {error!r:.200}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{self.path} cannot be used as an archive: {error}") from error
+
+    def _parse(self, about: Any) -> tuple[Origin, dict[str, Record]]:
+        if about["magic"] != MAGIC:
+            raise ValueError(f"its manifest does not say {MAGIC!r}, was: {about['magic']!r:.80}")
+        if about["format"] != FORMAT:
+            raise ValueError(
+                f"it is of format {about['format']!r:.20}, this version of sac_rag reads format "
+                f"{FORMAT}; upgrade sac_rag, or export it anew"
+            )
+        cue = None
+        if about["cue"] is not None:
+            data = self._read(_CUE)
+            if _sha256(data) != about["cue"]:
+                raise ValueError("the cue is not the one that was written")
+            cue = load(data)["cue"]
+        origin = Origin.from_dict(about["origin"], cue)
+        records = {
+            key: Record(record["sha256"], tuple(record["documents"]), record["text_id"])
+            for key, record in about["records"].items()
+        }
+        there = {info.filename for info in self._file.infolist()} - {_MANIFEST, _CUE}
+        if not all(map(is_key, records)) or there != set(map(_place, records)):
+            raise ValueError("the entries in it are not those of its manifest")
+        if len(records) != about["entries"] or not all(map(_is_record, records.values())):
+            raise ValueError("its manifest contradicts itself")
+        return origin, records
+
+    def _verified(self, key: str, record: Record) -> AnchorKV:
+        data = self._read(_place(key))
+        if _sha256(data) != record.sha256:
+            raise CorruptEntry("its bytes are not the ones that were written")
+        return decode(key, data)
+
+    def _read(self, name: str) -> bytes:
+        info = self._file.getinfo(name)
+        # Stored as it is, a file is no larger than the archive: nothing in here can swell.
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise CorruptEntry(f"{name} is compressed")
+        try:
+            return self._file.read(info)
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            raise CorruptEntry(str(error)) from error
+
+    def _refuse(self) -> NoReturn:
+        raise OSError(errno.EROFS, "an archive can only be read", os.fspath(self.path))
+
+
+def _manifest(origin: Origin, cue: bytes | None, records: Mapping[str, Record]) -> str:
+    about = {
+        "magic": MAGIC,
+        "format": FORMAT,
+        "origin": origin.to_dict(),
+        "cue": None if cue is None else _sha256(cue),
+        "entries": len(records),
+        "records": {key: asdict(record) for key, record in records.items()},
+    }
+    return json.dumps(about, indent=1)
+
+
+def _has(store: MutableMapping[str, AnchorKV], key: str, record: Record) -> bool:
+    if key not in store or not isinstance(store, DocumentStore):
+        return key in store
+    return set(record.documents) <= set(store.documents(key))
+
+
+def _is_record(record: Record) -> bool:
+    texts = (*record.documents, "" if record.text_id is None else record.text_id)
+    return (
+        isinstance(record.sha256, str)
+        and _DIGEST.fullmatch(record.sha256) is not None
+        and all(isinstance(text, str) for text in texts)
+    )
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)  # of 1980: equal contents are equal archives
+    member.external_attr = 0o600 << 16
+    return member
+
+
+def _place(key: str) -> str:
+    return f"entries/{key}.kv"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _require_free(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "there is something already; give another name", path)

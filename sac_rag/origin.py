@@ -1,0 +1,118 @@
+"""What made stored KV, as far as answering from them needs it. Knows nothing of where they lie."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.digests import digest_json, tensors_digest
+from sac_rag.template import PromptFormat
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A compressor without what only compressing needs: no LoRA, no other weights but the cue.
+
+    Attributes:
+        fields: The compressor's fingerprint fields.
+        config: The compressor's.
+        cue: The compressor's, if it has one. Shape: (hidden,)
+        format: The prompts that the chunks are for, if it is known.
+
+    Raises:
+        ValueError: if config or cue are not those of the fields.
+    """
+
+    fields: Mapping[str, str]
+    config: CompressorConfig
+    cue: Tensor | None = None
+    format: PromptFormat | None = None
+
+    def __post_init__(self) -> None:
+        told = {name: v for name, v in self.fields.items() if name.startswith("config.")}
+        own = {f"config.{name}": repr(value) for name, value in self.config.to_dict().items()}
+        differing = sorted(n for n in told.keys() | own.keys() if told.get(n) != own.get(n))
+        if differing:
+            raise ValueError(f"the config is not the fingerprint's: {', '.join(differing)} differ")
+        if self.config.cue != (self.cue is not None):
+            raise ValueError(
+                f"the config has cue={self.config.cue}, but "
+                f"{'no cue was' if self.cue is None else 'a cue was'} given"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the compressor."""
+        return digest_json(dict(self.fields))
+
+    @classmethod
+    def of(cls, compressor: Compressor, format: PromptFormat | None = None) -> Origin:
+        """What a loaded compressor would be the origin of."""
+        fields, cue = compressor.fingerprint_fields(), compressor.cue
+        return cls(fields, compressor.config, None if cue is None else cue.detach(), format)
+
+    @classmethod
+    def from_folder(cls, fields: Mapping[str, str], folder: Path | None) -> Origin:
+        """Puts together what a store has noted and what a compressor's folder holds.
+
+        Loads no model.
+
+        Args:
+            fields: Of the fingerprint, as a store notes them.
+            folder: Of the compressor; None for one without weights.
+
+        Raises:
+            ValueError: if the folder is not that of the compressor with this fingerprint.
+        """
+        values = {
+            name.removeprefix("config."): ast.literal_eval(value)
+            for name, value in fields.items()
+            if name.startswith("config.")
+        }
+        config = CompressorConfig.from_json(json.dumps(values))
+        weights = checkpoint.read(folder)[1] if folder is not None else {}
+        if tensors_digest(weights) != fields.get("compressor_weights"):
+            raise ValueError(
+                f"the chunks were compressed by {config.method!r} at {config.ratio}x with other "
+                f"weights than {'none' if folder is None else f'those in {folder}'}; "
+                "give the folder of the compressor they were compressed with"
+            )
+        format = checkpoint.load_format(folder) if folder is not None else None
+        return cls(fields, config, weights.get("cue"), format)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the cue, as JSON holds it."""
+        return {
+            "fingerprint": self.fingerprint,
+            "fields": dict(self.fields),
+            "config": self.config.to_dict(),
+            "prompt_format": None if self.format is None else json.loads(self.format.to_json()),
+        }
+
+    @classmethod
+    def from_dict(cls, about: Mapping[str, Any], cue: Tensor | None) -> Origin:
+        """Reads what `to_dict` made.
+
+        Raises:
+            ValueError: if it contradicts itself, or is not what this version knows.
+            KeyError, TypeError: if it is something else.
+        """
+        text = about["prompt_format"]
+        origin = cls(
+            fields=dict(about["fields"]),
+            config=CompressorConfig.from_json(json.dumps(about["config"])),
+            cue=cue,
+            format=None if text is None else PromptFormat.from_json(json.dumps(text)),
+        )
+        if about["fingerprint"] != origin.fingerprint:
+            raise ValueError("the fingerprint is not that of the fields given for it")
+        return origin

@@ -1,0 +1,488 @@
+"""A precompressed corpus is carried in one file to where no compressor is, and answers the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
+
+from sac_rag import SacRAG, archive
+from sac_rag.archive import Archive
+from sac_rag.cached import CachedCompressor
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors.base import Compressor
+from sac_rag.errors import ChunkMiss, CorruptEntry
+from sac_rag.generate import Decoding
+from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
+from sac_rag.origin import Origin
+from sac_rag.stores import DiskStore, MemoryStore
+from sac_rag.template import SPANS
+
+QUESTION = "Who counted the ships?"
+SHORT = Decoding(max_new_tokens=8)
+
+
+@pytest.fixture(autouse=True)
+def _home(home: Path) -> None:
+    """No record of another run is believed."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The serving machine's copy of the model."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sac(make_generator: Callable[..., Generator]) -> Compressor:
+    return make_compressor(make_generator("llama"), "sac")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, sac: Compressor) -> Path:
+    folder = tmp_path_factory.mktemp("compressor")
+    checkpoint.save(sac, folder, format=SPANS)
+    return folder
+
+
+def entries(cached: CachedCompressor, texts: tuple[str, ...] = PROSE) -> Iterator[Any]:
+    for number, (text, kv) in enumerate(zip(texts, cached.compress(texts), strict=True)):
+        yield cached.key(text), kv, (f"document {number}",), cached.text_id(text)
+
+
+@pytest.fixture
+def carried(tmp_path: Path, sac: Compressor) -> Path:
+    """An archive of all of PROSE."""
+    path = tmp_path / "corpus.sacrag"
+    archive.write(path, Origin.of(sac, SPANS), entries(CachedCompressor(sac, {})))
+    return path
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of an archive with another manifest."""
+    other = path.with_suffix(".changed")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "manifest.json":
+                about = json.loads(data)
+                change(about)
+                data = json.dumps(about).encode()
+            new.writestr(name, data)
+    return other
+
+
+# --- served elsewhere
+
+
+@pytest.mark.parametrize("method", ["sac", "learned", "full"])
+def test_answers_without_the_compressor_are_those_with_it(
+    make_generator: Callable[..., Generator], saved: Path, tmp_path: Path, method: str
+) -> None:
+    compressor = make_compressor(make_generator("llama"), method)
+    rag = SacRAG(CachedCompressor(compressor, {}), format=SPANS, decoding=SHORT)
+    path = tmp_path / "corpus.sacrag"
+    archive.write(path, Origin.of(compressor, SPANS), entries(CachedCompressor(compressor, {})))
+    served = SacRAG.from_archive(path, saved, device="cpu", decoding=SHORT)
+    assert served.format == SPANS
+    for chunks in (PROSE, PROSE[:1], PROSE[::-1]):
+        expected, got = rag.answer(QUESTION, chunks), served.answer(QUESTION, chunks)
+        assert got.text == expected.text
+        assert {chunk.status for chunk in got.chunks} == {"hit"}
+        assert got.usage.positions_attended == expected.usage.positions_attended
+
+
+def test_no_lora_is_on_the_serving_model_and_the_encoder_never_runs(
+    carried: Path, saved: Path, sac: Compressor
+) -> None:
+    assert any("lora" in name for name, _ in sac.generator.model.named_parameters())
+    served = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
+    parameters = dict(served.generator.model.named_parameters())
+    assert not [name for name in parameters if "lora" in name.lower()]
+    assert set(parameters) == set(dict(make_model("llama").named_parameters()))
+    assert served.compressor.compressor.weights == {}
+    with passes_of(served.generator) as passes:
+        served.answer(QUESTION, PROSE)
+    assert len(passes) == 1 + 8  # prefix and answer
+
+
+def test_what_is_not_in_the_archive_is_read_as_text_or_refused(carried: Path, saved: Path) -> None:
+    unknown = "A text that nobody precompressed."
+    served = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
+    report = served.answer(QUESTION, [PROSE[0], unknown]).chunks[1]
+    assert (report.status, report.read_as) == ("absent", "text")
+    strict = SacRAG.from_archive(carried, saved, device="cpu", on_miss="raise")
+    with pytest.raises(ChunkMiss):
+        strict.answer(QUESTION, [unknown])
+    with pytest.raises(ValueError, match="must be 'text' or 'raise' where the compressor is not"):
+        SacRAG.from_archive(carried, saved, device="cpu", on_miss="compress")
+
+
+def test_compressing_and_changing_what_is_stored_are_refused_with_what_to_do(
+    carried: Path, saved: Path
+) -> None:
+    served = SacRAG.from_archive(carried, saved, device="cpu")
+    with pytest.raises(
+        RuntimeError, match=r"the compressor is not here.*on_miss='text' or 'raise'"
+    ):
+        served.precompress(["A text that nobody precompressed."])
+    assert served.precompress(PROSE).hits == 8
+    stored = served.compressor.compressor
+    with pytest.raises(ValueError, match=r"made with its own config, asked for: {'ratio': 9}"):
+        stored.at_ratio(9)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "generator.weights was "),
+        ({"architecture": "qwen3"}, "generator.model was "),
+        ({"tokenizer": True}, "generator.tokenizer was "),
+    ],
+    ids=["weights", "architecture", "tokenizer"],
+)
+def test_another_model_is_refused_and_what_differs_is_named(
+    carried: Path, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    model = make_model(change.get("architecture", "llama"), seed=change.get("seed", 0))
+    tokenizer = make_tokenizer()
+    if "tokenizer" in change:
+        tokenizer.add_tokens(["lighthouse"])
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"for another model: .*{named}") as refused:
+        SacRAG.from_archive(carried, tmp_path / "other", device="cpu")
+    if change == {"seed": 1}:
+        assert str(refused.value).count(" was ") == 1
+
+
+def test_the_model_is_loaded_in_the_dtype_the_chunks_were_made_in(
+    saved: Path, tmp_path: Path
+) -> None:
+    rag = SacRAG.from_pretrained(saved, device="cpu", dtype="bfloat16", decoding=SHORT)
+    path = tmp_path / "corpus.sacrag"
+    compressor = rag.compressor.compressor
+    archive.write(path, Origin.of(compressor, rag.format), entries(rag.compressor))
+    served = SacRAG.from_archive(path, saved, device="cpu", decoding=SHORT)
+    assert served.generator.dtype_name == "bfloat16"
+    assert served.answer(QUESTION, PROSE).text == rag.answer(QUESTION, PROSE).text
+
+
+def test_a_namespace_is_carried_and_its_chunks_are_hits_there_alone(
+    sac: Compressor, saved: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus.sacrag"
+    tenant = CachedCompressor(sac, {}, namespace="tenant")
+    archive.write(path, Origin.of(sac), entries(tenant))
+    for namespace, status in (("tenant", "hit"), ("", "absent"), ("other", "absent")):
+        served = SacRAG.from_archive(path, saved, device="cpu", namespace=namespace)
+        assert served.answer(QUESTION, PROSE[:1], SHORT).chunks[0].status == status
+
+
+# --- what is written
+
+
+def test_an_archive_holds_what_was_given_and_no_more(carried: Path, sac: Compressor) -> None:
+    cached = CachedCompressor(sac, {})
+    with Archive(carried) as opened:
+        assert set(opened) == {cached.key(text) for text in PROSE}
+        assert len(opened) == 8
+        assert opened.verify() == []
+        kvs = sac.compress(PROSE)
+        for number, text in enumerate(PROSE):
+            record = opened.records[cached.key(text)]
+            assert record.documents == (f"document {number}",)
+            assert record.text_id == cached.text_id(text)
+            assert opened[cached.key(text)].bit_equal(kvs[number])
+        assert opened.origin.fingerprint == sac.fingerprint
+        assert opened.origin.config == sac.config
+    with zipfile.ZipFile(carried) as file:
+        assert file.testzip() is None
+        names = set(file.namelist())
+        text = b"".join(file.read(name) for name in names)
+    assert names >= {"manifest.json", "cue.safetensors"}
+    assert len(names) == 10
+    assert not [words for words in PROSE if words[4:20].encode() in text]
+
+
+def test_equal_contents_are_equal_archives(carried: Path, sac: Compressor, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    archive.write(again, Origin.of(sac, SPANS), entries(CachedCompressor(sac, {})))
+    assert again.read_bytes() == carried.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+def test_an_archive_is_its_owners_alone(carried: Path) -> None:
+    assert stat.S_IMODE(carried.stat().st_mode) == 0o600
+
+
+def test_entries_are_taken_one_by_one(sac: Compressor, tmp_path: Path) -> None:
+    """Not more than one is alive at a time, however large the corpus."""
+    import weakref
+
+    kvs: list[Any] = []
+
+    def fresh() -> Iterator[Any]:
+        for text in PROSE:
+            assert sum(ref() is not None for ref in kvs) <= 1
+            (kv,) = sac.compress([text])
+            kvs.append(weakref.ref(kv))
+            yield CachedCompressor(sac, {}).key(text), kv, (), None
+            del kv
+
+    assert archive.write(tmp_path / "corpus", Origin.of(sac), fresh()) == 8
+
+
+def test_an_interrupted_export_leaves_nothing(sac: Compressor, tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Any]:
+        yield from list(entries(CachedCompressor(sac, {})))[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        archive.write(tmp_path / "corpus", Origin.of(sac), interrupted())
+    assert list(tmp_path.glob("corpus*")) == []
+
+
+def test_a_file_that_is_there_is_not_replaced(carried: Path, sac: Compressor) -> None:
+    before = carried.read_bytes()
+    with pytest.raises(FileExistsError, match="give another name"):
+        archive.write(carried, Origin.of(sac), [])
+    assert carried.read_bytes() == before
+
+
+def test_an_origin_must_fit_together(sac: Compressor, trained: Path) -> None:
+    fields = sac.fingerprint_fields()
+    with pytest.raises(ValueError, match=r"config\.ratio differ"):
+        Origin(fields, sac.at_ratio(9).config, sac.cue)
+    with pytest.raises(ValueError, match="cue=True, but no cue was given"):
+        Origin(fields, sac.config)
+    with pytest.raises(ValueError, match="other weights than none"):
+        Origin.from_folder(fields, None)
+    found = Origin.from_folder(fields, trained)
+    assert found.format == SPANS and found.fingerprint == sac.fingerprint
+    assert found.cue is not None and found.cue.equal(sac.cue.detach())  # type: ignore[union-attr]
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("kind", ["dict", "memory", "disk"])
+def test_an_import_copies_everything_with_its_documents(
+    carried: Path, sac: Compressor, disk: DiskStore, kind: str
+) -> None:
+    store: Any = {"dict": {}, "memory": MemoryStore(), "disk": disk}[kind]
+    with Archive(carried) as opened:
+        assert opened.copy_to(store) == 8
+        assert opened.copy_to(store) == 0
+    cached = CachedCompressor(sac, store)
+    assert cached.fetch(PROSE).misses == [None] * 8
+    if kind == "disk":
+        assert disk.documents(cached.key(PROSE[3])) == ("document 3",)
+
+
+def test_an_interrupted_import_goes_on_where_it_was(carried: Path, disk: DiskStore) -> None:
+    told: list[int] = []
+
+    def interrupt(count: int) -> None:
+        told.append(count)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with Archive(carried) as opened:
+        with pytest.raises(KeyboardInterrupt):
+            opened.copy_to(disk, interrupt)
+        assert len(disk) == 3
+        assert opened.copy_to(disk) == 5
+
+
+def test_documents_of_an_entry_that_is_there_are_added(
+    carried: Path, sac: Compressor, disk: DiskStore
+) -> None:
+    cached = CachedCompressor(sac, disk)
+    cached.fetch([PROSE[0]], documents=["own"])
+    with Archive(carried) as opened:
+        opened.copy_to(disk)
+    assert disk.documents(cached.key(PROSE[0])) == ("document 0", "own")
+
+
+def test_imported_chunks_are_served_from_the_store(
+    carried: Path, saved: Path, disk: DiskStore
+) -> None:
+    with Archive(carried) as opened:
+        opened.copy_to(disk)
+    served = SacRAG.from_archive(carried, saved, store=disk, device="cpu", decoding=SHORT)
+    assert {c.status for c in served.answer(QUESTION, PROSE).chunks} == {"hit"}
+    direct = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
+    assert direct.answer(QUESTION, PROSE).text == served.answer(QUESTION, PROSE).text
+
+
+def test_an_archive_can_only_be_read(carried: Path) -> None:
+    with Archive(carried) as opened:
+        key = next(iter(opened))
+        with pytest.raises(OSError, match="can only be read"):
+            opened[key] = opened[key]
+        with pytest.raises(OSError, match="can only be read"):
+            del opened[key]
+        with pytest.raises(KeyError):
+            opened["ab"]
+
+
+# --- damage and malice
+
+
+def test_a_later_format_is_refused_by_name(carried: Path) -> None:
+    with pytest.raises(ValueError, match="is of format 2, this version of sac_rag reads format 1"):
+        Archive(rewrite(carried, lambda about: about.update(format=2)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(magic="other"),
+        lambda about: about.pop("origin"),
+        lambda about: about.update(records=[]),
+        lambda about: about.update(entries=7),
+        lambda about: about["records"].popitem(),
+        lambda about: about["records"].update({"../../etc/passwd": {}}),
+        lambda about: about["origin"].update(fingerprint="0" * 64),
+        lambda about: about["origin"]["config"].update(ratio=9),
+        lambda about: about["origin"]["config"].update(unknown=9),
+        lambda about: about["origin"]["fields"].update({"generator.weights": "other"}),
+        lambda about: about["origin"].update(prompt_format=3),
+        lambda about: about.update(cue=None),
+        lambda about: about.update(cue="0" * 64),
+        lambda about: next(iter(about["records"].values())).update(documents=[3]),
+        lambda about: next(iter(about["records"].values())).update(sha256="short"),
+    ],
+)
+def test_a_manifest_that_contradicts_the_rest_is_refused(carried: Path, change: Any) -> None:
+    with pytest.raises(ValueError, match="archive"):
+        Archive(rewrite(carried, change))
+
+
+def test_a_damaged_entry_is_named_not_imported_and_a_miss_when_served(
+    carried: Path, sac: Compressor, saved: Path, disk: DiskStore
+) -> None:
+    cached = CachedCompressor(sac, {})
+    data = bytearray(carried.read_bytes())
+    with zipfile.ZipFile(carried) as file:
+        info = file.getinfo(f"entries/{cached.key(PROSE[2])}.kv")
+    data[info.header_offset + 2000] ^= 1
+    carried.write_bytes(data)
+    with Archive(carried) as opened:
+        (problem,) = opened.verify()
+        assert problem.startswith(cached.key(PROSE[2]))
+        with pytest.raises(CorruptEntry):
+            opened.copy_to(disk)
+    assert cached.key(PROSE[2]) not in disk
+    served = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
+    statuses = [chunk.status for chunk in served.answer(QUESTION, PROSE).chunks]
+    assert statuses == ["hit", "hit", "corrupt", *["hit"] * 5]
+
+
+def test_an_entry_in_anothers_place_is_not_believed(carried: Path) -> None:
+    """The manifest's digests are put right too, as whoever swaps entries on purpose would."""
+
+    def swap(about: dict[str, Any]) -> None:
+        (_, one), (_, other), *_ = about["records"].items()
+        one["sha256"], other["sha256"] = other["sha256"], one["sha256"]
+
+    changed = rewrite(carried, swap)
+    keys = list(Archive(carried))[:2]
+    swapped = changed.with_suffix(".swapped")
+    with zipfile.ZipFile(changed) as old, zipfile.ZipFile(swapped, "w") as new:
+        names = {f"entries/{keys[0]}.kv": f"entries/{keys[1]}.kv"}
+        names |= {other: one for one, other in names.items()}
+        for name in old.namelist():
+            new.writestr(names.get(name, name), old.read(name))
+    with Archive(swapped) as opened:
+        assert len(opened.verify()) == 2
+        with pytest.raises(CorruptEntry, match="this is the entry of key"):
+            opened[keys[0]]
+
+
+def test_a_pickle_in_an_archive_is_never_executed(carried: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (ran,)
+
+    with Archive(carried) as opened:
+        key = next(iter(opened))
+    evil = tmp_path / "evil"
+    with zipfile.ZipFile(carried) as old, zipfile.ZipFile(evil, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickle.dumps(Evil()) if key in name else old.read(name))
+    with Archive(evil) as opened:
+        with pytest.raises(CorruptEntry):
+            opened[key]
+        assert len(opened.verify()) == 1
+    assert not ran.exists()
+
+
+def test_nothing_in_an_archive_can_swell(carried: Path, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb"
+    with zipfile.ZipFile(carried) as old, zipfile.ZipFile(bomb, "w") as new:
+        for name in old.namelist():
+            data = b" " * 50_000_000 if name == "manifest.json" else old.read(name)
+            kind = zipfile.ZIP_DEFLATED if name == "manifest.json" else zipfile.ZIP_STORED
+            new.writestr(name, data, compress_type=kind)
+    with pytest.raises(ValueError, match=r"manifest\.json is compressed"):
+        Archive(bomb)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"not a zip at all", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(ValueError, match="is no archive of sac_rag"):
+        Archive(tmp_path / "file")
+    with pytest.raises(OSError):
+        Archive(tmp_path / "nowhere")
+
+
+def test_random_damage_is_an_error_or_a_miss_and_never_other_numbers(
+    carried: Path, tmp_path: Path
+) -> None:
+    whole = carried.read_bytes()
+    with Archive(carried) as opened:
+        expected = {key: opened[key] for key in opened}
+    chance = random.Random(0)
+    refused = missed = 0
+    path = tmp_path / "damaged"
+    for _ in range(400):
+        data = bytearray(whole)
+        if chance.random() < 0.2:
+            del data[chance.randrange(len(data)) :]
+        else:
+            # Half of the time near the end, where the manifest and the directory are.
+            start = 0 if chance.random() < 0.5 else len(data) - 8000
+            data[chance.randrange(start, len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        try:
+            opened = Archive(path)
+        except ValueError:
+            refused += 1
+            continue
+        with opened:
+            for key in opened:
+                try:
+                    kv: AnchorKV = opened[key]
+                except CorruptEntry:
+                    missed += 1
+                else:
+                    assert kv.bit_equal(expected[key])
+    assert refused > 100 and missed > 50

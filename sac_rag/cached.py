@@ -228,11 +228,22 @@ class CachedCompressor:
         if not isinstance(self.store, ExplainingStore):
             return "absent"
         text_id = self.text_id(text)
+        self._note(self.store)
         try:
             return self.store.why_absent(key, text_id=text_id, fingerprint=self.fingerprint)
         except OSError as error:
             log.warning("why chunk %s is not there could not be read: %s", key[:12], error)
             return "absent"
+
+    def _note(self, store: ExplainingStore) -> None:
+        """Tells the store, once, what the fingerprint is made of; a reason is vaguer without."""
+        if self._noted:
+            return
+        try:
+            store.note(self.fingerprint, self.compressor.fingerprint_fields())
+            self._noted = True
+        except OSError as error:
+            log.warning("what made the chunks was not stored: %s", error)
 
     def _compute(self, missing: Mapping[str, str]) -> dict[str, AnchorKV]:
         started = time.perf_counter()
@@ -249,9 +260,7 @@ class CachedCompressor:
         documents = () if document is None else (self.document_id(document),)
         try:
             if isinstance(self.store, ExplainingStore):
-                if not self._noted:
-                    self.store.note(self.fingerprint, self.compressor.fingerprint_fields())
-                    self._noted = True
+                self._note(self.store)
                 self.store.put(
                     key,
                     kv,

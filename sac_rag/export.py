@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 
 from sac_rag.archive import Entry, write
 from sac_rag.errors import CorruptEntry
+from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
 from sac_rag.stores.disk import DiskStore
 
@@ -35,7 +36,7 @@ def fingerprints(store: DiskStore) -> Counter[str]:
 
 
 def export(
-    store: DiskStore,
+    store: MutableMapping[str, AnchorKV],
     path: str | os.PathLike[str],
     origin: Origin,
     *,
@@ -45,17 +46,20 @@ def export(
     """Writes a store's entries of one fingerprint into an archive.
 
     Args:
-        store: May be read-only. Its entries stay there.
+        store: A DiskStore; it may be read-only. Its entries stay there.
         path: A file that is not there yet.
         origin: What made the entries to write.
         decrypt: Must be said for an encrypted store: whoever has the archive has what is in it.
         on_progress: Called with the number of entries looked at since the last call.
 
     Raises:
+        TypeError: for another store: it does not know what made its entries.
         ValueError: for an encrypted store, without `decrypt`.
         FileExistsError: if there is something at the path.
         OSError: if the store cannot be read or the archive not be written.
     """
+    if not isinstance(store, DiskStore):
+        raise TypeError(f"only a DiskStore can be exported, was: {type(store).__name__}")
     if store.is_encrypted and not decrypt:
         raise ValueError(
             f"{store.folder} is encrypted, and an archive is not: who gets hold of it could tell "

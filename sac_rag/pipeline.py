@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,20 +13,22 @@ from sac_rag.archive import Archive
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors.config import StoredDtype
+from sac_rag.export import Exported, export
 from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.loading import load_compressor, load_stored
 from sac_rag.metrics import Meter, Metrics
+from sac_rag.origin import Origin
 from sac_rag.precompress import precompress
 from sac_rag.prefix import Prefixes
-from sac_rag.prepare import evictions, prepare, tokenize, tokenize_chunk
+from sac_rag.prepare import evictions, prepare, token_ids
 from sac_rag.reports import Answer, PrecompressReport
 from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
 from sac_rag.stream import AnswerStream, Run
 from sac_rag.telemetry import Trace
-from sac_rag.template import Markup, Message, Piece, PromptFormat, before_first_turn, render
+from sac_rag.template import Message, Piece, PromptFormat, before_first_turn, render
 
 
 class SacRAG:
@@ -133,14 +134,12 @@ class SacRAG:
         """Answers from precompressed chunks without their compressor: no LoRA is in memory.
 
         Args:
-            archive: What `sac-rag store export` wrote.
+            archive: What `export` wrote.
             model: The one that the chunks were compressed for. It is loaded in the same dtype.
             store: Where the archive was imported to. Default: the archive itself.
-            format: Default: the format of the prompts that the chunks were made for, if known.
-            namespace: The one that they were compressed in.
-            device: Default: CUDA if there is one, else CPU.
+            format: Default: the format that the chunks were made for, if it is known.
             on_miss: "text" or "raise": what is not in the store cannot be compressed.
-            **options: decoding: see the class.
+            namespace, device, **options: As `from_pretrained` takes them.
 
         Raises:
             ValueError: if the file is no archive, or the model is another one, naming what differs.
@@ -198,6 +197,18 @@ class SacRAG:
         """
         return self.compressor.forget(document_id)
 
+    def export(self, archive: str | os.PathLike[str], *, decrypt: bool = False) -> Exported:
+        """Writes what this compressor has in its DiskStore into one file, for `from_archive`.
+
+        Args:
+            archive: A file that is not there yet.
+            decrypt: Must be said for an encrypted store: an archive is not encrypted.
+
+        Raises as `export.export` does.
+        """
+        origin = Origin.of(self.compressor.compressor, self.format)
+        return export(self.compressor.store, archive, origin, decrypt=decrypt)
+
     def metrics(self) -> Metrics:
         """What this pipeline's answers came to since it was made, in numbers."""
         self._meter.evicted(evictions(self.compressor))
@@ -250,13 +261,7 @@ class SacRAG:
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
-        ids: list[int] = []
-        for piece in self._ask(question, chunks):
-            if isinstance(piece, Chunk):
-                ids += tokenize_chunk(piece, self.compressor)
-            else:
-                ids += tokenize(piece, self.generator)
-        return ids
+        return token_ids(self._ask(question, chunks), self.compressor)
 
     def beginning_ids(self) -> list[int]:
         """Token ids that prompts of this format begin with, whatever is asked: the shared prefix.
@@ -264,10 +269,7 @@ class SacRAG:
         A prompt may leave them at its last few, where text of its own is tokenized together with
         them.
         """
-        return self._ids(self.format.beginning(self.generator.tokenizer))
-
-    def _ids(self, pieces: Iterable[Markup | str]) -> list[int]:
-        return [token for piece in pieces for token in tokenize(piece, self.generator)]
+        return token_ids(self.format.beginning(self.generator.tokenizer), self.compressor)
 
     def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Piece]:
         if isinstance(chunks, str):
@@ -280,47 +282,44 @@ class SacRAG:
     ) -> Run:
         decoding = decoding or self.decoding
         stop = tuple(dict.fromkeys((*decoding.stop, *self.format.stop)))
-        with self._call() as trace:
-            rows = [self._ask(question, chunks) for question, chunks in questions]
-            return self._prepare(rows, self.beginning_ids(), replace(decoding, stop=stop), trace)
+        return self._run(
+            lambda: [self._ask(question, chunks) for question, chunks in questions],
+            self.beginning_ids,
+            replace(decoding, stop=stop),
+        )
 
     def _start_chat(
         self, conversations: Sequence[Sequence[Message]], decoding: Decoding | None
     ) -> Run:
-        tokenizer = self.generator.tokenizer
-        with self._call() as trace:
-            rows = [render(tokenizer, messages) for messages in conversations]
-            beginning = self._ids(before_first_turn(tokenizer, conversations[0]))
-            return self._prepare(rows, beginning, decoding or self.decoding, trace)
+        tokenizer, first = self.generator.tokenizer, conversations[0]
+        return self._run(
+            lambda: [render(tokenizer, messages) for messages in conversations],
+            lambda: token_ids(before_first_turn(tokenizer, first), self.compressor),
+            decoding or self.decoding,
+        )
 
-    @contextmanager
-    def _call(self) -> Iterator[Trace]:
-        """Begins the account of a call; the run ends it, or what is raised before there is one."""
-        trace = Trace("answer")
+    def _run(
+        self,
+        rows: Callable[[], list[list[Piece]]],
+        beginning: Callable[[], list[int]],
+        decoding: Decoding,
+    ) -> Run:
+        trace = Trace("answer")  # the run ends it, or what is raised before there is one
         try:
-            yield trace
+            return prepare(
+                rows(),
+                beginning(),
+                decoding,
+                compressor=self.compressor,
+                on_miss=self.on_miss,
+                prefixes=self.prefixes,
+                meter=self._meter,
+                trace=trace,
+            )
         except Exception as error:
             self._meter.add(failed=1)
             trace.end({}, {}, type(error).__name__)
             raise
-
-    def _prepare(
-        self,
-        rows: Sequence[Sequence[Piece]],
-        beginning: list[int],
-        decoding: Decoding,
-        trace: Trace,
-    ) -> Run:
-        return prepare(
-            rows,
-            beginning,
-            decoding,
-            compressor=self.compressor,
-            on_miss=self.on_miss,
-            prefixes=self.prefixes,
-            meter=self._meter,
-            trace=trace,
-        )
 
 
 def _finished(run: Run) -> list[Answer]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from sac_rag.assemble import Part, assemble, require_room
 from sac_rag.cached import CachedCompressor, Fetched, OnMiss
 from sac_rag.chunk import Chunk
 from sac_rag.generate import Decoding, Generation
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.metrics import Meter
 from sac_rag.prefix import Prefixes
@@ -20,16 +19,21 @@ from sac_rag.telemetry import Trace
 from sac_rag.template import Markup, Piece
 
 
-def tokenize(piece: Markup | str, generator: Generator) -> list[int]:
-    """Token ids of a piece of text; special tokens count in the template's own words alone."""
+def tokenize(piece: Piece, compressor: CachedCompressor) -> list[int]:
+    """Token ids of a piece, a chunk's being the very tokens that are compressed.
+
+    Special tokens count in the template's own words alone.
+    """
+    if isinstance(piece, Chunk):
+        return [] if piece.is_empty else compressor.compressor.tokenize(piece.text)
     if isinstance(piece, Markup):
-        return generator.tokenize(piece.text, special=True)
-    return generator.tokenize(piece)
+        return compressor.compressor.generator.tokenize(piece.text, special=True)
+    return compressor.compressor.generator.tokenize(piece)
 
 
-def tokenize_chunk(chunk: Chunk, compressor: CachedCompressor) -> list[int]:
-    """A chunk as text: the very tokens that are compressed."""
-    return [] if chunk.is_empty else compressor.compressor.tokenize(chunk.text)
+def token_ids(pieces: Iterable[Piece], compressor: CachedCompressor) -> list[int]:
+    """Token ids of pieces, one after the other, chunks as text."""
+    return [token for piece in pieces for token in tokenize(piece, compressor)]
 
 
 def evictions(compressor: CachedCompressor) -> int:
@@ -67,7 +71,7 @@ def prepare(
     generator, config = compressor.compressor.generator, compressor.compressor.config
     # Text becomes token ids, chunks stay as they are until their KV is there.
     plain = [
-        [piece if isinstance(piece, Chunk) else tokenize(piece, generator) for piece in row]
+        [piece if isinstance(piece, Chunk) else tokenize(piece, compressor) for piece in row]
         for row in rows
     ]
     chunks = [[p for p in row if isinstance(p, Chunk) and not p.is_empty] for row in plain]
@@ -103,7 +107,7 @@ def prepare(
                 reports[-1].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0))
             else:
                 kv, miss = next(results)
-                part = kv if kv is not None else tokenize_chunk(piece, compressor)
+                part = kv if kv is not None else tokenize(piece, compressor)
                 parts[-1].append(part)
                 reports[-1].append(_report(piece, part, miss))
     for number, row_parts in enumerate(parts):

@@ -102,7 +102,7 @@ def test_a_prompt_behind_its_prefix_has_the_logits_of_reading_both(
     rag = SacRAG(CachedCompressor(compressor, {}), format=prompt_format)
     kvs = iter(compressor.compress(PROSE[:2]))
     row: list[Part] = [
-        next(kvs) if isinstance(piece, Chunk) else tokenize(piece, generator)
+        next(kvs) if isinstance(piece, Chunk) else tokenize(piece, rag.compressor)
         for piece in prompt_format.pieces(generator.tokenizer, QUESTION, [*map(Chunk, PROSE[:2])])
     ]
     split = rag.prefixes.split(rag.beginning_ids(), [row])

@@ -179,7 +179,8 @@ def _cached(generator: Generator, ratio: int, store: DiskStore | MemoryStore) ->
     else:
         config: CompressorConfig = replace(plain, method=SAC.method, ratio=ratio, cue=True)
         compressor = SAC(generator, config)
-    return CachedCompressor(compressor, store)
+    # Loading is what is measured here, however slow it is.
+    return CachedCompressor(compressor, store, guard=False)
 
 
 def _best(repeats: int, work: Callable[[], object]) -> float:

@@ -171,7 +171,7 @@ def _place(
             row.end += len(part)
             row.last_shared_turn = turn
         else:
-            layers, heads, _, head_dim = part.keys.shape
+            layers, heads, _, head_dim = part.shape
             if (layers, heads, head_dim) != generator.kv_shape:
                 raise ValueError(
                     "a chunk's KV must be of this model's (layers, kv_heads, head_dim) = "
@@ -210,12 +210,11 @@ def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, Tensor
         return cache, turns
     keys, values = [], []
     for number, row in enumerate(rows):
-        moved = [
-            rope.move(kv.keys.to(device), start, generator.frequencies)
-            for _, start, kv in row.chunks
-        ]
+        # What is kept in fewer bits travels in fewer bits.
+        chunks = [(start, kv.to(device)) for _, start, kv in row.chunks]
+        moved = [rope.move(kv.keys, start, generator.frequencies) for start, kv in chunks]
         keys.append(_joined(moved, entries, generator))
-        values.append(_joined([kv.values for _, _, kv in row.chunks], entries, generator))
+        values.append(_joined([kv.values for _, kv in chunks], entries, generator))
         own = [turn for turn, _, kv in row.chunks for _ in range(kv.num_anchors)]
         turns[number, : len(own)] = torch.tensor(own, device=device)
     # One unbind, not a selection a layer: the gradient of each selection is as large as them all.

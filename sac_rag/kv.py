@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ class AnchorKV:
     num_tokens: int
 
     def __post_init__(self) -> None:
-        shape = tuple(self.keys.shape)
+        shape = self.shape
         if len(shape) != 4 or tuple(self.values.shape) != shape:
             raise ValueError(
                 "keys and values must both have shape (layers, kv_heads, anchors, head_dim), "
@@ -45,6 +45,11 @@ class AnchorKV:
                 "keys and values must share one floating dtype, "
                 f"were: {self.keys.dtype} and {self.values.dtype}"
             )
+        self._require_places()
+
+    def _require_places(self) -> None:
+        """Refuses positions or counts that do not fit the anchors."""
+        shape = self.shape
         if tuple(self.positions.shape) not in {shape[2:3], shape[:3]}:
             raise ValueError(
                 f"positions must have shape {shape[2:3]} or {shape[:3]}, "
@@ -59,38 +64,59 @@ class AnchorKV:
             )
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of keys, and of values: (layers, kv_heads, anchors, head_dim)."""
+        return tuple(self.keys.shape)
+
+    @property
     def num_anchors(self) -> int:
         """Entries each head keeps for this chunk."""
-        return int(self.keys.shape[2])
+        return self.shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and positions."""
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+        """Bytes of the tensors it is kept as."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype shared by keys and values."""
         return self.keys.dtype
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is kept as, by name."""
+        return {"keys": self.keys, "values": self.values, "positions": self.positions}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> AnchorKV:
+        """The same value of other tensors: copies, or those on another device."""
+        return AnchorKV(**{n: change(t) for n, t in self.tensors().items()}, num_tokens=self.num_tokens)
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AnchorKV:
         """The same value on another device or in another floating dtype."""
+        moved = self if device is None else self.map(lambda tensor: tensor.to(device))
+        if dtype is None:
+            return moved
         return AnchorKV(
-            keys=self.keys.to(device=device, dtype=dtype),
-            values=self.values.to(device=device, dtype=dtype),
-            positions=self.positions.to(device=device),
+            keys=moved.keys.to(dtype),
+            values=moved.values.to(dtype),
+            positions=moved.positions,
             num_tokens=self.num_tokens,
         )
 
     def bit_equal(self, other: AnchorKV) -> bool:
         """Whether both hold the same bits in the same shapes and dtypes."""
-        return self.num_tokens == other.num_tokens and all(
-            mine.shape == theirs.shape
-            and mine.dtype == theirs.dtype
-            and torch.equal(_bytes_of(mine), _bytes_of(theirs))
-            for mine, theirs in zip(self._tensors(), other._tensors(), strict=True)
+        mine, theirs = self.tensors(), other.tensors()
+        return (
+            self.num_tokens == other.num_tokens
+            and mine.keys() == theirs.keys()
+            and all(
+                tensor.shape == theirs[name].shape
+                and tensor.dtype == theirs[name].dtype
+                and torch.equal(_bytes_of(tensor), _bytes_of(theirs[name]))
+                for name, tensor in mine.items()
+            )
         )
 
     @classmethod
@@ -110,9 +136,6 @@ class AnchorKV:
             positions=torch.cat([s.positions for s in segments], dim=-1),
             num_tokens=sum(s.num_tokens for s in segments),
         )
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.keys, self.values, self.positions
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 
 # Raise it when the same weights and config come to mean other KV: old entries then miss.
+from sac_rag.quantize import quantize
 KV_FORMAT = 1
 
 # Padded tokens in one encoder pass: enough to fill the matrix units of a small machine, and a
@@ -186,7 +187,7 @@ class Compressor(ABC):
             kvs = self.encode(tokens, [start + begin for _, begin, _ in batch])
             for (chunk, begin, _), kv in zip(batch, kvs, strict=True):
                 encoded[chunk].append((begin, kv))
-        return [
+        joined = [
             AnchorKV.join([kv for _, kv in sorted(parts, key=lambda part: part[0])])
             for parts in encoded.values()
         ]
@@ -199,13 +200,16 @@ class Compressor(ABC):
             starts: Position of each segment's first token; the sink stands right before it.
 
         Returns:
-            Keys rotated for, and positions counted from, position 0 of `starts`' count.
+            Keys rotated for, and positions counted from, position 0 of `starts`' count; with
+            stored_dtype "int8" as they were computed.
         """
         # Before the adapter is on: some methods ask the frozen LM where to put their anchors.
         layouts = [self.layout(tokens) for tokens in segments]
         sink = self.generator.embed(self._sink_ids)
         embeds, positions, mask = collate([after_sink(layout, sink) for layout in layouts])
         at = positions + torch.tensor(starts, device=positions.device)[:, None]
+        # What was computed just now is what will be read from a store, rounded as it is there.
+        return [quantize(kv) for kv in joined] if self.config.stored_dtype == "int8" else joined
         with self.generator.running(self._adapter) as model:
             # The decoder stack only: KV needs no LM head.
             layers = model.base_model(
@@ -237,7 +241,9 @@ class Compressor(ABC):
             values: Shape: (layers, kv_heads, slots, head_dim)
             num_tokens: Tokens of the segment.
         """
-        dtype = getattr(torch, self.config.stored_dtype)
+        stored = self.config.stored_dtype
+        # A chunk is quantized when it is whole.
+        dtype = keys.dtype if stored == "int8" else getattr(torch, stored)
         slots = len(layout.embeds)
         keys, values = keys[:, :, :slots], values[:, :, :slots]
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Attention = Literal["causal", "anchors", "full"]
 Anchors = Literal["uniform", "surprisal", "attention", "learned"]
 AnchorEmbedding = Literal["shared", "slot", "none"]
-StoredDtype = Literal["float32", "float16", "bfloat16"]
+StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CompressorConfig:
     lora_rank: int = 128
     lora_alpha: int = 256  # LoRA is scaled by lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # modules that get LoRA; () = none
-    stored_dtype: StoredDtype = "bfloat16"  # what keys and values are kept in
+    stored_dtype: StoredDtype = "bfloat16"  # what keys and values are kept in, see quantize.py
 
     def __post_init__(self) -> None:
         if isinstance(self.lora_targets, str):

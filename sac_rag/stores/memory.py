@@ -121,10 +121,8 @@ def _without_surroundings(kv: AnchorKV) -> AnchorKV:
     A chunk sliced out of a batch would otherwise hold the memory of the whole batch, unseen by
     the cap.
     """
-    tensors = (kv.keys, kv.values, kv.positions)
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in kv.tensors().values()]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if held <= kv.nbytes + _SLACK_BYTES:
         return kv
-    keys, values, positions = (tensor.detach().clone() for tensor in tensors)
-    return AnchorKV(keys, values, positions, kv.num_tokens)
+    return kv.map(lambda tensor: tensor.detach().clone())

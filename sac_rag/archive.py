@@ -17,8 +17,10 @@ import hashlib
 import json
 import os
 import re
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ MAGIC = "sac_rag.archive"
 FORMAT = 1
 
 _MANIFEST, _CUE = "manifest.json", "cue.safetensors"
+_NAME_LENGTH_AT = 26  # in a ZIP file's header of a member: lengths of its name and extra field
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -100,7 +103,7 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
 
 
 class Archive(MutableMapping[str, AnchorKV]):
-    """An archive, as a store that can only be read. Safe to share between threads.
+    """An archive, as a store that can only be read. May be shared by threads and processes.
 
     Attributes:
         origin: What made its entries.
@@ -116,14 +119,11 @@ class Archive(MutableMapping[str, AnchorKV]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file = zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
+            with zipfile.ZipFile(self.path) as file:
+                self._members = {member.filename: member for member in file.infolist()}
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise ValueError(f"{self.path} is no archive of sac_rag: {error}") from error
-        try:
-            self.origin, self.records = self._open()
-        except BaseException:
-            self.close()
-            raise
+        self.origin, self.records = self._open()
 
     def __getitem__(self, key: str) -> AnchorKV:
         """Reads an entry.
@@ -197,16 +197,6 @@ class Archive(MutableMapping[str, AnchorKV]):
                 on_progress(1)
         return copied
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def __enter__(self) -> Archive:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _open(self) -> tuple[Origin, dict[str, Record]]:
         try:
             return self._parse(json.loads(self._read(_MANIFEST)))
@@ -236,7 +226,7 @@ class Archive(MutableMapping[str, AnchorKV]):
             key: Record(record["sha256"], tuple(record["documents"]), record["text_id"])
             for key, record in about["records"].items()
         }
-        there = {info.filename for info in self._file.infolist()} - {_MANIFEST, _CUE}
+        there = self._members.keys() - {_MANIFEST, _CUE}
         if not all(map(is_key, records)) or there != set(map(_place, records)):
             raise ValueError("the entries in it are not those of its manifest")
         if len(records) != about["entries"] or not all(map(_is_record, records.values())):
@@ -250,14 +240,22 @@ class Archive(MutableMapping[str, AnchorKV]):
         return decode(key, data)
 
     def _read(self, name: str) -> bytes:
-        info = self._file.getinfo(name)
-        # Stored as it is, a file is no larger than the archive: nothing in here can swell.
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        member = self._members[name]
+        if member.compress_type != zipfile.ZIP_STORED:
             raise CorruptEntry(f"{name} is compressed")
-        try:
-            return self._file.read(info)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-            raise CorruptEntry(str(error)) from error
+        # Opened anew: the position in an open file would be shared with forked processes.
+        with self.path.open("rb") as file:
+            file.seek(member.header_offset + _NAME_LENGTH_AT)
+            lengths = struct.unpack("<HH", file.read(4).ljust(4, b"\0"))
+            begin = file.tell() + sum(lengths)
+            # Asked before reading: room is made for as many bytes as are said to be there.
+            if begin + member.file_size > os.fstat(file.fileno()).st_size:
+                raise CorruptEntry(f"{name} ends too early")
+            file.seek(begin)
+            data = file.read(member.file_size)
+        if zlib.crc32(data) != member.CRC:
+            raise CorruptEntry(f"the bytes of {name} are not the ones that were written")
+        return data
 
     def _refuse(self) -> NoReturn:
         raise OSError(errno.EROFS, "an archive can only be read", os.fspath(self.path))

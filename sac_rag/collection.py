@@ -131,7 +131,7 @@ def in_reading_order(hits: Sequence[Hit]) -> list[Chunk]:
 def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
     path = folder / _SETTINGS
     if path.is_file():
-        found = _read(path)
+        found = read_settings(folder)
         if wanted is None:
             return found
         differing = {
@@ -160,7 +160,14 @@ def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSetting
     return settings
 
 
-def _read(path: Path) -> CollectionSettings:
+def read_settings(folder: str | os.PathLike[str]) -> CollectionSettings:
+    """What the collection in a folder was made with.
+
+    Raises:
+        ValueError: if its settings are damaged, or of a later format.
+        OSError: if there are none.
+    """
+    path = Path(folder) / _SETTINGS
     try:
         values: dict[str, Any] = json.loads(path.read_text())
         version = values.pop("format")

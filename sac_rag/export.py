@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 
@@ -27,12 +26,6 @@ class Exported:
     written: int
     others: int
     bad: tuple[str, ...]
-
-
-def fingerprints(store: DiskStore) -> Counter[str]:
-    """How many entries a store has of each fingerprint; those of unknown make do not count."""
-    origins = (store.origin(key) for key in store)
-    return Counter(fingerprint for _, fingerprint in origins if fingerprint is not None)
 
 
 def export(

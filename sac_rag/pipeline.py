@@ -139,7 +139,9 @@ class SacRAG:
             store: Where the archive was imported to. Default: the archive itself.
             format: Default: the format that the chunks were made for, if it is known.
             on_miss: "text" or "raise": what is not in the store cannot be compressed.
-            namespace, device, **options: As `from_pretrained` takes them.
+            namespace: The one that they were compressed in.
+            device: Default: CUDA if there is one, else CPU.
+            **options: decoding: see the class.
 
         Raises:
             ValueError: if the file is no archive, or the model is another one, naming what differs.

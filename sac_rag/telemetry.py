@@ -11,6 +11,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+# In seconds; OpenTelemetry's own are made for milliseconds.
+_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
 
 @cache
 def is_installed() -> bool:
@@ -94,4 +97,4 @@ def _counter(name: str) -> Any:
 
 @cache
 def _histogram(name: str) -> Any:
-    return _meter().create_histogram(name, unit="s")
+    return _meter().create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=_BUCKETS)

@@ -9,23 +9,29 @@ import random
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
+from typer.testing import CliRunner
 
 from sac_rag import SacRAG, archive
 from sac_rag.archive import Archive
 from sac_rag.cached import CachedCompressor
+from sac_rag.chunk import Chunk
+from sac_rag.cli import app
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry
+from sac_rag.export import export
 from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
 from sac_rag.stores import DiskStore, MemoryStore
+from sac_rag.stores.cipher import Cipher
 from sac_rag.template import SPANS
 
 QUESTION = "Who counted the ships?"
@@ -195,18 +201,18 @@ def test_a_namespace_is_carried_and_its_chunks_are_hits_there_alone(
 
 def test_an_archive_holds_what_was_given_and_no_more(carried: Path, sac: Compressor) -> None:
     cached = CachedCompressor(sac, {})
-    with Archive(carried) as opened:
-        assert set(opened) == {cached.key(text) for text in PROSE}
-        assert len(opened) == 8
-        assert opened.verify() == []
-        kvs = sac.compress(PROSE)
-        for number, text in enumerate(PROSE):
-            record = opened.records[cached.key(text)]
-            assert record.documents == (f"document {number}",)
-            assert record.text_id == cached.text_id(text)
-            assert opened[cached.key(text)].bit_equal(kvs[number])
-        assert opened.origin.fingerprint == sac.fingerprint
-        assert opened.origin.config == sac.config
+    opened = Archive(carried)
+    assert set(opened) == {cached.key(text) for text in PROSE}
+    assert len(opened) == 8
+    assert opened.verify() == []
+    kvs = cached.compress(PROSE)
+    for number, text in enumerate(PROSE):
+        record = opened.records[cached.key(text)]
+        assert record.documents == (f"document {number}",)
+        assert record.text_id == cached.text_id(text)
+        assert opened[cached.key(text)].bit_equal(kvs[number])
+    assert opened.origin.fingerprint == sac.fingerprint
+    assert opened.origin.config == sac.config
     with zipfile.ZipFile(carried) as file:
         assert file.testzip() is None
         names = set(file.namelist())
@@ -274,6 +280,124 @@ def test_an_origin_must_fit_together(sac: Compressor, trained: Path) -> None:
     assert found.cue is not None and found.cue.equal(sac.cue.detach())  # type: ignore[union-attr]
 
 
+# --- from a store
+
+
+@pytest.fixture
+def filled(tmp_path: Path, saved: Path, trained: Path) -> Path:
+    """A store with all of PROSE by the trained compressor, and half of it by another."""
+    with DiskStore(tmp_path / "filled") as store:
+        for ratio, texts in ((None, PROSE), (9, PROSE[:4])):
+            rag = SacRAG.from_pretrained(
+                saved, compressor=trained, ratio=ratio, store=store, device="cpu", dtype="float32"
+            )
+            assert rag.precompress([Chunk(text, id="doc") for text in texts]).hits == 0
+    return tmp_path / "filled"
+
+
+def test_a_pipeline_exports_what_its_own_compressor_stored(
+    filled: Path, saved: Path, trained: Path, tmp_path: Path
+) -> None:
+    with DiskStore(filled, read_only=True) as store:
+        rag = SacRAG.from_pretrained(
+            saved, compressor=trained, store=store, device="cpu", dtype="float32", decoding=SHORT
+        )
+        done = rag.export(tmp_path / "corpus.sacrag")
+        assert (done.written, done.others, done.bad) == (8, 4, ())
+        expected = rag.answer(QUESTION, PROSE)
+    opened = Archive(tmp_path / "corpus.sacrag")
+    assert {record.documents for record in opened.records.values()} == {("doc",)}
+    served = SacRAG.from_archive(
+        tmp_path / "corpus.sacrag", saved, device="cpu", decoding=SHORT, on_miss="raise"
+    )
+    assert served.format == rag.format == SPANS
+    assert served.answer(QUESTION, PROSE).text == expected.text
+
+
+def test_only_a_store_on_disk_is_exported(sac: Compressor, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="only a DiskStore can be exported, was: dict"):
+        SacRAG(CachedCompressor(sac, {})).export(tmp_path / "corpus")
+
+
+def test_a_bad_entry_is_left_out_and_told(filled: Path, sac: Compressor, tmp_path: Path) -> None:
+    with DiskStore(filled) as store:
+        file = next(filled.glob(f"entries/*/{CachedCompressor(sac, {}).key(PROSE[5])}*"))
+        file.write_bytes(file.read_bytes()[:-1])
+        done = export(store, tmp_path / "corpus", Origin.of(sac))
+    assert done.written == 7
+    (problem,) = done.bad
+    assert problem.startswith(CachedCompressor(sac, {}).key(PROSE[5]))
+
+
+def test_an_encrypted_store_is_exported_only_where_that_is_asked_for(
+    sac: Compressor, tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus"
+    with DiskStore(tmp_path / "secret", cipher=Cipher(b"k" * 32)) as store:
+        rag = SacRAG(CachedCompressor(sac, store))
+        rag.precompress([("secret.txt", text) for text in PROSE])
+        with pytest.raises(ValueError, match=r"is encrypted, and an archive is not.*decrypt=True"):
+            rag.export(path)
+        assert not path.exists()
+        assert rag.export(path, decrypt=True).written == 8
+    with DiskStore(tmp_path / "elsewhere", cipher=Cipher(b"l" * 32)) as store:
+        opened = Archive(path)
+        assert opened.copy_to(store) == 8
+        assert CachedCompressor(sac, store).fetch(PROSE).misses == [None] * 8
+        assert store.is_encrypted
+
+
+def sac_rag(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=code != 0)
+    assert done.exit_code == code, done.output
+    return done.stdout if isinstance(done.exception, SystemExit | None) else str(done.exception)
+
+
+def test_the_command_line_carries_a_store_and_python_serves_it(
+    filled: Path, trained: Path, saved: Path, sac: Compressor, tmp_path: Path
+) -> None:
+    path, there = tmp_path / "corpus.sacrag", tmp_path / "there"
+    refused = sac_rag("store", "export", filled, path, "--compressor", trained, code=1)
+    assert "has chunks of 2 fingerprints" in refused and "--fingerprint" in refused
+    with_fingerprint = ("--fingerprint", sac.fingerprint[:12], "--json")
+    refused = sac_rag("store", "export", filled, path, *with_fingerprint, code=1)
+    assert "with other weights than none" in refused
+    options = ("--compressor", trained, *with_fingerprint)
+    told = json.loads(sac_rag("store", "export", filled, path, *options))
+    assert (told["written"], told["others"], told["bad"]) == (8, 4, [])
+    assert told["nbytes"] == path.stat().st_size
+    assert json.loads(sac_rag("store", "import", path, there, "--json"))["copied"] == 8
+    again = json.loads(sac_rag("store", "import", path, there, "--json"))
+    assert again == {"copied": 0, "there": 8, "evicted": 0}
+    with DiskStore(there, read_only=True) as store:
+        served = SacRAG.from_archive(
+            path, saved, store=store, device="cpu", decoding=SHORT, on_miss="raise"
+        )
+        expected = SacRAG(CachedCompressor(sac, {}), format=SPANS, decoding=SHORT)
+        answer = served.answer(QUESTION, PROSE)
+        assert answer.text == expected.answer(QUESTION, PROSE).text
+
+
+def test_an_import_that_does_not_fit_says_so(carried: Path, tmp_path: Path) -> None:
+    small = ("--max-bytes", 20_000, "--json")
+    told = json.loads(sac_rag("store", "import", carried, tmp_path / "small", *small, code=1))
+    assert told["evicted"] > 0
+
+
+def test_exporting_an_encrypted_store_needs_its_key_and_the_word(
+    sac: Compressor, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("6b" * 32)
+    (tmp_path / "key").chmod(0o600)
+    with DiskStore(tmp_path / "secret", cipher=Cipher(b"k" * 32)) as store:
+        SacRAG(CachedCompressor(sac, store)).precompress(PROSE)
+    command = ("store", "export", tmp_path / "secret", tmp_path / "corpus", "--compressor", trained)
+    assert "key" in sac_rag(*command, code=1)
+    command = (*command, "--key-file", tmp_path / "key")
+    assert "is encrypted, and an archive is not" in sac_rag(*command, code=1)
+    assert "8 chunks" in sac_rag(*command, "--decrypt")
+
+
 # --- what is read
 
 
@@ -282,9 +406,9 @@ def test_an_import_copies_everything_with_its_documents(
     carried: Path, sac: Compressor, disk: DiskStore, kind: str
 ) -> None:
     store: Any = {"dict": {}, "memory": MemoryStore(), "disk": disk}[kind]
-    with Archive(carried) as opened:
-        assert opened.copy_to(store) == 8
-        assert opened.copy_to(store) == 0
+    opened = Archive(carried)
+    assert opened.copy_to(store) == 8
+    assert opened.copy_to(store) == 0
     cached = CachedCompressor(sac, store)
     assert cached.fetch(PROSE).misses == [None] * 8
     if kind == "disk":
@@ -299,11 +423,11 @@ def test_an_interrupted_import_goes_on_where_it_was(carried: Path, disk: DiskSto
         if len(told) == 3:
             raise KeyboardInterrupt
 
-    with Archive(carried) as opened:
-        with pytest.raises(KeyboardInterrupt):
-            opened.copy_to(disk, interrupt)
-        assert len(disk) == 3
-        assert opened.copy_to(disk) == 5
+    opened = Archive(carried)
+    with pytest.raises(KeyboardInterrupt):
+        opened.copy_to(disk, interrupt)
+    assert len(disk) == 3
+    assert opened.copy_to(disk) == 5
 
 
 def test_documents_of_an_entry_that_is_there_are_added(
@@ -311,16 +435,16 @@ def test_documents_of_an_entry_that_is_there_are_added(
 ) -> None:
     cached = CachedCompressor(sac, disk)
     cached.fetch([PROSE[0]], documents=["own"])
-    with Archive(carried) as opened:
-        opened.copy_to(disk)
+    opened = Archive(carried)
+    opened.copy_to(disk)
     assert disk.documents(cached.key(PROSE[0])) == ("document 0", "own")
 
 
 def test_imported_chunks_are_served_from_the_store(
     carried: Path, saved: Path, disk: DiskStore
 ) -> None:
-    with Archive(carried) as opened:
-        opened.copy_to(disk)
+    opened = Archive(carried)
+    opened.copy_to(disk)
     served = SacRAG.from_archive(carried, saved, store=disk, device="cpu", decoding=SHORT)
     assert {c.status for c in served.answer(QUESTION, PROSE).chunks} == {"hit"}
     direct = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
@@ -328,14 +452,35 @@ def test_imported_chunks_are_served_from_the_store(
 
 
 def test_an_archive_can_only_be_read(carried: Path) -> None:
-    with Archive(carried) as opened:
-        key = next(iter(opened))
-        with pytest.raises(OSError, match="can only be read"):
-            opened[key] = opened[key]
-        with pytest.raises(OSError, match="can only be read"):
-            del opened[key]
-        with pytest.raises(KeyError):
-            opened["ab"]
+    opened = Archive(carried)
+    key = next(iter(opened))
+    with pytest.raises(OSError, match="can only be read"):
+        opened[key] = opened[key]
+    with pytest.raises(OSError, match="can only be read"):
+        del opened[key]
+    with pytest.raises(KeyError):
+        opened["ab"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_threads_and_forked_processes_read_one_archive(carried: Path) -> None:
+    opened = Archive(carried)
+    expected = {key: opened[key] for key in opened}
+
+    def read(number: int) -> bool:
+        chance = random.Random(number)
+        keys = chance.choices(sorted(opened), k=50)
+        return all(opened[key].bit_equal(expected[key]) for key in keys)
+
+    children = []
+    for number in range(3):
+        child = os.fork()
+        if not child:
+            os._exit(0 if read(number) else 1)
+        children.append(child)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(8)))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
 
 
 # --- damage and malice
@@ -380,11 +525,11 @@ def test_a_damaged_entry_is_named_not_imported_and_a_miss_when_served(
         info = file.getinfo(f"entries/{cached.key(PROSE[2])}.kv")
     data[info.header_offset + 2000] ^= 1
     carried.write_bytes(data)
-    with Archive(carried) as opened:
-        (problem,) = opened.verify()
-        assert problem.startswith(cached.key(PROSE[2]))
-        with pytest.raises(CorruptEntry):
-            opened.copy_to(disk)
+    opened = Archive(carried)
+    (problem,) = opened.verify()
+    assert problem.startswith(cached.key(PROSE[2]))
+    with pytest.raises(CorruptEntry):
+        opened.copy_to(disk)
     assert cached.key(PROSE[2]) not in disk
     served = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
     statuses = [chunk.status for chunk in served.answer(QUESTION, PROSE).chunks]
@@ -406,10 +551,10 @@ def test_an_entry_in_anothers_place_is_not_believed(carried: Path) -> None:
         names |= {other: one for one, other in names.items()}
         for name in old.namelist():
             new.writestr(names.get(name, name), old.read(name))
-    with Archive(swapped) as opened:
-        assert len(opened.verify()) == 2
-        with pytest.raises(CorruptEntry, match="this is the entry of key"):
-            opened[keys[0]]
+    opened = Archive(swapped)
+    assert len(opened.verify()) == 2
+    with pytest.raises(CorruptEntry, match="this is the entry of key"):
+        opened[keys[0]]
 
 
 def test_a_pickle_in_an_archive_is_never_executed(carried: Path, tmp_path: Path) -> None:
@@ -419,16 +564,16 @@ def test_a_pickle_in_an_archive_is_never_executed(carried: Path, tmp_path: Path)
         def __reduce__(self) -> Any:
             return Path.touch, (ran,)
 
-    with Archive(carried) as opened:
-        key = next(iter(opened))
+    opened = Archive(carried)
+    key = next(iter(opened))
     evil = tmp_path / "evil"
     with zipfile.ZipFile(carried) as old, zipfile.ZipFile(evil, "w") as new:
         for name in old.namelist():
             new.writestr(name, pickle.dumps(Evil()) if key in name else old.read(name))
-    with Archive(evil) as opened:
-        with pytest.raises(CorruptEntry):
-            opened[key]
-        assert len(opened.verify()) == 1
+    opened = Archive(evil)
+    with pytest.raises(CorruptEntry):
+        opened[key]
+    assert len(opened.verify()) == 1
     assert not ran.exists()
 
 
@@ -456,8 +601,8 @@ def test_random_damage_is_an_error_or_a_miss_and_never_other_numbers(
     carried: Path, tmp_path: Path
 ) -> None:
     whole = carried.read_bytes()
-    with Archive(carried) as opened:
-        expected = {key: opened[key] for key in opened}
+    opened = Archive(carried)
+    expected = {key: opened[key] for key in opened}
     chance = random.Random(0)
     refused = missed = 0
     path = tmp_path / "damaged"
@@ -475,12 +620,11 @@ def test_random_damage_is_an_error_or_a_miss_and_never_other_numbers(
         except ValueError:
             refused += 1
             continue
-        with opened:
-            for key in opened:
-                try:
-                    kv: AnchorKV = opened[key]
-                except CorruptEntry:
-                    missed += 1
-                else:
-                    assert kv.bit_equal(expected[key])
+        for key in opened:
+            try:
+                kv: AnchorKV = opened[key]
+            except CorruptEntry:
+                missed += 1
+            else:
+                assert kv.bit_equal(expected[key])
     assert refused > 100 and missed > 50

@@ -45,6 +45,10 @@ class Stored(Compressor):
         self.cue = cue
         self._fields = dict(fields)
         self._require_generator()
+        if cue is not None and tuple(cue.shape) != (generator.hidden_size,):
+            raise ValueError(
+                f"the cue must have shape {(generator.hidden_size,)}, was: {tuple(cue.shape)}"
+            )
 
     def fingerprint_fields(self) -> dict[str, str]:
         """Those of the compressor that made what is stored."""

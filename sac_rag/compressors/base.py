@@ -19,9 +19,9 @@ from sac_rag.digests import digest_json, tensors_digest
 from sac_rag.errors import PromptTooLong
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.quantize import quantize
 
 # Raise it when the same weights and config come to mean other KV: old entries then miss.
-from sac_rag.quantize import quantize
 KV_FORMAT = 1
 
 # Padded tokens in one encoder pass: enough to fill the matrix units of a small machine, and a
@@ -191,6 +191,8 @@ class Compressor(ABC):
             AnchorKV.join([kv for _, kv in sorted(parts, key=lambda part: part[0])])
             for parts in encoded.values()
         ]
+        # What was computed just now is what will be read from a store, rounded as it is there.
+        return [quantize(kv) for kv in joined] if self.config.stored_dtype == "int8" else joined
 
     def encode(self, segments: Sequence[Tensor], starts: Sequence[int]) -> list[AnchorKV]:
         """One encoder pass over segments, with gradients if the caller has them on.
@@ -208,8 +210,6 @@ class Compressor(ABC):
         sink = self.generator.embed(self._sink_ids)
         embeds, positions, mask = collate([after_sink(layout, sink) for layout in layouts])
         at = positions + torch.tensor(starts, device=positions.device)[:, None]
-        # What was computed just now is what will be read from a store, rounded as it is there.
-        return [quantize(kv) for kv in joined] if self.config.stored_dtype == "int8" else joined
         with self.generator.running(self._adapter) as model:
             # The decoder stack only: KV needs no LM head.
             layers = model.base_model(

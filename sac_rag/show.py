@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sac_rag.evaluation.speed import SpeedRow
     from sac_rag.reports import Answer
     from sac_rag.retrieval import Hit
+    from sac_rag.stores.stats import StoreStats
 
 out = Console(highlight=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False)
@@ -100,6 +101,13 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} GiB"
 
 
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def print_account(answer: Answer, hits: list[Hit]) -> None:
     """Sources, best first, and what the answer cost."""
     out.print("\n")
@@ -129,6 +137,33 @@ def print_models(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         table.add_row(row["name"], row["kind"], row["package"], row["licence"], size)
     out.print(table)
     out.print(f"in {folder}", style="dim", markup=False)
+
+
+def print_store(folder: Path, stats: StoreStats) -> None:
+    """What is in a store, and what became of the rest."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    index, aside = human_bytes(stats.index_nbytes), human_bytes(stats.quarantined_nbytes)
+    table.add_row("entries", f"{stats.entries}, {human_bytes(stats.nbytes)}, index {index}")
+    table.add_row("documents", str(stats.documents))
+    table.add_row("pinned", str(stats.pinned))
+    table.add_row("encrypted", "no" if stats.cipher is None else f"with key {stats.cipher}")
+    if stats.oldest_s is not None and stats.newest_s is not None:
+        table.add_row("stored", f"{_ago(stats.newest_s)} to {_ago(stats.oldest_s)} ago")
+    if stats.unused_s is not None:
+        table.add_row("evicted next", f"last used {_ago(stats.unused_s)} ago")
+    rate = "" if stats.hit_rate is None else f" ({stats.hit_rate:.1%})"
+    table.add_row("hits", f"{stats.hits} of {stats.hits + stats.misses} asked for{rate}")
+    for reason, count in sorted(stats.reasons.items(), key=lambda item: -item[1]):
+        table.add_row(f"  missed, {reason}", str(count))
+    table.add_row("evicted ever", f"{stats.evicted}, {human_bytes(stats.evicted_nbytes)}")
+    table.add_row("bad ever", f"{stats.set_aside}; in quarantine {stats.quarantined}, {aside}")
+    out.print(table)
+    for made_by in stats.fingerprints:
+        size = f"{made_by.entries} entries, {human_bytes(made_by.nbytes)}"
+        out.print(f"\nfingerprint {made_by.fingerprint or 'not told'}: {size}", markup=False)
+        for name, value in sorted((made_by.fields or {}).items()):
+            out.print(f"  {name} = {value}", style="dim", markup=False)
+    out.print(f"\nin {folder}", style="dim", markup=False)
 
 
 def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from sac_rag.cli import ask, bench, convert, evaluate, models, train
+from sac_rag.cli import archive, ask, bench, convert, evaluate, models, store, train
 from sac_rag.show import notes
 
 app = typer.Typer(
@@ -29,6 +29,9 @@ app.command()(ask.ask)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(convert.convert)
+store.app.command("export")(archive.export)
+store.app.command("import")(archive.import_)
+app.add_typer(store.app, name="store")
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 

@@ -28,6 +28,17 @@ class ForgettingStore(Protocol):
 
 
 @runtime_checkable
+class ReindexingStore(Protocol):
+    """Can take in a document anew."""
+
+    def keys_of(self, document: str) -> list[str]:
+        """Keys of a document's entries."""
+
+    def replace_document(self, document: str, keys: Iterable[str]) -> int:
+        """Deletes what only this document uses but for some; says how many entries that were."""
+
+
+@runtime_checkable
 class ExplainingStore(Protocol):
     """Can tell why an entry is not there."""
 

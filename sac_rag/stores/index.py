@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sqlite3
 import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import diskcache
-from diskcache.core import DEFAULT_SETTINGS, ENOVAL, METADATA, MODE_BINARY
+from diskcache.core import DBNAME, DEFAULT_SETTINGS, ENOVAL, METADATA, MODE_BINARY
 
 from sac_rag.errors import CorruptEntry
+from sac_rag.stores import schema
 from sac_rag.stores.entry import is_key
 
 # A read renews an entry's last use only when that is this old. Renewing at every read writes at
 # every read: 28 instead of 7 microseconds alone, but 8 milliseconds in a hundredth of the reads
 # while others write. To a store of gigabytes, a minute is no difference.
 _RENEW_SECONDS = 60.0
-_LOCK_SECONDS = 60
+LOCK_SECONDS = 60
 
 # CAST, since SQLite lets a column hold anything, even text that is not UTF-8. A key that is not a
 # key of ours reads as "".
 _SELECT = (
     "SELECT rowid, CASE WHEN raw = 1 AND typeof(key) = 'text' AND length(key) BETWEEN 1 AND 64"
     " AND key NOT GLOB '*[^0-9a-f]*' THEN key ELSE '' END, CAST(mode AS INTEGER),"
-    " CAST(filename AS BLOB), CAST(size AS INTEGER), CAST(tag AS BLOB), CAST(access_time AS REAL)"
-    " FROM Cache"
+    " CAST(filename AS BLOB), CAST(size AS INTEGER), CAST(store_time AS REAL), tag IS NOT NULL,"
+    " CAST(access_time AS REAL) FROM Cache"
 )
 _FILE_NAME = re.compile(rb"([0-9a-f]{1,2})/([0-9a-f]{1,64})-[0-9a-f]{16}\.kv")
 
@@ -43,7 +42,8 @@ class Row(NamedTuple):
     mode: int | None
     filename: bytes | None
     size: int | None
-    tag: bytes | None
+    stored: float | None
+    pinned: int
     used: float | None
 
     @property
@@ -54,14 +54,9 @@ class Row(NamedTuple):
             return None
         return match[0].decode() if match[1] == match[2][:2] else None
 
-    def documents(self, strict: bool = False) -> frozenset[str]:
-        """The ids noted for the entry; if they cannot be read, none, or a `CorruptEntry`."""
-        try:
-            return document_ids(json.loads(self.tag or b"[]"))
-        except (ValueError, TypeError, RecursionError) as error:
-            if strict:
-                raise CorruptEntry(f"its document ids cannot be read: {error}") from error
-            return frozenset()
+    def same_entry(self, other: Row | None) -> bool:
+        """Whether the other row is of the same bytes: pins and last uses may differ."""
+        return other is not None and self[:6] == other[:6]
 
 
 class NoPickle(diskcache.Disk):  # type: ignore[misc]
@@ -109,13 +104,19 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             "size_limit": max_bytes,
         }
         try:
-            super().__init__(folder, timeout=_LOCK_SECONDS, disk=NoPickle, **self._ours)
+            super().__init__(folder, timeout=LOCK_SECONDS, disk=NoPickle, **self._ours)
+            schema.prepare(self._con)
         except (AttributeError, TypeError, ValueError) as error:
             self.close()
             raise sqlite3.DatabaseError(f"its settings are not diskcache's: {error}") from error
         except BaseException:
             self.close()
             raise
+
+    @property
+    def path(self) -> Path:
+        """The SQLite file."""
+        return Path(self._directory, DBNAME)
 
     def reset(self, key: str, value: Any = ENOVAL, update: bool = True) -> Any:
         """Applies a setting. Whatever the folder's table says, it is one of ours with our value.
@@ -126,15 +127,26 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             return super().reset(key, self._ours[key], update)
         return super().reset(key) if key in METADATA else None
 
-    def number(self, name: str) -> int:
-        """The "count" or "size" that triggers keep up to date."""
-        select = "SELECT CAST(value AS INTEGER) FROM Settings WHERE key = ?"
-        return int((self._sql(select, (name,)).fetchone() or [0])[0] or 0)
+    @property
+    def _con(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection = super()._con
+        connection.text_factory = readable
+        return connection
+
+    def sql(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """Executes a statement on this thread's connection."""
+        cursor: sqlite3.Cursor = self._con.execute(statement, values)
+        return cursor
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is done inside is done whole or not at all; waits its turn up to a minute."""
+        """What is done inside is done whole or not at all, and stays done after a power cut.
+
+        Waits its turn up to a minute.
+        """
         connection = self._con
+        # Flushing each commit takes 0.4 ms; diskcache's own setting flushes at checkpoints only.
+        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -144,90 +156,101 @@ class Index(diskcache.Cache):  # type: ignore[misc]
                 connection.execute("ROLLBACK")
             raise
 
+    @contextlib.contextmanager
+    def at_once_or_not(self) -> Iterator[None]:
+        """For hints: what is done inside neither waits nor fails, be the folder busy or full."""
+        self.sql("PRAGMA busy_timeout = 0")
+        try:
+            with contextlib.suppress(sqlite3.OperationalError):
+                yield
+        finally:
+            self.sql(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000}")
+
+    def number(self, name: str) -> int:
+        """The "count" or "size" that triggers keep up to date."""
+        select = "SELECT CAST(value AS INTEGER) FROM Settings WHERE key = ?"
+        return int((self.sql(select, (name,)).fetchone() or [0])[0] or 0)
+
     def row(self, key: object) -> Row | None:
         """The row of a key, or None."""
         if not is_key(key):
             return None
-        found = self._sql(_SELECT + " WHERE key = ? AND raw = 1", (key,)).fetchone()
+        found = self.sql(_SELECT + " WHERE key = ? AND raw = 1", (key,)).fetchone()
         return None if found is None else Row(*found)
 
     def rows(self) -> Iterator[Row]:
         """All rows, read a thousand at a time, so that no snapshot is held open meanwhile."""
         last = 0
         select = _SELECT + " WHERE rowid > ? ORDER BY rowid LIMIT 1000"
-        while found := self._sql(select, (last,)).fetchall():
+        while found := self.sql(select, (last,)).fetchall():
             yield from map(Row._make, found)
             last = found[-1][0]
 
-    def insert(self, key: str, name: str, size: int, documents: frozenset[str]) -> list[Row]:
-        """Writes a row, keeping its documents; returns the one it replaces, if any."""
+    def insert(self, key: str, name: str, size: int, stored: float | None = None) -> list[Row]:
+        """Writes a row, still pinned if it was; returns the one it replaces, if any."""
         old = self.row(key)
-        tag = _tag(documents | (old.documents() if old else frozenset()))
-        columns = (None, tag, size, MODE_BINARY, name, None)
+        now = time.time()
+        stored = now if stored is None else stored
         if old is None:
-            self._row_insert(key, True, time.time(), columns)
+            self.sql(
+                "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, filename)"
+                " VALUES (?, 1, ?, ?, ?, ?, ?)",
+                (key, stored, now, size, MODE_BINARY, name),
+            )
             return []
-        self._row_update(old.rowid, time.time(), columns)
+        self.sql(
+            "UPDATE Cache SET store_time = ?, access_time = ?, size = ?, mode = ?, filename = ?,"
+            " value = NULL WHERE rowid = ?",
+            (stored, now, size, MODE_BINARY, name, old.rowid),
+        )
         return [old]
-
-    def add_documents(self, key: str, documents: frozenset[str]) -> bool:
-        """Notes more documents; False if the key is not there."""
-        row = self.row(key)
-        if row is not None:
-            tag = _tag(documents | row.documents())
-            self._sql("UPDATE Cache SET tag = ? WHERE rowid = ?", (tag, row.rowid))
-        return row is not None
 
     def delete(self, row: Row) -> bytes | None:
         """Deletes a row; returns what it held in place of a file, which no row of ours does."""
         select = "SELECT CAST(value AS BLOB) FROM Cache WHERE rowid = ?"
-        inline: bytes | None = self._sql(select, (row.rowid,)).fetchone()[0]
-        self._sql("DELETE FROM Cache WHERE rowid = ?", (row.rowid,))
+        inline: bytes | None = self.sql(select, (row.rowid,)).fetchone()[0]
+        self.sql("DELETE FROM Cache WHERE rowid = ?", (row.rowid,))
         return inline
 
-    def evict(self, kept: str) -> list[Row]:
-        """Deletes the least recently used rows, but for one, until the rest fit."""
-        select = _SELECT + " WHERE key != ? ORDER BY access_time LIMIT 1"
-        evicted = []
-        while self.number("size") > self.size_limit:
-            oldest = self._sql(select, (kept,)).fetchone()
-            if oldest is None:
-                break
-            evicted.append(Row._make(oldest))
-            self.delete(evicted[-1])
-        return evicted
+    def least_recently_used(self, but: str) -> Row | None:
+        """The row to evict next: not one that is pinned, nor that of the key given."""
+        select = _SELECT + " WHERE tag IS NULL AND key != ? ORDER BY access_time LIMIT 1"
+        found = self.sql(select, (but,)).fetchone()
+        return None if found is None else Row(*found)
+
+    def pin(self, key: str, pinned: bool) -> bool:
+        """Keeps an entry from eviction, or no longer; False if there is none."""
+        update = "UPDATE Cache SET tag = ? WHERE key = ? AND raw = 1"
+        return self.sql(update, ("pinned" if pinned else None, key)).rowcount > 0
 
     def renew(self, row: Row) -> None:
         """Notes that an entry was used, if that was last noted a while ago."""
         now = time.time()
-        if row.used is not None and abs(now - row.used) < _RENEW_SECONDS:
-            return
-        # Only a hint: a read neither waits nor fails for it, be the folder busy, full or read-only.
-        self._sql("PRAGMA busy_timeout = 0")
-        with contextlib.suppress(sqlite3.OperationalError):
-            self._sql("UPDATE Cache SET access_time = ? WHERE rowid = ?", (now, row.rowid))
-        self._sql(f"PRAGMA busy_timeout = {_LOCK_SECONDS * 1000}")
+        if row.used is None or abs(now - row.used) >= _RENEW_SECONDS:
+            with self.at_once_or_not():
+                self.sql("UPDATE Cache SET access_time = ? WHERE rowid = ?", (now, row.rowid))
 
-    def problems(self) -> list[str]:
-        """What diskcache finds wrong with the table and its files."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            try:
-                found = self.check()
-            except (diskcache.Timeout, TypeError, ValueError) as error:
-                return [f"the index could not be compared with the files: {error!r}"]
-        return [str(w.message) for w in found if w.category is not diskcache.EmptyDirWarning]
+    def meta(self, name: str) -> Any:
+        """A value of the store's own, or None."""
+        found = self.sql("SELECT value FROM Meta WHERE name = ?", (name,)).fetchone()
+        return None if found is None else found[0]
+
+    def set_meta(self, name: str, value: object) -> None:
+        """Keeps a value of the store's own."""
+        self.sql("INSERT OR REPLACE INTO Meta VALUES (?, ?)", (name, value))
+
+    def rewrite(self) -> bool:
+        """Leaves no byte of what was deleted in file and log; False if readers keep the log.
+
+        SQLite's secure_delete would not do: it leaves the copies that are in pages whose contents
+        were moved to others before.
+        """
+        self.sql("VACUUM")
+        busy, _, _ = self.sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
 
-def _tag(documents: frozenset[str]) -> str | None:
-    return json.dumps(sorted(documents)) if documents else None
-
-
-def document_ids(documents: Iterable[str]) -> frozenset[str]:
-    """Document ids as a set, refusing anything but several str."""
-    if isinstance(documents, str):
-        raise TypeError(f"documents must be several ids, was one str: {documents!r:.100}")
-    ids = frozenset(documents)
-    if not all(isinstance(name, str) for name in ids):
-        raise TypeError(f"document ids must be str, were: {sorted(map(repr, ids))[:3]}")
-    return ids
+def readable(text: bytes) -> str:
+    """Text as SQLite gives it, whatever it holds."""
+    # What others wrote into the table need not be UTF-8.
+    return text.decode(errors="replace")

@@ -1,0 +1,215 @@
+"""Entries of a DiskStore: their rows and files, changed together. Knows nothing of AnchorKVs."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sac_rag.stores.departed import Departed
+from sac_rag.stores.documents import Documents
+from sac_rag.stores.files import Files
+from sac_rag.stores.index import Index, Row
+from sac_rag.stores.readonly import ReadOnlyIndex
+from sac_rag.stores.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+
+class Entries:
+    """Bytes under keys, with documents and a past.
+
+    Attributes:
+        index: A row for each entry.
+        files: A file for each entry, and what was set aside of bad ones.
+        documents: Whose an entry is. Those of an entry that was set aside are kept, so that to
+            forget one finds its bytes in quarantine too.
+        departed: Why entries are gone.
+        tally: Counts that outlive the process.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, read_only: bool) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.files = Files(folder)
+        if not read_only:
+            self.files.make()
+        self.index = (
+            ReadOnlyIndex(self.files.folder) if read_only else Index(self.files.folder, max_bytes)
+        )
+        self.documents = Documents(self.index)
+        self.departed = Departed(self.index)
+        self.tally = Tally(self.index, read_only)
+
+    def publish(
+        self,
+        key: str,
+        data: bytes,
+        documents: Iterable[str] = (),
+        text_id: str | None = None,
+        fingerprint: str | None = None,
+    ) -> list[Row]:
+        """Writes an entry: the file first, and the row that makes it seen when it is on the disk.
+
+        Others need not wait for its bytes, and until its row is there nobody sees it.
+
+        Returns:
+            What was evicted for it; its own row among them if pinned entries leave no room.
+        """
+        with self.files.written(key, data) as name, self.index.transaction():
+            replaced = self.index.insert(key, name, len(data))
+            self.documents.add(key, documents)
+            self.note_origin(key, text_id, fingerprint)
+            self.departed.returned(key)
+            evicted = self._make_room(key)
+        for row in replaced:
+            self.files.remove(row)
+        self._remove(evicted)
+        return evicted
+
+    def replace(self, row: Row, data: bytes) -> bool:
+        """Writes an entry's bytes anew, everything else as it was; False if it has changed."""
+        with self.files.written(row.key, data) as name:
+            with self.index.transaction():
+                current = row.same_entry(self.index.row(row.key))
+                if current:
+                    self.index.insert(row.key, name, len(data), row.stored)
+            self.files.remove(row if current else row._replace(filename=name.encode()))
+        return current
+
+    def refuse(self, key: str, nbytes: int) -> None:
+        """An entry alone is larger than the cap: neither it nor the one there was stays."""
+        with self.index.transaction():
+            row = self.index.row(key)
+            if row is not None:
+                self._delete(row, None)
+            self.departed.note(key, "evicted")
+            self.tally.add({"evicted": 1, "evicted_bytes": nbytes})
+        self._remove([] if row is None else [row])
+
+    def drop(self, rows: Iterable[Row], reason: str | None) -> list[Row]:
+        """Deletes entries, if they are still the ones given; returns those."""
+        with self.index.transaction():
+            gone = [row for row in rows if row.same_entry(self.index.row(row.key))]
+            for row in gone:
+                self._delete(row, reason)
+        self._remove(gone)
+        return gone
+
+    def set_aside(self, row: Row, reason: str) -> bool:
+        """Moves a bad entry to quarantine; False if it is no longer the one that was read."""
+        with self.index.transaction():
+            if row.key and not row.same_entry(self.index.row(row.key)):
+                return False
+            inline = self.index.delete(row)
+            self._drop_origin(row.key)
+            self.departed.note(row.key, reason)
+            self.tally.add({"quarantined": 1})
+        self.files.set_aside(row, inline)
+        return True
+
+    def forget(self, documents: Iterable[str], keep: frozenset[str] = frozenset()) -> int:
+        """Takes documents from entries; deletes those left without, and every trace of them.
+
+        Args:
+            documents: Ids.
+            keep: Keys of entries that stay the documents'.
+
+        Returns:
+            How many entries were deleted.
+
+        Raises:
+            OSError: if something could not be deleted; doing it again goes on.
+        """
+        with self.index.transaction():
+            keys = {key for name in documents for key in self.documents.disown(name, keep)}
+            rows = [row for key in keys if (row := self.index.row(key)) is not None]
+            for key in keys:
+                # Before the rows are gone: later nobody would know whose it was.
+                self.files.discard(key)
+                self._drop_origin(key)
+                self.departed.note(key, "forgotten")
+            for row in rows:
+                self.index.delete(row)
+        self._remove(rows)
+        self.files.flush(row.name for row in rows if row.name is not None)
+        self.scrub()
+        return len(rows)
+
+    def scrub(self) -> None:
+        """Deletes what killed writers left, and every byte of what is deleted from the index."""
+        self.sweep()
+        if not self.index.rewrite():
+            raise OSError(
+                errno.EBUSY,
+                "what was deleted is still in the log of the index, which another program is "
+                "reading; end it and collect garbage (`sac-rag store gc`)",
+                os.fspath(self.folder),
+            )
+
+    def sweep(self) -> list[str]:
+        """Deletes files without a row that nobody is writing; returns their names."""
+        return self.files.sweep(self.knows)
+
+    def strangers(self) -> list[str]:
+        """Names of files without a row; some may be about to get one."""
+        return self.files.strangers(self.knows)
+
+    def knows(self, name: str) -> bool:
+        """Whether a file has a row."""
+        row = self.index.row(name.rpartition("/")[2].partition("-")[0])
+        return row is not None and row.name == name
+
+    def note_origin(self, key: str, text_id: str | None, fingerprint: str | None) -> None:
+        """Remembers what text an entry is of, and as whose compression, if that is told."""
+        if text_id is not None or fingerprint is not None:
+            replace = "INSERT OR REPLACE INTO Origin VALUES (?, ?, ?)"
+            self.index.sql(replace, (key, text_id, fingerprint))
+
+    def origin(self, key: str) -> tuple[str | None, str | None]:
+        """The text id and the fingerprint noted for an entry."""
+        select = "SELECT text_id, fingerprint FROM Origin WHERE key = ?"
+        text_id, fingerprint = self.index.sql(select, (key,)).fetchone() or (None, None)
+        return text_id, fingerprint
+
+    def other_fingerprints(self, text_id: str, but: str | None) -> list[str]:
+        """Fingerprints under which a text is there, the last stored first."""
+        select = (
+            "SELECT fingerprint FROM Origin JOIN Cache USING (key) WHERE text_id = ?"
+            " AND fingerprint IS NOT NULL AND fingerprint IS NOT ? ORDER BY store_time DESC"
+        )
+        return [str(name) for (name,) in self.index.sql(select, (text_id, but)).fetchall()]
+
+    def _make_room(self, key: str) -> list[Row]:
+        """Deletes what was used longest ago until the rest fits, and counts it."""
+        evicted: list[Row] = []
+        while self.index.number("size") > self.max_bytes:
+            row = self.index.least_recently_used(but=key)
+            if row is None:  # all the others are pinned
+                row = self.index.row(key)
+                if row is None or row.pinned:
+                    break
+            self._delete(row, "evicted")
+            evicted.append(row)
+        if evicted:
+            nbytes = sum(row.size or 0 for row in evicted)
+            self.tally.add({"evicted": len(evicted), "evicted_bytes": nbytes})
+        return evicted
+
+    def _delete(self, row: Row, reason: str | None) -> None:
+        self.index.delete(row)
+        self.documents.drop_key(row.key)
+        self._drop_origin(row.key)
+        if reason is not None:
+            self.departed.note(row.key, reason)
+        # With the documents goes what tells whose quarantined bytes are.
+        self.files.discard(row.key)
+
+    def _drop_origin(self, key: str) -> None:
+        self.index.sql("DELETE FROM Origin WHERE key = ?", (key,))
+
+    def _remove(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.files.remove(row)

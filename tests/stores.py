@@ -1,0 +1,62 @@
+"""What tests of stores share: small values, keys, and a look into a store's folder."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import xxhash
+
+from sac_rag.kv import AnchorKV
+from sac_rag.stores import DiskStore
+
+
+def make_kv(seed: int = 0, anchors: int = 4) -> AnchorKV:
+    random = torch.Generator().manual_seed(seed)
+    shape = (2, 3, anchors, 8)
+    return AnchorKV(
+        keys=torch.randn(shape, generator=random).to(torch.bfloat16),
+        values=torch.randn(shape, generator=random).to(torch.bfloat16),
+        positions=torch.arange(anchors, dtype=torch.int32) * 5,
+        num_tokens=anchors * 5,
+    )
+
+
+def key_of(number: int) -> str:
+    return xxhash.xxh3_128_hexdigest(str(number).encode())
+
+
+def file_of(store: DiskStore, key: str) -> Path:
+    (path,) = (store.folder / "entries").glob(f"*/{key}-*.kv")
+    return path
+
+
+def index_of(store: DiskStore) -> closing[sqlite3.Connection]:
+    """The store's index, as anybody who can write the folder gets at it."""
+    path = store.folder / "entries" / "cache.db"
+    return closing(sqlite3.connect(path, isolation_level=None))
+
+
+def flip(store: DiskStore, key: str, place: int = -1) -> None:
+    """Flips a bit of an entry's file."""
+    path = file_of(store, key)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def age(store: DiskStore, key: str, seconds: float) -> None:
+    """Makes an entry older."""
+    with index_of(store) as index:
+        update = "UPDATE Cache SET store_time = store_time - ? WHERE key = ?"
+        index.execute(update, (seconds, key))
+
+
+def bytes_in(folder: Path) -> dict[Path, bytes]:
+    """Every byte in a folder, names included."""
+    return {
+        path: str(path.relative_to(folder)).encode() + (b"" if path.is_dir() else path.read_bytes())
+        for path in folder.rglob("*")
+    }

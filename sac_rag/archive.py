@@ -80,12 +80,13 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
     path = Path(path)
     _require_free(path)
     records: dict[str, Record] = {}
+    fingerprint = origin.fingerprint
     descriptor, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for key, kv, documents, text_id in entries:
-                    data = encode(key, kv)
+                    data = encode(key, kv, fingerprint=fingerprint)
                     archive.writestr(_member(_place(key)), data)
                     records[key] = Record(_sha256(data), tuple(sorted(documents)), text_id)
                 cue = None

@@ -94,11 +94,14 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 # --- served elsewhere
 
 
-@pytest.mark.parametrize("method", ["sac", "learned", "full"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("sac", "float32"), ("learned", "float32"), ("full", "float32"), ("sac", "int8")],
+)
 def test_answers_without_the_compressor_are_those_with_it(
-    make_generator: Callable[..., Generator], saved: Path, tmp_path: Path, method: str
+    make_generator: Callable[..., Generator], saved: Path, tmp_path: Path, method: str, dtype: Any
 ) -> None:
-    compressor = make_compressor(make_generator("llama"), method)
+    compressor = make_compressor(make_generator("llama"), method).storing(dtype)
     rag = SacRAG(CachedCompressor(compressor, {}), format=SPANS, decoding=SHORT)
     path = tmp_path / "corpus.sacrag"
     archive.write(path, Origin.of(compressor, SPANS), entries(CachedCompressor(compressor, {})))

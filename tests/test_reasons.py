@@ -266,9 +266,10 @@ def test_another_adapter_is_a_miss(
     [
         ({"ratio": 4}, "config.ratio"),
         ({"stored_dtype": "bfloat16"}, "config.stored_dtype"),
+        ({"stored_dtype": "int8"}, "config.stored_dtype"),
         ({"dtype": "bfloat16"}, "generator.dtype"),
     ],
-    ids=["ratio", "stored dtype", "dtype"],
+    ids=["ratio", "stored dtype", "int8", "dtype"],
 )
 def test_another_ratio_or_dtype_is_a_miss(
     model: Path, adapter: Path, disk: DiskStore, change: dict[str, Any], reason: str

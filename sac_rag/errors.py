@@ -19,7 +19,7 @@ class CorruptEntry(KeyError):
     A `KeyError`, so that to every user of the mapping the entry is simply not there.
 
     Attributes:
-        reason: Why the entry was refused, one of the miss reasons: "corrupt" or "format".
+        reason: Why the entry was refused, one of the miss reasons: "corrupt", "format" or "key".
         detail: What was found and what was expected.
     """
 

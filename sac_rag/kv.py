@@ -89,7 +89,8 @@ class AnchorKV:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AnchorKV:
         """The same value of other tensors: copies, or those on another device."""
-        return AnchorKV(**{n: change(t) for n, t in self.tensors().items()}, num_tokens=self.num_tokens)
+        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return AnchorKV(**changed, num_tokens=self.num_tokens)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -105,6 +105,11 @@ def quantize(kv: AnchorKV) -> QuantizedKV:
     return QuantizedKV(tensors, kv.num_tokens)
 
 
+def as_stored(kv: AnchorKV, dtype: str) -> AnchorKV:
+    """What is kept of a value in a dtype: "int8", or the name of a floating one."""
+    return quantize(kv) if dtype == "int8" else kv.to(dtype=getattr(torch, dtype))
+
+
 def _codes(numbers: Tensor, over: int) -> tuple[Tensor, Tensor]:
     """Numbers as multiples of scales, one scale for all along a dimension."""
     scales = numbers.abs().amax(over, keepdim=True) / _LARGEST

@@ -8,11 +8,11 @@ encryption draws a nonce of 96 bits; one key is good for some four thousand mill
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import os
 import re
 import stat
+from pathlib import Path
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -82,7 +82,7 @@ class Cipher:
             ValueError: if it does not hold 32 bytes.
             OSError: if it cannot be read.
         """
-        with open(path, encoding="ascii", errors="replace") as file:
+        with Path(path).open(encoding="ascii", errors="replace") as file:
             # Asked of the open file: a name could be another file's by now.
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if os.name == "posix" and mode & 0o077:
@@ -151,7 +151,7 @@ def _parse(text: str, source: str) -> bytes:
     try:
         padded = text + "=" * (-len(text) % 4)
         key = base64.b64decode(padded.replace("-", "+").replace("_", "/"), validate=True)
-    except binascii.Error:
+    except ValueError:  # of which binascii.Error is one
         key = b""
     if len(key) != _KEY_BYTES:
         raise ValueError(

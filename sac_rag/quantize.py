@@ -47,13 +47,13 @@ class QuantizedKV(AnchorKV):
         self._require_places()
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         """Float32. Shape: (layers, kv_heads, anchors, head_dim)."""
         codes, scales, offsets = (self._tensors[f"key_{n}"] for n in ("codes", "scales", "offsets"))
         return codes.float().mul_(scales.float()).add_(offsets.float())
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """Float32. Shape: (layers, kv_heads, anchors, head_dim)."""
         codes, scales = self._tensors["value_codes"], self._tensors["value_scales"]
         return codes.float().mul_(scales.float())

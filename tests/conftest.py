@@ -12,6 +12,7 @@ import threading
 # As the command line does, and before torch is imported: see sac_rag.cli.main.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,6 +226,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own, so that no record of another run is believed."""
     monkeypatch.setenv("SAC_RAG_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+# What tests/faults inflicted on stores, and what came of it: told at the end of the run.
+_FAULTS: Counter[str] = Counter()
+
+
+@pytest.fixture
+def counts() -> Counter[str]:
+    """What is inflicted, by name."""
+    return _FAULTS
+
+
+@pytest.fixture
+def times() -> int:
+    """How many times as much to inflict as by default."""
+    return int(os.environ.get("SAC_RAG_FAULTS", "1"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FAULTS:
+        terminalreporter.section("faults inflicted on stores")
+        for name, count in sorted(_FAULTS.items()):
+            terminalreporter.write_line(f"{count:7d}  {name}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -62,6 +62,14 @@ def test_a_document_that_changed_keeps_the_entries_it_still_has(disk: DiskStore)
     assert disk.why_absent(key_of(2)) == "forgotten"
 
 
+def test_what_another_compressor_made_of_a_text_that_stayed_is_kept(disk: DiskStore) -> None:
+    for number, text in enumerate(["aa", "bb"]):
+        disk.put(key_of(number), make_kv(), ["report"], text_id=text, fingerprint="01")
+        disk.put(key_of(10 + number), make_kv(), ["report"], text_id=text, fingerprint="02")
+    assert disk.replace_document("report", [key_of(10)]) == 2  # without the second text
+    assert sorted(disk) == sorted([key_of(0), key_of(10)])
+
+
 @pytest.mark.parametrize("documents", [[5], [None], ["a", b"b"]])
 def test_what_is_forgotten_must_be_str(disk: DiskStore, documents: list[object]) -> None:
     with pytest.raises(TypeError, match="document ids must be str"):

@@ -265,7 +265,7 @@ def flipped(place: int) -> Callable[[Path], None]:
 
 
 def future(data: bytearray) -> None:
-    data[:] = data.replace(b'"format":1', b'"format":9')
+    data[:] = data.replace(b'"format":2', b'"format":9')
 
 
 DAMAGE = {

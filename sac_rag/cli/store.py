@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, progress
-from sac_rag.show import human_bytes, out, print_json, print_store
+from sac_rag.show import human_bytes, notes, out, print_json, print_store
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
@@ -116,12 +116,19 @@ def forget(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Deletes what only these documents use; no byte of it stays in the folder."""
+    """Deletes what only these documents use; no byte of it stays in the store."""
     from sac_rag.keys import Namespace
 
     ids = [Namespace(namespace).document_id(document) for document in documents]
     with open_store(folder, key_env, key_file) as store:
         deleted = store.forget(*ids)
+        if store.folder != folder.resolve():
+            notes.print(
+                f"the texts that can be searched in {folder} are still there: only their KV is "
+                "forgotten",
+                style="yellow",
+                markup=False,
+            )
     if as_json:
         print_json({"deleted": deleted})
     else:
@@ -166,9 +173,11 @@ def rekey(
     new = cipher_of(new_key_env, new_key_file)
     if (new is None) != plain:
         raise ValueError("give either --new-key-env, or --new-key-file, or --plain")
-    with open_store(folder, key_env, key_file) as store:
-        with progress("encrypting", total=store.nbytes, show=not as_json) as advance:
-            done = store.rekey(new, on_progress=advance)
+    with (
+        open_store(folder, key_env, key_file) as store,
+        progress("encrypting", total=store.nbytes, show=not as_json) as advance,
+    ):
+        done = store.rekey(new, on_progress=advance)
     if as_json:
         print_json({"encrypted": done})
     else:

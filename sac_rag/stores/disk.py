@@ -137,7 +137,8 @@ class DiskStore(DiskMapping):
 
         Args:
             document: An id. It is not added to entries that do not have it: `put` does that.
-            keys: Those of its entries that are still its.
+            keys: Those of its entries that are still its. What other compressors made of the
+                same texts stays too.
 
         Returns:
             How many entries were deleted.

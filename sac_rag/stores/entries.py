@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -89,12 +91,16 @@ class Entries:
             self.tally.add({"evicted": 1, "evicted_bytes": nbytes})
         self._remove([] if row is None else [row])
 
-    def drop(self, rows: Iterable[Row], reason: str | None) -> list[Row]:
+    def drop(self, rows: Sequence[Row], reason: str | None) -> list[Row]:
         """Deletes entries, if they are still the ones given; returns those."""
-        with self.index.transaction():
-            gone = [row for row in rows if row.same_entry(self.index.row(row.key))]
-            for row in gone:
-                self._delete(row, reason)
+        try:
+            gone = self._drop(rows, reason)
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error):
+                raise
+            # Even deleting takes room in the index. What is to go anyway makes some.
+            self._remove(rows)
+            gone = self._drop(rows, reason)
         self._remove(gone)
         return gone
 
@@ -104,6 +110,8 @@ class Entries:
             if row.key and not row.same_entry(self.index.row(row.key)):
                 return False
             inline = self.index.delete(row)
+            if inline is None and not self.files.has(row):
+                self.documents.drop_key(row.key)
             self._drop_origin(row.key)
             self.departed.note(row.key, reason)
             self.tally.add({"quarantined": 1})
@@ -115,7 +123,8 @@ class Entries:
 
         Args:
             documents: Ids.
-            keep: Keys of entries that stay the documents'.
+            keep: Keys of entries that stay the documents'; those of the same texts under other
+                fingerprints stay with them.
 
         Returns:
             How many entries were deleted.
@@ -124,6 +133,7 @@ class Entries:
             OSError: if something could not be deleted; doing it again goes on.
         """
         with self.index.transaction():
+            keep = keep.union(*map(self._of_same_text, keep))
             keys = {key for name in documents for key in self.documents.disown(name, keep)}
             rows = [row for key in keys if (row := self.index.row(key)) is not None]
             for key in keys:
@@ -133,10 +143,26 @@ class Entries:
                 self.departed.note(key, "forgotten")
             for row in rows:
                 self.index.delete(row)
+        if keep and not keys:
+            return 0
         self._remove(rows)
         self.files.flush(row.name for row in rows if row.name is not None)
         self.scrub()
         return len(rows)
+
+    def empty_quarantine(self, older_than_s: float = 0.0) -> tuple[int, int]:
+        """Deletes what was set aside so long ago, and whose it was; how many, and their bytes."""
+        count = nbytes = 0
+        for path in self.files.quarantined():
+            found = path.lstat()
+            if time.time() - found.st_ctime >= older_than_s:
+                path.unlink(missing_ok=True)
+                key = path.name.partition(".")[0]
+                with self.index.transaction():
+                    if self.index.row(key) is None:
+                        self.documents.drop_key(key)
+                count, nbytes = count + 1, nbytes + found.st_size
+        return count, nbytes
 
     def scrub(self) -> None:
         """Deletes what killed writers left, and every byte of what is deleted from the index."""
@@ -182,6 +208,11 @@ class Entries:
         )
         return [str(name) for (name,) in self.index.sql(select, (text_id, but)).fetchall()]
 
+    def _of_same_text(self, key: str) -> set[str]:
+        text_id, _ = self.origin(key)
+        select = "SELECT key FROM Origin WHERE text_id = ?"
+        return {key for (key,) in self.index.sql(select, (text_id,)).fetchall()}
+
     def _make_room(self, key: str) -> list[Row]:
         """Deletes what was used longest ago until the rest fits, and counts it."""
         evicted: list[Row] = []
@@ -197,6 +228,13 @@ class Entries:
             nbytes = sum(row.size or 0 for row in evicted)
             self.tally.add({"evicted": len(evicted), "evicted_bytes": nbytes})
         return evicted
+
+    def _drop(self, rows: Iterable[Row], reason: str | None) -> list[Row]:
+        with self.index.transaction():
+            gone = [row for row in rows if row.same_entry(self.index.row(row.key))]
+            for row in gone:
+                self._delete(row, reason)
+        return gone
 
     def _delete(self, row: Row, reason: str | None) -> None:
         self.index.delete(row)

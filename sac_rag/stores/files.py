@@ -89,6 +89,10 @@ class Files:
         with path.open("rb") as file:
             return data.data[: file.readinto(data.data)]
 
+    def has(self, row: Row) -> bool:
+        """Whether the file of a row is there, if the row is one of ours."""
+        return row.name is not None and os.path.lexists(self.folder / row.name)
+
     def remove(self, row: Row) -> None:
         """Deletes the file of a row that is no longer there, if the row was one of ours."""
         if row.name is not None:

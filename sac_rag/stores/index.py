@@ -102,6 +102,7 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             **DEFAULT_SETTINGS,
             "eviction_policy": "least-recently-used",  # makes the SQL index on access_time
             "size_limit": max_bytes,
+            "sqlite_mmap_size": 0,  # a file cut short would end the process with SIGBUS
         }
         try:
             super().__init__(folder, timeout=LOCK_SECONDS, disk=NoPickle, **self._ours)

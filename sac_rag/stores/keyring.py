@@ -41,6 +41,8 @@ def rekey(
     entries: Entries, old: Cipher | None, new: Cipher | None, on_progress: Progress | None = None
 ) -> int:
     """Encrypts every entry anew, one by one, and only then says that the store has another key."""
+    if _id(old) == _id(new):
+        return 0
     done = 0
     for row in entries.index.rows():
         found: Row | None = row
@@ -64,8 +66,7 @@ def rekey(
     with entries.index.transaction():
         entries.documents.reseal(Plain() if new is None else new)
         entries.index.set_meta("cipher", _id(new))
-    for path in entries.files.quarantined():
-        path.unlink(missing_ok=True)  # encrypted as they were, or not at all
+    entries.empty_quarantine()  # which is encrypted as it was, or not at all
     entries.scrub()
     return done
 

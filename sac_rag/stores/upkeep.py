@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -80,20 +79,13 @@ def gc(
         rows = [row for row in entries.index.rows() if not row.pinned]
         others = [row for row in rows if entries.origin(row.key)[1] not in kept]
         superseded = entries.drop(others, "evicted")
-    old = [
-        path
-        for path in entries.files.quarantined()
-        if time.time() - path.lstat().st_ctime > _QUARANTINE_SECONDS
-    ]
-    strangers = {name: entries.files.size(name) for name in entries.strangers()}
-    nbytes = sum(row.size or 0 for row in expired + superseded)
-    nbytes += sum(path.lstat().st_size for path in old)
-    for path in old:
-        path.unlink(missing_ok=True)
+    quarantined, nbytes = entries.empty_quarantine(_QUARANTINE_SECONDS)
+    nbytes += sum(row.size or 0 for row in expired + superseded)
+    sizes = {name: entries.files.size(name) for name in entries.strangers()}
     swept = entries.sweep()
-    nbytes += sum(strangers.get(name, 0) for name in swept)
+    nbytes += sum(sizes.get(name, 0) for name in swept)
     entries.scrub()
-    return Collected(len(expired), len(superseded), len(swept), len(old), nbytes)
+    return Collected(len(expired), len(superseded), len(swept), quarantined, nbytes)
 
 
 def _bad(

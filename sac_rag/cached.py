@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -58,7 +58,7 @@ class CachedCompressor:
     """A compressor whose results are kept in a store, under the digest of what determines them.
 
     Attributes:
-        compressor: Computes what the store does not have.
+        compressor: Computes what the store does not have, its LoRA merged.
         store: Any mutable mapping of str to AnchorKV, a dict too.
         namespace: The secret of every key (see `keys.Namespace`): the same text under two
             namespaces is two entries.
@@ -75,7 +75,7 @@ class CachedCompressor:
         namespace: str = "",
         guard: bool = True,
     ) -> None:
-        self.compressor = compressor
+        self.compressor = compressor.merged()
         self.store = store
         self.namespace = namespace
         self.guard = Guard() if guard else None
@@ -253,25 +253,22 @@ class CachedCompressor:
             self.guard.computed(tokens, time.perf_counter() - started)
         return dict(zip(missing, kvs, strict=True))
 
+    def keep(self, text: str, kv: AnchorKV, documents: Collection[str] = ()) -> None:
+        """Stores a chunk that its compressor has computed.
+
+        Raises:
+            OSError: if the store is only read, or could not write it.
+        """
+        if getattr(self.store, "read_only", False):
+            raise OSError("the store was opened to be read only; open it to be written")
+        self._write(self.key(text), text, kv, tuple(map(self.document_id, documents)))
+
     def _put(self, key: str, text: str, kv: AnchorKV, document: str | None) -> bool:
-        """Stores a chunk; False if that failed."""
+        """Stores a chunk that an answer needed; False if that failed."""
         if getattr(self.store, "read_only", False):
             return True
-        documents = () if document is None else (self.document_id(document),)
         try:
-            if isinstance(self.store, ExplainingStore):
-                self._note(self.store)
-                self.store.put(
-                    key,
-                    kv,
-                    documents,
-                    text_id=self.text_id(text),
-                    fingerprint=self.fingerprint,
-                )
-            elif documents and isinstance(self.store, DocumentStore):
-                self.store.put(key, kv, documents)
-            else:
-                self.store[key] = kv
+            self._write(key, text, kv, () if document is None else (self.document_id(document),))
         except OSError as error:
             # The chunk is computed and the question can be answered; only the next one is slower.
             with self._counting:
@@ -279,3 +276,14 @@ class CachedCompressor:
             log.warning("chunk %s was not stored: %s", key[:12], error)
             return False
         return True
+
+    def _write(self, key: str, text: str, kv: AnchorKV, documents: tuple[str, ...]) -> None:
+        if isinstance(self.store, ExplainingStore):
+            self._note(self.store)
+            self.store.put(
+                key, kv, documents, text_id=self.text_id(text), fingerprint=self.fingerprint
+            )
+        elif documents and isinstance(self.store, DocumentStore):
+            self.store.put(key, kv, documents)
+        else:
+            self.store[key] = kv

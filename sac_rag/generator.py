@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sac_rag import models, rope
 from sac_rag.digests import digest_json, tokenizer_digest, weights_digest
+from sac_rag.encoder import merged, without_last_mlp
 from sac_rag.errors import UnsupportedModel
 
 # What of a config never changes a key: names, versions, training settings, what comes after the
@@ -49,6 +50,7 @@ class Generator:
 
     Attributes:
         model: The HF causal LM, in evaluation mode, no parameter trainable.
+        encoder: Its decoder stack without what keys and values do not need; weights are shared.
         tokenizer: Its HF tokenizer.
         frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
         identity: Digests of everything in the model that determines a KV, by name.
@@ -67,6 +69,7 @@ class Generator:
             )
         self.frequencies = rope.frequencies_of(model)
         self.model = model.eval().requires_grad_(False)
+        self.encoder = without_last_mlp(model.base_model)
         self.kv_shape = _kv_shape(model)
         self.tokenizer = tokenizer
         # Whether special tokens are special is state of the shared tokenizer, set by each call.
@@ -214,6 +217,14 @@ class Generator:
                 parameter.data = parameter.data.float()
             self._switch_off()
         return self._adapters[name]
+
+    def merged_encoder(self, adapter: str) -> Any:
+        """The encoder with an adapter merged into weights of its own, to run with all adapters off.
+
+        Takes as much memory as the weights that the adapter is for.
+        """
+        with self._lock:
+            return merged(self.encoder, adapter)
 
     @contextmanager
     def running(self, adapter: str | None = None) -> Iterator[Any]:

@@ -88,7 +88,7 @@ def test_a_hit_has_the_bits_of_compressing_without_a_store(
     compressor = make_compressor(llama, "sac", stored_dtype=stored_dtype)
     cached = CachedCompressor(compressor, disk)
     cached.compress([PROSE[0]])
-    (plain,), (hit,) = compressor.compress([PROSE[0]]), cached.compress([PROSE[0]])
+    (plain,), (hit,) = cached.compressor.compress([PROSE[0]]), cached.compress([PROSE[0]])
     assert hit.bit_equal(plain)
 
 

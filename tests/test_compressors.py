@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sac_rag.assemble import Part, assemble
 from sac_rag.compressors import base, checkpoint
-from sac_rag.compressors.base import BATCH_TOKENS, Compressor
+from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.layout import after_sink, causal
@@ -109,7 +109,7 @@ def nudge(weight: Tensor) -> None:
         ("lora_alpha", 0),
         ("attention", "bidirectional"),
         ("attention", None),
-        ("stored_dtype", "int8"),
+        ("stored_dtype", "int4"),
         ("stored_dtype", torch.float32),
         ("sink", None),
         ("sink", 3),
@@ -542,7 +542,7 @@ def test_a_text_longer_than_the_model_is_refused_before_any_work(sac: Compressor
 
 def test_many_short_segments_share_passes(sac: Compressor) -> None:
     sink = len(sac.generator.tokenize(SINK, special=True))
-    a_pass = BATCH_TOKENS // (sink + 20)
+    a_pass = Compressor.batch_tokens // (sink + 20)
     chunks = [[3 + (i + j) % 500 for j in range(20)] for i in range(a_pass * 2 + 1)]
     with passes_of(sac.generator) as passes:
         sac.compress_tokens(chunks)
@@ -550,12 +550,12 @@ def test_many_short_segments_share_passes(sac: Compressor) -> None:
 
 
 def test_no_pass_is_larger_than_its_bound_unless_one_segment_is(llama: Generator) -> None:
-    compressor = make_compressor(llama, "sac", segment_tokens=BATCH_TOKENS)
-    lengths = [BATCH_TOKENS, 900, 30, 700, 5, 1000, 1, 300]
+    compressor = make_compressor(llama, "sac", segment_tokens=Compressor.batch_tokens)
+    lengths = [Compressor.batch_tokens, 900, 30, 700, 5, 1000, 1, 300]
     with passes_of(llama) as passes:
         compressor.compress_tokens([[7] * length for length in lengths])
     assert sum(rows for rows, _ in passes) == len(lengths)
-    assert all(rows == 1 or rows * slots <= BATCH_TOKENS for rows, slots in passes)
+    assert all(rows == 1 or rows * slots <= Compressor.batch_tokens for rows, slots in passes)
     assert len(passes) < len(lengths)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sac_rag.anchors import segment_bounds
 from sac_rag.compressors.config import CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
+from sac_rag.compressors.passes import Segment, padded_tokens, passes
 from sac_rag.digests import digest_json, tensors_digest
 from sac_rag.errors import PromptTooLong
 from sac_rag.generator import Generator
@@ -23,10 +26,6 @@ from sac_rag.quantize import quantize
 
 # Raise it when the same weights and config come to mean other KV: old entries then miss.
 KV_FORMAT = 1
-
-# Padded tokens in one encoder pass: enough to fill the matrix units of a small machine, and a
-# bound on activations (about 60 MB for a 135M model, 1 GB for an 8B one).
-BATCH_TOKENS = 2048
 
 
 class Compressor(ABC):
@@ -41,6 +40,9 @@ class Compressor(ABC):
         weights: The trained tensors by name; none for a method without training.
         cue: The learned embedding that follows each chunk in a prompt, if the method has one.
             Shape: (hidden,)
+        batch_tokens: Most tokens in one encoder pass, pads included: enough to fill the matrix
+            units of a small machine, and a bound on activations (about 60 MB for a 135M model,
+            1 GB for an 8B one).
     """
 
     method: ClassVar[str]
@@ -48,6 +50,7 @@ class Compressor(ABC):
     fitted: ClassVar[frozenset[str]] = frozenset()
     # Whether it computes what a store does not have.
     computes: ClassVar[bool] = True
+    batch_tokens: int = 2048
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
         if config.method != self.method:
@@ -57,6 +60,7 @@ class Compressor(ABC):
         self.weights: dict[str, Tensor] = {}
         self.cue: Tensor | None = None
         self._adapter: str | None = None
+        self._merged_encoder: Callable[[], Any] | None = None
         self._sink_ids = generator.tokenize(config.sink, special=True)
         self._heading_ids = generator.tokenize(config.heading, special=True)
 
@@ -89,6 +93,19 @@ class Compressor(ABC):
     def storing(self, dtype: StoredDtype) -> Self:
         """The same weights, their KV handed over in another dtype."""
         return self._with(stored_dtype=dtype)
+
+    def merged(self) -> Self:
+        """The same, for inference alone, with LoRA merged into weights of its own at first use.
+
+        Keys and values differ from the unmerged ones' by rounding. It must not be trained, nor be
+        given other weights.
+        """
+        if self._adapter is None or self._merged_encoder is not None:
+            return self
+        other = copy(self)
+        # Shared by the copies for other ratios.
+        other._merged_encoder = cache(partial(self.generator.merged_encoder, self._adapter))
+        return other
 
     def _with(self, **changes: Any) -> Self:
         other = copy(self)
@@ -162,7 +179,6 @@ class Compressor(ABC):
             raise ValueError("a chunk must have text, was: empty or only white space")
         return [*self._heading_ids, *self.generator.tokenize(text)]
 
-    @torch.no_grad()
     def compress_tokens(self, chunks: Sequence[Sequence[int]], *, start: int = 0) -> list[AnchorKV]:
         """Compresses chunks given as token ids.
 
@@ -171,28 +187,49 @@ class Compressor(ABC):
             start: Position of each chunk's first token. Only a test of moving needs it: what is
                 stored is always computed at 0.
         """
-        segments = [
-            (chunk, begin, end)
-            for chunk, ids in enumerate(chunks)
-            for begin, end in segment_bounds(len(ids), self.config.segment_tokens)
-        ]
-        encoded: dict[int, list[tuple[int, AnchorKV]]] = {i: [] for i in range(len(chunks))}
-        # Longest first: segments of like length share a pass, and a pass too large fails at once.
-        by_length = sorted(segments, key=lambda s: s[1] - s[2])
-        for batch in _batches(by_length, len(self._sink_ids)):
+        done = dict(self.compress_each(chunks, start=start))
+        return [done[number] for number in range(len(chunks))]
+
+    @torch.no_grad()
+    def compress_each(
+        self, chunks: Sequence[Sequence[int]], *, start: int = 0
+    ) -> Iterator[tuple[int, AnchorKV]]:
+        """Compresses chunks as `compress_tokens` does and hands over each when it is done.
+
+        Yields:
+            A chunk's number and its AnchorKV, about in the order of falling length.
+        """
+        counts = [len(ids) for ids in chunks]
+        left = Counter(segment.chunk for batch in self._passes(counts) for segment in batch)
+        encoded: defaultdict[int, list[tuple[int, AnchorKV]]] = defaultdict(list)
+        for batch in self._passes(counts):
             tokens = [
-                torch.tensor(chunks[chunk][begin:end], device=self.generator.device)
-                for chunk, begin, end in batch
+                torch.tensor(chunks[s.chunk][s.start : s.end], device=self.generator.device)
+                for s in batch
             ]
-            kvs = self.encode(tokens, [start + begin for _, begin, _ in batch])
-            for (chunk, begin, _), kv in zip(batch, kvs, strict=True):
-                encoded[chunk].append((begin, kv))
-        joined = [
-            AnchorKV.join([kv for _, kv in sorted(parts, key=lambda part: part[0])])
-            for parts in encoded.values()
-        ]
-        # What was computed just now is what will be read from a store, rounded as it is there.
-        return [quantize(kv) for kv in joined] if self.config.stored_dtype == "int8" else joined
+            kvs = self.encode(tokens, [start + segment.start for segment in batch])
+            for segment, kv in zip(batch, kvs, strict=True):
+                encoded[segment.chunk].append((segment.start, kv))
+                left[segment.chunk] -= 1
+            for chunk in dict.fromkeys(segment.chunk for segment in batch):
+                if left[chunk]:
+                    continue
+                parts = sorted(encoded.pop(chunk), key=lambda part: part[0])
+                whole = AnchorKV.join([kv for _, kv in parts])
+                # Rounded now as it would be on coming out of a store.
+                yield chunk, quantize(whole) if self.config.stored_dtype == "int8" else whole
+
+    def tokens_read(self, counts: Sequence[int]) -> int:
+        """Tokens that the encoder reads for chunks of so many, sinks and pads included."""
+        return padded_tokens(self._passes(counts), len(self._sink_ids))
+
+    def _passes(self, counts: Sequence[int]) -> Iterator[list[Segment]]:
+        return passes(
+            counts,
+            segment_tokens=self.config.segment_tokens,
+            sink=len(self._sink_ids),
+            batch_tokens=self.batch_tokens,
+        )
 
     def encode(self, segments: Sequence[Tensor], starts: Sequence[int]) -> list[AnchorKV]:
         """One encoder pass over segments, with gradients if the caller has them on.
@@ -210,9 +247,8 @@ class Compressor(ABC):
         sink = self.generator.embed(self._sink_ids)
         embeds, positions, mask = collate([after_sink(layout, sink) for layout in layouts])
         at = positions + torch.tensor(starts, device=positions.device)[:, None]
-        with self.generator.running(self._adapter) as model:
-            # The decoder stack only: KV needs no LM head.
-            layers = model.base_model(
+        with self._encoder() as encoder:
+            layers = encoder(
                 inputs_embeds=embeds,
                 position_ids=at,
                 attention_mask=self.generator.attention_mask(mask),
@@ -228,6 +264,15 @@ class Compressor(ABC):
                 layouts, starts, every_key, every_value, segments, strict=True
             )
         ]
+
+    @contextmanager
+    def _encoder(self) -> Iterator[Any]:
+        if self._merged_encoder is not None:
+            with self.generator.running():
+                yield self._merged_encoder()
+        else:
+            with self.generator.running(self._adapter):
+                yield self.generator.encoder
 
     def _read_out(
         self, layout: Layout, start: int, keys: Tensor, values: Tensor, num_tokens: int
@@ -279,18 +324,3 @@ class Compressor(ABC):
         # Told by the weights' digest too, but not so that anyone could read it.
         identity = {**self.generator.identity, "dtype": self.generator.dtype_name}
         return {f"generator.{name}": value for name, value in identity.items()}
-
-
-def _batches(
-    segments: list[tuple[int, int, int]], sink: int
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Groups segments, longest first, so that a padded pass has at most BATCH_TOKENS."""
-    batch: list[tuple[int, int, int]] = []
-    for segment in segments:
-        longest = sink + (batch or [segment])[0][2] - (batch or [segment])[0][1]
-        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(segment)
-    if batch:
-        yield batch

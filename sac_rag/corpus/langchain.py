@@ -1,0 +1,81 @@
+"""What LangChain writes of its documents, read as plain data. Knows nothing of files.
+
+Written by langchain-core's `dumpd`, `dumps`, `Document.model_dump` and `InMemoryVectorStore.dump`.
+`load` would construct whatever classes and secrets the text names; nothing is constructed here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# A dict of the user's own that could be taken for a serialised object is wrapped in one of these.
+_ESCAPE = "__lc_escaped__"
+
+
+def is_document(record: dict[str, Any]) -> bool:
+    """Whether a record is a serialised object, or a document's fields."""
+    return _is_object(record) or ("page_content" in record and "text" not in record)
+
+
+def is_store(value: Any) -> bool:
+    """Whether a JSON value is what an InMemoryVectorStore dumps: records with their vectors."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            isinstance(record, dict) and {"id", "vector", "text", "metadata"} <= record.keys()
+            for record in value.values()
+        )
+    )
+
+
+def plain_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The same as a plain record, whose id is the document's source where it has one.
+
+    LangChain names the file that a text was cut from in metadata["source"], and gives an id to each
+    of the pieces; that one goes into the metadata.
+
+    Raises:
+        ValueError: if it is the serialised form of something else.
+    """
+    if _is_object(record):
+        record = _fields(record)
+    text = record.get("page_content", record.get("text"))
+    name, metadata = record.get("id"), _unescaped(record.get("metadata"))
+    if not isinstance(metadata, dict):
+        return {"text": text, "id": name, "metadata": metadata}
+    source = metadata.get("source")
+    if isinstance(source, str) and name is not None:
+        metadata = {**metadata, "id": name}
+    title = metadata.get("title")
+    return {
+        "text": text,
+        "id": source if isinstance(source, str) else name,
+        "title": title if isinstance(title, str) else None,
+        "metadata": metadata,
+    }
+
+
+def _is_object(record: dict[str, Any]) -> bool:
+    return record.get("lc") == 1 and "type" in record and "text" not in record
+
+
+def _fields(serialised: dict[str, Any]) -> dict[str, Any]:
+    what, fields = serialised.get("id"), serialised.get("kwargs")
+    is_document = isinstance(what, list) and what[-1:] == ["Document"]
+    if serialised["type"] != "constructor" or not is_document or not isinstance(fields, dict):
+        raise ValueError(
+            'an object that LangChain serialised must be a "Document" with its "kwargs", '
+            f"was: {serialised['type']!r:.40} {what!r:.80}"
+        )
+    return fields
+
+
+def _unescaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_ESCAPE}:
+            return value[_ESCAPE]
+        return {name: _unescaped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_unescaped(inner) for inner in value]
+    return value

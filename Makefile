@@ -34,6 +34,7 @@ fix: $(INSTALLED)
 
 bench: setup
 	$(BIN)/sac-rag bench speed
+	$(BIN)/sac-rag bench precompress
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

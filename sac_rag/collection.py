@@ -9,22 +9,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
 from sac_rag.embedder import Embedder
+from sac_rag.estimate import Estimate, estimate
+from sac_rag.loading import load_compressor
 from sac_rag.pipeline import SacRAG
+from sac_rag.precompress import increments
+from sac_rag.reports import PrecompressReport
 from sac_rag.retrieval import ChunkIndex, Hit
 from sac_rag.splitter import split
 from sac_rag.stores.disk import DiskStore
+from sac_rag.workers import Workers
 
 FORMAT = 1
 
 _SETTINGS = "collection.json"
+_ANCHORS = "anchors"
+
+_EMBEDDED_AT_A_TIME = 4096  # chunks
+_SAVED_EVERY_S = 60.0  # saving takes as long as the index is large
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Collection:
             self.settings.model,
             compressor=self.settings.compressor,
             ratio=self.settings.ratio,
-            store=DiskStore(self.folder / "anchors"),
+            store=DiskStore(self.folder / _ANCHORS),
         )
 
     @classmethod
@@ -87,23 +99,81 @@ class Collection:
         tokenizer, longest = self.rag.generator.tokenizer, self.settings.chunk_tokens
         return [chunk for d in documents for chunk in split(d, tokenizer, max_tokens=longest)]
 
-    def add(self, chunks: Iterable[Chunk], on_progress: Callable[[int], None] | None = None) -> int:
+    def add(
+        self,
+        chunks: Iterable[Chunk],
+        on_progress: Callable[[int], None] | None = None,
+        *,
+        whole_documents: bool = False,
+    ) -> int:
         """Makes chunks searchable, but for those that are already, and saves the index.
+
+        Killed, it is to be run again, and goes on where the index was saved last.
 
         Args:
             chunks: Chunks with text.
             on_progress: Called with the number of chunks embedded since the last call.
+            whole_documents: Whether the chunks of a document here are all there is of it: others
+                that the index has of it are taken out.
 
         Returns:
             How many were new.
         """
-        known = {(chunk.id, chunk.text) for chunk in self.index.chunks}
         new = {(chunk.id, chunk.text): chunk for chunk in chunks}
+        changed = False
+        if whole_documents:
+            documents = {chunk.id for chunk in new.values()} - {None}
+            changed = bool(
+                self.index.discard(
+                    lambda chunk: chunk.id in documents and (chunk.id, chunk.text) not in new
+                )
+            )
+        known = {(chunk.id, chunk.text) for chunk in self.index.chunks}
         added = [chunk for place, chunk in new.items() if place not in known]
-        if added:
-            self.index.add(added, on_progress=on_progress)
+        saved = time.monotonic()
+        for start in range(0, len(added), _EMBEDDED_AT_A_TIME):
+            self.index.add(added[start : start + _EMBEDDED_AT_A_TIME], on_progress=on_progress)
+            changed = True
+            if time.monotonic() - saved > _SAVED_EVERY_S:
+                self.index.save(self.folder / "index")
+                changed, saved = False, time.monotonic()
+        if changed:
             self.index.save(self.folder / "index")
         return len(added)
+
+    def estimate(
+        self, documents: Iterable[Chunk], split: Callable[[Chunk], Sequence[Chunk]]
+    ) -> Estimate:
+        """What precompressing documents will take; see `estimate.estimate`."""
+        return estimate(self.rag.compressor, documents, split)
+
+    def precompress(
+        self, chunks: Iterable[Chunk], *, workers: int = 1
+    ) -> Iterator[PrecompressReport]:
+        """Caches the anchors of chunks of whole documents; bad chunks are counted and left out.
+
+        Entries of former versions of the documents are deleted.
+
+        Args:
+            chunks: Read as they are needed.
+            workers: Processes that compress side by side, each with a model of its own.
+
+        Yields:
+            What was done since the last time.
+
+        Raises:
+            ValueError: for less than one worker.
+            OSError: if the store cannot be written.
+            RuntimeError: if workers die again and again.
+        """
+        compressor = self.rag.compressor
+        if workers == 1:
+            yield from increments(compressor, chunks, skip_bad=True, whole_documents=True)
+            return
+        with Workers(partial(open_compressor, self.folder), workers) as pool:
+            yield from increments(
+                compressor, chunks, skip_bad=True, whole_documents=True, compress=pool.run
+            )
 
     def search(self, question: str, k: int = 4) -> list[Hit]:
         """The k chunks most like the question, best first.
@@ -126,6 +196,21 @@ def in_reading_order(hits: Sequence[Hit]) -> list[Chunk]:
     the Black Death with the likeliest last, and another one with the likeliest first.
     """
     return [hit.chunk for hit in reversed(hits)]
+
+
+def open_compressor(folder: Path) -> CachedCompressor:
+    """A collection's compressor and store, without what only search and answers need."""
+    settings = read_settings(folder)
+    compressor, _ = load_compressor(
+        settings.model,
+        settings.compressor,
+        ratio=settings.ratio,
+        stored_dtype=None,
+        format=None,
+        device=None,
+        dtype=None,
+    )
+    return CachedCompressor(compressor, DiskStore(folder / _ANCHORS))
 
 
 def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:

@@ -23,7 +23,7 @@ from sac_rag.origin import Origin
 from sac_rag.precompress import precompress
 from sac_rag.prefix import Prefixes
 from sac_rag.prepare import evictions, prepare, token_ids
-from sac_rag.reports import Answer, PrecompressReport
+from sac_rag.reports import Answer, BadRecord, PrecompressReport
 from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
 from sac_rag.stream import AnswerStream, Run
@@ -171,6 +171,8 @@ class SacRAG:
         chunks: Iterable[ChunkLike],
         *,
         on_progress: Callable[[int], None] | None = None,
+        on_bad: Callable[[BadRecord], None] | None = None,
+        whole_documents: bool = False,
     ) -> PrecompressReport:
         """Compresses and stores chunks ahead of any question.
 
@@ -180,12 +182,22 @@ class SacRAG:
         Args:
             chunks: Texts, (document id, text) pairs or Chunks; streamed, never all in memory.
             on_progress: Called with the number of chunks done since the last call.
+            on_bad: Called with each chunk that is longer than the model's context, which is then
+                left out. Default: raise.
+            whole_documents: Whether the chunks of a document here are all there is of it: what the
+                store has of its former version is deleted when all chunks are stored.
 
         Raises:
             PromptTooLong: for a chunk longer than the model's context; those before it are stored.
             OSError: if the store cannot be written.
         """
-        return precompress(self.compressor, chunks, on_progress)
+        return precompress(
+            self.compressor,
+            chunks,
+            on_progress=on_progress,
+            on_bad=on_bad,
+            whole_documents=whole_documents,
+        )
 
     def forget(self, document_id: str) -> int:
         """Deletes what was stored for a document; texts that other documents have too stay.

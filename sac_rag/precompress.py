@@ -1,74 +1,162 @@
-"""Chunks into a store ahead of any question. Knows nothing of prompts or answers."""
+"""Chunks into a store ahead of any question. Knows nothing of files, processes or answers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TypeAlias
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.errors import PromptTooLong
-from sac_rag.reports import PrecompressReport
+from sac_rag.reindex import Reindexing
+from sac_rag.reports import BadRecord, PrecompressReport
 
-# Chunks compressed and stored together: an interrupted run repeats at most these.
-_WINDOW = 32
+# Chunks sorted by length together: enough that those of a pass are of like length, few enough that
+# their texts and tokens are nothing beside a model.
+WINDOW = 256
+
+Compress: TypeAlias = Callable[[Iterator[list[Chunk]]], Iterator[PrecompressReport]]
 
 
 def precompress(
     compressor: CachedCompressor,
     chunks: Iterable[ChunkLike],
+    *,
     on_progress: Callable[[int], None] | None = None,
+    on_bad: Callable[[BadRecord], None] | None = None,
+    whole_documents: bool = False,
 ) -> PrecompressReport:
+    """Compresses and stores what the store does not have; see `SacRAG.precompress`."""
+    started = time.perf_counter()
+    done = PrecompressReport()
+    for more in increments(
+        compressor,
+        map(Chunk.of, chunks),
+        skip_bad=on_bad is not None,
+        whole_documents=whole_documents,
+    ):
+        done += more
+        for record in more.bad:
+            on_bad(record)  # type: ignore[misc]  # none is skipped without it
+        if on_progress is not None and more.chunks:
+            on_progress(more.chunks)
+    return done + PrecompressReport(seconds=time.perf_counter() - started)
+
+
+def increments(
+    compressor: CachedCompressor,
+    chunks: Iterable[Chunk],
+    *,
+    skip_bad: bool,
+    whole_documents: bool,
+    compress: Compress | None = None,
+) -> Iterator[PrecompressReport]:
     """Compresses and stores what the store does not have.
 
     Args:
         compressor: With the store to fill.
-        chunks: Texts, (document id, text) pairs or Chunks; streamed, never all in memory.
-        on_progress: Called with the number of chunks done since the last call.
+        chunks: Read as they are needed.
+        skip_bad: Whether to count chunks that cannot be compressed, or raise.
+        whole_documents: Whether to delete entries of former versions of documents in the end.
+        compress: Compresses windows elsewhere, as `Workers.run` does, into the same store.
+            Default: here, one after the other.
+
+    Yields:
+        What was done since the last time.
+    """
+    reindexing = Reindexing(compressor)
+    stream = windows(reindexing.watch(chunks) if whole_documents else chunks)
+    if compress is not None:
+        yield from compress(stream)
+    else:
+        for window in stream:
+            yield from compress_window(compressor, window, skip_bad=skip_bad)
+    yield PrecompressReport(deleted=reindexing.finish())
+
+
+def windows(chunks: Iterable[Chunk], size: int = WINDOW) -> Iterator[list[Chunk]]:
+    """Chunks, so many at a time, read as they are asked for."""
+    stream = iter(chunks)
+    while window := list(islice(stream, size)):
+        yield window
+
+
+def compress_window(
+    compressor: CachedCompressor, window: Sequence[Chunk], *, skip_bad: bool
+) -> Iterator[PrecompressReport]:
+    """Compresses some chunks in batches of like length and stores each when it is done.
+
+    Args:
+        compressor: With the store to fill.
+        window: Chunks to be sorted by length.
+        skip_bad: Whether to count a chunk that cannot be compressed, or raise when those before it
+            are stored.
+
+    Yields:
+        What was done since the last time: first what was computed, then what was found, empty or
+        bad.
 
     Raises:
-        PromptTooLong: for a chunk longer than the model's context; those before it are stored.
-        OSError: if the store cannot be written.
+        PromptTooLong: for a chunk longer than the model's context, unless it is skipped.
+        OSError: if the store cannot be written; what was yielded before is in it.
     """
-    started = time.perf_counter()
-    computed = hits = empty = tokens = anchors = nbytes = 0
-    stream = map(Chunk.of, chunks)
-    while window := list(islice(stream, _WINDOW)):
-        todo = []
-        for chunk in window:
-            if chunk.is_empty:
-                empty += 1
-            elif chunk.text in compressor and (
-                chunk.id is None or compressor.claim(chunk.text, chunk.id)
-            ):
-                hits += 1
-            else:
-                todo.append(chunk)
-        texts, owners = [chunk.text for chunk in todo], [chunk.id for chunk in todo]
-        failures = compressor.store_failures
-        try:
-            fetched = compressor.fetch(texts, documents=owners)
-        except PromptTooLong:
-            # Nothing of this window is stored yet: store what stands before the one too long.
-            for text, owner in zip(texts, owners, strict=True):
-                compressor.fetch([text], documents=[owner])
-            raise
-        if compressor.store_failures > failures:
-            raise OSError(
-                "the store could not keep the compressed chunks (see the log); "
-                "free some space or check the folder's permissions, then run it again"
+    plain = compressor.compressor
+    limit = plain.generator.max_positions
+    tokens: dict[str, list[int]] = {}
+    owners: dict[str, set[str]] = {}
+    hits = empty = 0
+    bad: list[BadRecord] = []
+    for chunk in window:
+        text = chunk.text
+        if chunk.is_empty:
+            empty += 1
+        elif text in tokens or _is_stored(compressor, chunk):
+            hits += 1
+        elif len(ids := plain.tokenize(text)) > limit:
+            bad.append(
+                BadRecord(
+                    place_of(chunk),
+                    f"a chunk must have at most {limit} tokens, the model's positions, has: "
+                    f"{len(ids)}; split it",
+                )
             )
-        distinct = dict(zip(texts, fetched.kvs, strict=True))
-        hits += len(texts) - len(distinct)
-        for kv in distinct.values():
-            if kv is not None:
-                computed += 1
-                tokens += kv.num_tokens
-                anchors += kv.num_anchors
-                nbytes += kv.nbytes
-        if on_progress is not None:
-            on_progress(len(window))
-    return PrecompressReport(
-        computed, hits, empty, tokens, anchors, nbytes, time.perf_counter() - started
-    )
+            if not skip_bad:
+                break
+        else:
+            tokens[text] = ids
+        if text in tokens and chunk.id is not None:
+            owners.setdefault(text, set()).add(chunk.id)
+    texts, ids_of_texts = list(tokens), list(tokens.values())
+    read = plain.tokens_read([len(ids) for ids in ids_of_texts])
+    seconds, started = 0.0, time.perf_counter()
+    for number, kv in plain.compress_each(ids_of_texts):
+        seconds += time.perf_counter() - started
+        try:
+            compressor.keep(texts[number], kv, owners.get(texts[number], ()))
+        except OSError as error:
+            raise OSError(
+                f"the store could not keep a compressed chunk: {error}; free some space or check "
+                "the folder's permissions, then run it again"
+            ) from error
+        yield PrecompressReport(
+            computed=1, source_tokens=kv.num_tokens, anchors=kv.num_anchors, nbytes=kv.nbytes
+        )
+        started = time.perf_counter()
+    if compressor.guard is not None and tokens:
+        compressor.guard.computed(sum(map(len, ids_of_texts)), seconds)
+    if bad and not skip_bad:
+        raise PromptTooLong(f"{bad[0].place}: {bad[0].problem} (sac_rag.splitter.split)")
+    yield PrecompressReport(hits=hits, empty=empty, bad=tuple(bad), tokens_read=read)
+
+
+def place_of(chunk: Chunk) -> str:
+    """Where a chunk is from, for whoever has to look for it."""
+    name = repr(chunk.text[:40]) if chunk.id is None else chunk.id
+    part = chunk.metadata.get("part")
+    return name if part is None else f"{name}, part {part}"
+
+
+def _is_stored(compressor: CachedCompressor, chunk: Chunk) -> bool:
+    return chunk.text in compressor and (chunk.id is None or compressor.claim(chunk.text, chunk.id))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sac_rag.chunk import Chunk
 from sac_rag.generate import FinishReason
@@ -100,23 +100,59 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class BadRecord:
+    """What could not be read or compressed, and was left out.
+
+    Attributes:
+        place: Where it is: "path:line", or the document and the part of it.
+        problem: What is wrong with it.
+    """
+
+    place: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class PrecompressReport:
-    """What a precompression did.
+    """What a precompression did; those of its parts add up.
 
     Attributes:
         computed: Chunks compressed now.
         hits: Chunks whose text was in the store before, or came up earlier in the same run.
         empty: Chunks without text, left out.
+        bad: Chunks that could not be compressed.
         source_tokens: Tokens of the computed chunks.
+        tokens_read: Tokens that the encoder read for them, sinks and pads included.
         anchors: Anchors of the computed chunks.
         nbytes: Bytes of their keys and values.
+        deleted: Entries of documents' former versions that were deleted.
+        workers_lost: Worker processes that died; what they had begun was done again.
         seconds: Wall time.
     """
 
-    computed: int
-    hits: int
-    empty: int
-    source_tokens: int
-    anchors: int
-    nbytes: int
-    seconds: float
+    computed: int = 0
+    hits: int = 0
+    empty: int = 0
+    bad: tuple[BadRecord, ...] = ()
+    source_tokens: int = 0
+    tokens_read: int = 0
+    anchors: int = 0
+    nbytes: int = 0
+    deleted: int = 0
+    workers_lost: int = 0
+    seconds: float = 0.0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that were dealt with, in whatever way."""
+        return self.computed + self.hits + self.empty + len(self.bad)
+
+    @property
+    def padding(self) -> float:
+        """Share of what the encoder read that was not source: pads and sinks; 0 for nothing."""
+        return max(0.0, 1 - self.source_tokens / self.tokens_read) if self.tokens_read else 0.0
+
+    def __add__(self, other: PrecompressReport) -> PrecompressReport:
+        return PrecompressReport(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )

@@ -126,6 +126,19 @@ class ChunkIndex:
         self._insert(self._embed(texts, on_progress))
         self._chunks += new
 
+    def discard(self, unwanted: Callable[[Chunk], bool]) -> int:
+        """Takes chunks out again; returns how many."""
+        kept = [row for row, chunk in enumerate(self._chunks) if not unwanted(chunk)]
+        gone = len(self) - len(kept)
+        if gone:
+            vectors = self._vectors.reconstruct_n(0, len(self))[kept]
+            # Vectors cannot be taken out of the graph.
+            self._vectors = faiss.IndexFlatIP(self.embedder.dimension)
+            chunks, self._chunks = self._chunks, []
+            self._insert(vectors)
+            self._chunks = [chunks[row] for row in kept]
+        return gone
+
     def search(self, question: str, k: int = 4) -> list[Hit]:
         """The k chunks nearest to a question, best first; all if there are fewer.
 

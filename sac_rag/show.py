@@ -15,9 +15,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from sac_rag.collection import Collection
     from sac_rag.demo import DemoResult
+    from sac_rag.estimate import Estimate
     from sac_rag.evaluation.quality import QualityResult
     from sac_rag.evaluation.speed import SpeedRow
-    from sac_rag.reports import Answer
+    from sac_rag.evaluation.throughput import ThroughputRow
+    from sac_rag.reports import Answer, PrecompressReport
     from sac_rag.retrieval import Hit
     from sac_rag.stores.stats import StoreStats
 
@@ -99,6 +101,49 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as people read it."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def print_estimate(expected: Estimate, folder: Path) -> None:
+    """What a precompression will take, on standard error."""
+    counted = (
+        "counted" if expected.counted == 1 else f"estimated from {expected.counted:.0%} of the text"
+    )
+    done = f"{expected.hits:,} are there, {expected.empty:,} empty, {expected.bad:,} too long"
+    line = f"{expected.chunks:,} chunks, {done}; {expected.source_tokens:,} tokens to compress"
+    notes.print(f"{line} ({counted})", soft_wrap=True)
+    if expected.tokens_per_s is not None:
+        notes.print(
+            f"about {human_time(expected.seconds)} at the {expected.tokens_per_s:,.0f} tokens/s "
+            f"just measured, {human_bytes(expected.nbytes)} of anchors, into {folder}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def print_precompressed(done: PrecompressReport, indexed: int | None) -> None:
+    """What a precompression did."""
+    rate = done.source_tokens / done.seconds
+    out.print(
+        f"{done.chunks} chunks: {done.computed} compressed now ({done.source_tokens} tokens to "
+        f"{done.anchors} anchors, {human_bytes(done.nbytes)}, {human_time(done.seconds)}, "
+        f"{rate:,.0f} tokens/s, {done.padding:.0%} padding), {done.hits} there before"
+    )
+    for count, what in (
+        (indexed, "newly indexed"),
+        (done.deleted, "entries of former versions deleted"),
+        (len(done.bad), "too long and left out"),
+        (done.workers_lost, "workers lost, their work done again"),
+    ):
+        if count:
+            out.print(f"{count} {what}")
 
 
 def _ago(seconds: float) -> str:
@@ -183,6 +228,26 @@ def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
             f"{row.full_text_s / row.ttft_s:.1f}x",
         )
     out.print(f"{model}, {rows[0].dtype}, chunks of 510 tokens; TTFT = time to first token\n")
+    out.print(table)
+
+
+def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
+    """Tokens a second of compressing, a row for each compressor."""
+    columns = ("method", "ratio", "padding", "plain prefill", "compressing", "", "into a store", "")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        stored = row.stored_tokens_per_s, row.stored_relative
+        table.add_row(
+            row.method,
+            f"{row.ratio}x",
+            f"{row.padding:.0%}",
+            f"{row.plain_tokens_per_s:,.0f} tokens/s",
+            f"{row.tokens_per_s:,.0f} tokens/s",
+            f"{row.relative:.2f}",
+            "" if stored[0] is None else f"{stored[0]:,.0f} tokens/s",
+            "" if stored[1] is None else f"{stored[1]:.2f}",
+        )
+    out.print(f"{model}, {rows[0].dtype}, passes of at most {rows[0].batch_tokens} tokens\n")
     out.print(table)
 
 

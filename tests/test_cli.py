@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from typing import Any
 
 import pytest
 from conftest import PROSE, make_compressor, make_model, make_tokenizer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from sac_rag.cli import app
+from sac_rag.cli import app, job
+from sac_rag.collection import Collection
 from sac_rag.compressors import checkpoint
+from sac_rag.reports import PrecompressReport
 from sac_rag.template import SPANS, PromptFormat
 
 TOWN = """# Port Ellery
@@ -52,7 +57,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         "precompress", str(folder / "docs"), str(folder / "more.jsonl"),
         "--store", str(folder / "store"), "--json",
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr  # one record is bad, and the exit code says so
+    assert done.returncode == 3, done.stderr  # one record is bad, and the exit code says so
     assert "more.jsonl:2" in done.stderr
     return folder, json.loads(done.stdout)
 
@@ -62,7 +67,10 @@ def test_precompress_reads_folders_and_jsonl_and_reports_the_bad_record(library:
     _, summary = library
     assert summary["chunks"] == summary["computed"] == summary["indexed"] == 2
     assert summary["anchors"] == summary["source_tokens"] > 20
-    assert len(summary["skipped"]) == 1
+    assert summary["estimate"]["source_tokens"] == summary["source_tokens"]
+    assert summary["documents"] == 2
+    ((place, problem),) = (record.values() for record in summary["bad"])
+    assert place.endswith("more.jsonl:2") and "JSON" in problem
 
 
 @pytest.mark.real_model
@@ -91,6 +99,74 @@ def test_precompress_again_computes_nothing_and_takes_more_from_stdin(library: A
     assert (summary["computed"], summary["hits"], summary["indexed"]) == (0, 1, 0)
     piped = sac_rag("precompress", "-", "--store", store, "--json", stdin="Gulls nest on the roof.")
     assert json.loads(piped.stdout)["computed"] == 1
+
+
+def precompressed(tiny: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    """What `sac-rag precompress` of a tiny model prints, in this process."""
+    arguments = ("precompress", *more, "--model", str(tiny / "model"), "--compressor", "full")
+    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert done.exit_code == code, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+@pytest.mark.real_model  # the embedder
+def test_a_changed_document_is_compressed_anew_and_found_no_more_as_it_was(
+    tiny_files: Path, tmp_path: Path
+) -> None:
+    town, store = tmp_path / "docs" / "town.md", tmp_path / "store"
+    town.parent.mkdir()
+    town.write_text(TOWN)
+    (town.parent / "owls.txt").write_text("Owls hear mice.")
+    assert precompressed(tiny_files, str(town.parent), "--store", str(store))["computed"] == 2
+    town.write_text("The town is gone.")
+    summary = precompressed(tiny_files, str(town.parent), "--store", str(store))
+    assert (summary["computed"], summary["hits"], summary["deleted"]) == (1, 1, 1)
+    found = Collection(store).search("Which town?", k=9)
+    assert {hit.chunk.text for hit in found} == {"The town is gone.", "Owls hear mice."}
+
+
+@pytest.mark.real_model
+def test_exports_are_cached_as_they_are_and_a_chunk_too_long_is_reported(
+    tiny_files: Path, tmp_path: Path
+) -> None:
+    records = [{"page_content": text, "metadata": {"source": "a"}} for text in PROSE]
+    records.append({"page_content": "lighthouse " * 4200, "metadata": {"source": "long"}})
+    export, store = tmp_path / "export.json", tmp_path / "store"
+    export.write_text(json.dumps(records))
+    more = (str(export), "--store", str(store), "--as-is", "--no-index")
+    planned = precompressed(tiny_files, *more, "--dry-run")
+    assert not store.exists()
+    assert planned["estimate"]["chunks"] == 9
+    assert (planned["estimate"]["bad"], planned["bad"]) == (1, [])
+    summary = precompressed(tiny_files, *more, code=3)
+    assert (summary["chunks"], summary["computed"], summary["indexed"]) == (9, 8, None)
+    assert summary["source_tokens"] == planned["estimate"]["source_tokens"]
+    assert summary["bytes"] == pytest.approx(planned["estimate"]["nbytes"], rel=0.1)
+    assert [record["place"] for record in summary["bad"]] == ["long"]
+    again = precompressed(tiny_files, *more, "--dry-run")
+    assert (again["estimate"]["hits"], again["estimate"]["source_tokens"]) == (8, 0)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_for_who_looks_on_and_lines_for_who_reads_later(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = io.StringIO()
+    console = Console(file=printed, force_terminal=terminal, width=100, highlight=False)
+    monkeypatch.setattr(job, "notes", console)
+    monkeypatch.setattr(job, "_LINE_EVERY_S", 0.0)
+    with job.job_progress(400, show=True) as advance:
+        for _ in range(2):
+            advance(PrecompressReport(computed=1, source_tokens=100, nbytes=2**20))
+    said = printed.getvalue()
+    assert (
+        re.search(r"compressing: 2 chunks, [\d,]+ tokens/s, 2.0 MiB, 0 s left\n", said) or terminal
+    )
+    assert ("━" in said and "2 chunks" in said) == terminal
+    with job.job_progress(None, show=False) as advance:
+        advance(PrecompressReport(computed=1))
+    assert printed.getvalue() == said
 
 
 @pytest.mark.parametrize(

@@ -463,131 +463,12 @@ def test_an_unknown_on_miss_is_refused_when_the_pipeline_is_made(
         make_rag(on_miss="ignore")
 
 
-# --- precompress
-
-
-def test_precompressing_counts_what_it_did(rag: SacRAG) -> None:
-    report = rag.precompress([PROSE[0], ("d1", PROSE[1]), Chunk(PROSE[2]), PROSE[0], "", " \n"])
-    assert (report.computed, report.hits, report.empty) == (3, 1, 2)
-    stored = list(rag.compressor.store.values())
-    assert report.source_tokens == sum(kv.num_tokens for kv in stored)
-    assert report.anchors == sum(kv.num_anchors for kv in stored)
-    assert report.nbytes == sum(kv.nbytes for kv in stored)
-    assert report.seconds > 0
-    again = rag.precompress([PROSE[2], PROSE[3]])
-    assert (again.computed, again.hits, again.empty) == (1, 1, 0)
-
-
-def test_what_was_precompressed_is_a_hit(rag: SacRAG) -> None:
-    rag.precompress(PROSE)
-    with passes_of(rag.generator) as passes:
-        answer = rag.answer(QUESTION, PROSE)
-    assert {chunk.status for chunk in answer.chunks} == {"hit"}
-    assert answer.usage.anchors_computed == 0
-    assert len(passes) == PREFIX + 8
-
-
-def test_nothing_to_precompress_is_no_work(rag: SacRAG) -> None:
-    report = rag.precompress([])
-    assert (report.computed, report.hits, report.empty) == (0, 0, 0)
-
-
-def test_progress_is_told_and_adds_up(rag: SacRAG) -> None:
-    told: list[int] = []
-    rag.precompress([*many(70), "", PROSE[0]], on_progress=told.append)
-    assert sum(told) == 72
-    assert len(told) > 1
-
-
-def test_an_interrupted_run_is_resumed_with_the_rest_only(make_rag: Callable[..., SacRAG]) -> None:
-    class Interrupted(Exception):
-        pass
-
-    done = 0
-
-    def interrupt(count: int) -> None:
-        nonlocal done
-        done += count
-        if done >= 64:
-            raise Interrupted
-
-    rag = make_rag()
-    with pytest.raises(Interrupted):
-        rag.precompress(many(100), on_progress=interrupt)
-    assert len(rag.compressor.store) == done == 64
-    report = make_rag(store=rag.compressor.store).precompress(many(100))
-    assert (report.computed, report.hits) == (36, 64)
-
-
-def test_chunks_are_streamed_and_never_all_in_memory(rag: SacRAG) -> None:
-    taken = done = most = 0
-
-    def chunks() -> Iterator[str]:
-        nonlocal taken
-        for text in many(100):
-            taken += 1
-            yield text
-
-    def progress(count: int) -> None:
-        nonlocal done, most
-        most = max(most, taken - done)
-        done += count
-
-    rag.precompress(chunks(), on_progress=progress)
-    assert taken == done == 100
-    assert most <= 32
-
-
-def test_documents_are_noted(make_rag: Callable[..., SacRAG], disk: DiskStore) -> None:
-    rag = make_rag(store=disk)
-    rag.precompress([("a", PROSE[0]), Chunk(PROSE[1], id="b"), PROSE[2]])
-    rag.precompress([("c", PROSE[0]), PROSE[1]])
-    keys = [rag.compressor.key(text) for text in PROSE[:3]]
-    assert [disk.documents(key) for key in keys] == [("a", "c"), ("b",), ()]
-
-
-def test_documents_of_one_text_in_one_run_are_all_noted(
-    make_rag: Callable[..., SacRAG], disk: DiskStore
-) -> None:
-    rag = make_rag(store=disk)
-    report = rag.precompress([("a", PROSE[0]), ("b", PROSE[0]), PROSE[1], ("c", PROSE[1])])
-    assert (report.computed, report.hits) == (2, 2)
-    assert disk.documents(rag.compressor.key(PROSE[0])) == ("a", "b")
-    assert disk.documents(rag.compressor.key(PROSE[1])) == ("c",)
-
-
 def test_documents_are_noted_when_an_answer_computes_their_chunk(
     make_rag: Callable[..., SacRAG], disk: DiskStore
 ) -> None:
     rag = make_rag(store=disk)
     rag.answer(QUESTION, [("a", PROSE[0]), Chunk(PROSE[0], id="b")])
     assert disk.documents(rag.compressor.key(PROSE[0])) == ("a", "b")
-
-
-def test_a_damaged_entry_of_another_document_is_computed_anew(
-    make_rag: Callable[..., SacRAG], disk: DiskStore
-) -> None:
-    """Precompressing mends; what it finds must not end the run."""
-    rag = make_rag(store=disk)
-    rag.precompress([("a", PROSE[0])])
-    (file,) = disk.folder.glob("entries/*/*.kv")
-    file.write_bytes(file.read_bytes()[:-1])
-    rag.precompress([("b", PROSE[0]), PROSE[1]])
-    assert rag.answer(QUESTION, PROSE[:2]).usage.anchors_computed == 0
-    assert "b" in disk.documents(rag.compressor.key(PROSE[0]))
-
-
-def test_a_full_disk_ends_precompressing_with_what_to_do(make_rag: Callable[..., SacRAG]) -> None:
-    class Full(dict[str, AnchorKV]):
-        def __setitem__(self, key: str, kv: AnchorKV) -> None:
-            if len(self) == 40:
-                raise OSError(errno.ENOSPC, "no space left on device")
-            super().__setitem__(key, kv)
-
-    rag = make_rag(store=Full())
-    with pytest.raises(OSError, match=r"free some space .* then run it again"):
-        rag.precompress(many(100))
-    assert len(rag.compressor.store) == 40
 
 
 def test_a_full_disk_does_not_end_an_answer(make_rag: Callable[..., SacRAG]) -> None:
@@ -598,12 +479,6 @@ def test_a_full_disk_does_not_end_an_answer(make_rag: Callable[..., SacRAG]) -> 
     rag = make_rag(store=Full())
     assert rag.answer(QUESTION, PROSE).text == make_rag().answer(QUESTION, PROSE).text
     assert rag.compressor.store_failures == 8
-
-
-def test_chunks_before_one_that_is_too_long_are_stored(rag: SacRAG) -> None:
-    with pytest.raises(PromptTooLong, match="8192 positions"):
-        rag.precompress([*PROSE[:3], "lighthouse " * 4200, *PROSE[3:]])
-    assert all(text in rag.compressor for text in PROSE[:3])
 
 
 # --- chat

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from sac_rag.cli import archive, ask, bench, convert, evaluate, models, store, train
+from sac_rag.cli import archive, ask, bench, convert, evaluate, models, precompress, store, train
 from sac_rag.show import notes
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(ask.demo)
-app.command()(ask.precompress)
+app.command()(precompress.precompress)
 app.command()(ask.ask)
 app.command()(train.train)
 app.command()(evaluate.evaluate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, loading, progress, pull_missing
-from sac_rag.show import notes, print_choices, print_json, print_speed
+from sac_rag.cli.tables import print_dtypes, print_lookups, print_reads
+from sac_rag.show import notes, print_choices, print_json, print_speed, print_throughput
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -50,6 +52,119 @@ def speed(
         print_json({"rows": [asdict(row) for row in rows]})
     else:
         print_speed(model, rows)
+
+
+@app.command()
+def precompress(
+    model: Annotated[
+        str, typer.Option(help="Default model, local folder or hub id.")
+    ] = "smollm2-135m",
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks compressed each time.")] = 16,
+    chunk_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the longest.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass, on both sides.")] = (
+        2048
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Times compressing into a store: against a plain prefill of the same tokens, by turns."""
+    pull_missing()
+    with loading():
+        from sac_rag.demo import wikipedia_leads
+        from sac_rag.evaluation.throughput import measure
+        from sac_rag.generator import Generator
+
+        generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
+    rows = []
+    with progress("measuring", show=not as_json) as advance:
+        for row in measure(
+            generator,
+            (lead.text for lead in wikipedia_leads()),
+            chunks=chunks,
+            chunk_tokens=chunk_tokens,
+            batch_tokens=batch_tokens,
+            repeats=repeats,
+        ):
+            advance(1)
+            rows.append(row)
+    if as_json:
+        print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        print_throughput(model, rows)
+
+
+@app.command()
+def dtypes(
+    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for evaluate.")],
+    limit: Annotated[int, typer.Option(min=1, help="Questions to draw.")] = 40,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Chunks to answer from.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
+    model: Annotated[
+        str, typer.Option(help="Default model, local folder or hub id.")
+    ] = "smollm2-135m",
+    compressor: Annotated[
+        str | None,
+        typer.Option(help="'shipped', 'full' or the folder of a trained compressor."),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What the model computes in; float32 shows all rounding.")
+    ] = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Compares stored dtypes: bytes, logits, greedy answers and their F1."""
+    from sac_rag.evaluation.sample import draw
+    from sac_rag.questions import read_questions
+
+    sample = draw(read_questions(data), k=k, limit=limit, seed=seed)
+    pull_missing()
+    with loading():
+        from sac_rag import SacRAG
+        from sac_rag.compressors import checkpoint
+        from sac_rag.evaluation.dtypes import measure
+        from sac_rag.template import SPANS
+
+        folder = checkpoint.find(compressor or checkpoint.default(model), model)
+        own = checkpoint.load_format(folder) if folder else None
+        rag = SacRAG.from_pretrained(
+            model, compressor=compressor, format=own or SPANS, dtype=dtype.value
+        )
+    with progress("answering", total=len(sample.trials), show=not as_json) as advance:
+        rows = measure(rag, sample, on_progress=advance)
+    if as_json:
+        print_json({"model": model, "dtype": dtype.value, "rows": [asdict(row) for row in rows]})
+    else:
+        print_dtypes(model, dtype.value, rows)
+
+
+@app.command()
+def store(
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure. Default: a temporary folder.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Best of so many.")] = 200,
+    entries: Annotated[int, typer.Option(min=1, help="To look up among so many.")] = 10_000,
+    as_json: AsJson = False,
+) -> None:
+    """Times reading a chunk of 510 tokens at 5x, beside bare safetensors, and looking chunks up."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        with loading():
+            from sac_rag.evaluation.lookup_speed import measure_lookups
+            from sac_rag.evaluation.store_speed import measure_reads
+
+            rows = measure_reads(Path(place), repeats=repeats)
+        with progress("filling a store", total=entries, show=not as_json) as advance:
+            lookups = measure_lookups(Path(place) / "many", entries, repeats, advance)
+    if as_json:
+        print_json(
+            {
+                "reads": [{**asdict(row), "ratio": row.ratio} for row in rows],
+                "lookups": {**asdict(lookups), "lookup_ms": lookups.lookup_ms},
+            }
+        )
+    else:
+        print_reads(rows)
+        print_lookups(lookups)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What commands share: options, waiting, getting models. Knows nothing of any one command."""
+"""What commands share: options, waiting, getting what they work on. Knows nothing of any one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sac_rag.show import notes
 
+if TYPE_CHECKING:
+    from sac_rag.collection import Collection
+
+Store = Annotated[Path, typer.Option("--store", help="Folder of the collection.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 NumChunks = Annotated[int, typer.Option("--k", "-k", min=1, help="Chunks to answer from.")]
 
@@ -55,6 +60,19 @@ def loading() -> Iterator[None]:
         finally:
             gc.freeze()
             gc.enable()
+
+
+def open_collection(folder: Path, must_exist: bool = False, **settings: Any) -> Collection:
+    """The collection in a folder, made with some settings if it is not there."""
+    with loading():
+        from sac_rag.collection import Collection, CollectionSettings
+
+        if must_exist and not Collection.exists(folder):
+            raise ValueError(
+                f"{folder} is no collection yet; make one: sac-rag precompress PATH "
+                f"--store {folder}"
+            )
+        return Collection(folder, CollectionSettings(**settings) if settings else None)
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Tables of what `bench dtypes` and `bench store` measure. Knows nothing of how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from sac_rag.show import human_bytes, out
+
+if TYPE_CHECKING:
+    from sac_rag.evaluation.dtypes import DtypeRow
+    from sac_rag.evaluation.lookup_speed import LookupSpeed
+    from sac_rag.evaluation.store_speed import ReadSpeed
+
+
+def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
+    """Stored dtypes beside float32, which holds what was computed."""
+    columns = ("stored", "entry", "logits", "at most", "KL", "same answers", "F1", "change")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            row.stored_dtype,
+            human_bytes(round(row.entry_bytes)),
+            f"{row.logit_rms:.4f}",
+            f"{row.logit_max:.3f}",
+            f"{row.kl:.1e}",
+            f"{row.same_answers:.1%}",
+            f"{row.f1:.3f}",
+            f"{row.f1_change:+.3f}",
+        )
+    out.print(f"{model}, {dtype}, {rows[0].n} questions; logits: root mean square of errors\n")
+    out.print(table)
+
+
+def print_reads(rows: Sequence[ReadSpeed]) -> None:
+    """A store beside safetensors."""
+    columns = ("stored", "entry", "store", "safetensors", "ratio", "file read", "file mapped")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        seconds = (row.store_s, row.safetensors_s, row.read_s, row.mapped_s)
+        store, safetensors, read, mapped = (f"{1000 * s:.3f} ms" for s in seconds)
+        size = human_bytes(row.nbytes)
+        name = f"{row.stored_dtype}, encrypted" if row.encrypted else row.stored_dtype
+        table.add_row(name, size, store, safetensors, f"{row.ratio:.2f}", read, mapped)
+    out.print(table)
+
+
+def print_lookups(speed: LookupSpeed) -> None:
+    """A store of many entries."""
+    out.print(
+        f"\n{speed.entries} entries: opened in {speed.open_ms:.1f} ms; looking up adds "
+        f"{speed.lookup_ms:.3f} ms to a read of {speed.read_ms:.3f} ms, a miss takes "
+        f"{speed.miss_ms:.3f} ms; a write takes {speed.put_ms:.1f} ms, forgetting a document "
+        f"{speed.forget_ms:.0f} ms; the index has {human_bytes(speed.index_nbytes)}"
+    )

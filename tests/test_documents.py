@@ -62,6 +62,17 @@ def test_a_document_that_changed_keeps_the_entries_it_still_has(disk: DiskStore)
     assert disk.why_absent(key_of(2)) == "forgotten"
 
 
+def test_many_documents_are_replaced_at_once(disk: DiskStore) -> None:
+    for number in range(4):
+        disk.put(key_of(number), make_kv(number), ["a", "b"] if number < 2 else ["b"])
+    assert disk.replace_documents({"a": [key_of(0)], "b": [key_of(3)]}) == 2
+    assert disk.documents(key_of(0)) == ("a",)
+    assert disk.documents(key_of(3)) == ("b",)
+    assert len(disk) == 2
+    with pytest.raises(TypeError, match="document ids must be str"):
+        disk.replace_documents({5: []})  # type: ignore[dict-item]
+
+
 def test_what_another_compressor_made_of_a_text_that_stayed_is_kept(disk: DiskStore) -> None:
     for number, text in enumerate(["aa", "bb"]):
         disk.put(key_of(number), make_kv(), ["report"], text_id=text, fingerprint="01")

@@ -14,6 +14,7 @@ import xxhash
 from sac_rag.kv import AnchorKV
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.entry import decode
+from sac_rag.stores.upkeep import Progress
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LookupSpeed:
 
 
 def measure_lookups(
-    folder: Path, entries: int = 10_000, repeats: int = 200, on_progress: Callable[[int], None] = id
+    folder: Path, entries: int = 10_000, repeats: int = 200, on_progress: Progress | None = None
 ) -> LookupSpeed:
     """Fills a new store with small entries and measures it.
 
@@ -64,7 +65,8 @@ def measure_lookups(
     with DiskStore(folder) as store:
         for number in range(entries):
             puts.append(_timed(lambda n=number: store.put(_key(n), kv, [f"document {n}"])))  # type: ignore[misc]
-            on_progress(1)
+            if on_progress is not None:
+                on_progress(1)
     opening = [_timed(lambda: DiskStore(folder).close()) for _ in range(min(repeats, 20))]
     with DiskStore(folder) as store:
         step = max(1, entries // repeats)

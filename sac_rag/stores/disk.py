@@ -130,7 +130,7 @@ class DiskStore(DiskMapping):
         """
         self._require_writable()
         with self._named():
-            return self._entries.forget(document_ids(documents))
+            return self._entries.forget(dict.fromkeys(document_ids(documents), frozenset()))
 
     def replace_document(self, document: str, keys: Iterable[str]) -> int:
         """Says which entries hold a document now; deletes those that no other document uses.
@@ -146,9 +146,17 @@ class DiskStore(DiskMapping):
         Raises:
             OSError: if something could not be deleted; doing it again goes on.
         """
+        return self.replace_documents({document: keys})
+
+    def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
+        """Does for many documents at once what `replace_document` does for one, and faster.
+
+        Rewriting the index, so that no byte stays in it, takes as long for all as for one.
+        """
         self._require_writable()
+        document_ids(documents)
         with self._named():
-            return self._entries.forget(document_ids([document]), keep=frozenset(keys))
+            return self._entries.forget({name: frozenset(k) for name, k in documents.items()})
 
     def pin(self, keys: Iterable[str]) -> int:
         """Keeps entries from eviction until they are unpinned; returns how many were there.

@@ -7,7 +7,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sac_rag.stores.departed import Departed
@@ -118,13 +118,12 @@ class Entries:
         self.files.set_aside(row, inline)
         return True
 
-    def forget(self, documents: Iterable[str], keep: frozenset[str] = frozenset()) -> int:
+    def forget(self, kept: Mapping[str, frozenset[str]]) -> int:
         """Takes documents from entries; deletes those left without, and every trace of them.
 
         Args:
-            documents: Ids.
-            keep: Keys of entries that stay the documents'; those of the same texts under other
-                fingerprints stay with them.
+            kept: By document id, the keys of entries that stay its; those of the same texts under
+                other fingerprints stay with them.
 
         Returns:
             How many entries were deleted.
@@ -133,8 +132,10 @@ class Entries:
             OSError: if something could not be deleted; doing it again goes on.
         """
         with self.index.transaction():
-            keep = keep.union(*map(self._of_same_text, keep))
-            keys = {key for name in documents for key in self.documents.disown(name, keep)}
+            keys: set[str] = set()
+            for name, own in kept.items():
+                keep = own.union(*map(self._of_same_text, own))
+                keys.update(self.documents.disown(name, keep))
             rows = [row for key in keys if (row := self.index.row(key)) is not None]
             for key in keys:
                 # Before the rows are gone: later nobody would know whose it was.
@@ -143,7 +144,7 @@ class Entries:
                 self.departed.note(key, "forgotten")
             for row in rows:
                 self.index.delete(row)
-        if keep and not keys:
+        if all(kept.values()) and not keys:
             return 0
         self._remove(rows)
         self.files.flush(row.name for row in rows if row.name is not None)
@@ -177,14 +178,18 @@ class Entries:
 
     def sweep(self) -> list[str]:
         """Deletes files without a row that nobody is writing; returns their names."""
-        return self.files.sweep(self.knows)
+        return self.files.sweep(self._asked_once())
 
     def strangers(self) -> list[str]:
         """Names of files without a row; some may be about to get one."""
-        return self.files.strangers(self.knows)
+        return self.files.strangers(self._asked_once())
 
-    def knows(self, name: str) -> bool:
-        """Whether a file has a row."""
+    def _asked_once(self) -> Callable[[str], bool]:
+        """Whether a file has a row, for many files; those without are asked for each by itself."""
+        names = {row.name for row in self.index.rows()}
+        return lambda name: name in names or self._knows(name)
+
+    def _knows(self, name: str) -> bool:
         row = self.index.row(name.rpartition("/")[2].partition("-")[0])
         return row is not None and row.name == name
 

@@ -160,6 +160,7 @@ class Index(diskcache.Cache):  # type: ignore[misc]
     @contextlib.contextmanager
     def at_once_or_not(self) -> Iterator[None]:
         """For hints: what is done inside neither waits nor fails, be the folder busy or full."""
+        self.sql("PRAGMA synchronous = NORMAL")  # a power cut may take it back
         self.sql("PRAGMA busy_timeout = 0")
         try:
             with contextlib.suppress(sqlite3.OperationalError):

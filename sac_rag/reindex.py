@@ -42,12 +42,10 @@ class Reindexing:
         Returns:
             How many entries were deleted.
         """
-        if self._store is None:
+        if self._store is None or not self._changed:
             return 0
-        deleted = 0
-        for document, keys in self._changed.items():
-            name = self._compressor.document_id(document)
-            deleted += self._store.replace_document(name, keys)
+        named = {self._compressor.document_id(name): keys for name, keys in self._changed.items()}
+        deleted = self._store.replace_documents(named)
         self._changed.clear()
         return deleted
 

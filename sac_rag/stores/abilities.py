@@ -29,13 +29,13 @@ class ForgettingStore(Protocol):
 
 @runtime_checkable
 class ReindexingStore(Protocol):
-    """Can take in a document anew."""
+    """Can take in documents anew."""
 
     def keys_of(self, document: str) -> list[str]:
         """Keys of a document's entries."""
 
-    def replace_document(self, document: str, keys: Iterable[str]) -> int:
-        """Deletes what only this document uses but for some; says how many entries that were."""
+    def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
+        """Deletes what only these use, but for some keys of each; says how many that were."""
 
 
 @runtime_checkable

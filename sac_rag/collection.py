@@ -19,6 +19,7 @@ from typing import Any
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
+from sac_rag.compressors.config import StoredDtype
 from sac_rag.embedder import Embedder
 from sac_rag.estimate import Estimate, estimate
 from sac_rag.loading import load_compressor
@@ -48,6 +49,7 @@ class CollectionSettings:
         compressor: "shipped", "full", or the folder of a trained compressor. None for what the
             collection has; a new one takes, and keeps, the default for its model.
         ratio: Source tokens per anchor; None for the compressor's own.
+        stored_dtype: What keys and values are kept in; None for the compressor's own.
         embedder: Finds chunks: a default embedder's name, a local folder or a hub id.
         chunk_tokens: Longest chunk, in tokens of the generator.
     """
@@ -55,6 +57,7 @@ class CollectionSettings:
     model: str = "smollm2-135m"
     compressor: str | None = None
     ratio: int | None = None
+    stored_dtype: StoredDtype | None = None
     embedder: str = "minilm"
     chunk_tokens: int = 256
 
@@ -86,6 +89,7 @@ class Collection:
             self.settings.model,
             compressor=self.settings.compressor,
             ratio=self.settings.ratio,
+            stored_dtype=self.settings.stored_dtype,
             store=DiskStore(self.folder / _ANCHORS),
         )
 
@@ -205,7 +209,7 @@ def open_compressor(folder: Path) -> CachedCompressor:
         settings.model,
         settings.compressor,
         ratio=settings.ratio,
-        stored_dtype=None,
+        stored_dtype=settings.stored_dtype,
         format=None,
         device=None,
         dtype=None,
@@ -263,6 +267,7 @@ def read_settings(folder: str | os.PathLike[str]) -> CollectionSettings:
             f"{path.parent} is a collection of format {version!r}, this version of sac_rag reads "
             f"format {FORMAT}; upgrade sac_rag or make it anew"
         )
+    values.setdefault("stored_dtype", None)  # of a collection made before there was a choice
     unknown = values.keys() ^ {field.name for field in fields(CollectionSettings)}
     if unknown:
         raise ValueError(f"{path} has unknown or missing settings: {', '.join(sorted(unknown))}")

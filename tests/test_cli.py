@@ -148,6 +148,22 @@ def test_exports_are_cached_as_they_are_and_a_chunk_too_long_is_reported(
     assert (again["estimate"]["hits"], again["estimate"]["source_tokens"]) == (8, 0)
 
 
+@pytest.mark.real_model
+def test_int8_is_stored_as_asked_for_and_by_everything_that_opens_the_collection(
+    tiny_files: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(PROSE))
+    sizes = {}
+    for name in ("float32", "int8"):
+        store = tmp_path / name
+        more = (str(text), "--store", str(store), "--stored-dtype", name)
+        sizes[name] = precompressed(tiny_files, *more)["bytes"]
+        assert precompressed(tiny_files, *more)["computed"] == 0
+        assert Collection(store).rag.compressor.compressor.config.stored_dtype == name
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_for_who_looks_on_and_lines_for_who_reads_later(
     terminal: bool, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sac_rag.chunk import Chunk
-from sac_rag.collection import Collection, CollectionSettings
+from sac_rag.collection import Collection, CollectionSettings, read_settings
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
@@ -89,6 +89,15 @@ def test_it_is_the_same_when_opened_again(collection: Collection) -> None:
 def test_other_settings_for_a_collection_that_is_there_are_refused(collection: Collection) -> None:
     with pytest.raises(ValueError, match=r"other settings.*chunk_tokens"):
         Collection(collection.folder, CollectionSettings(chunk_tokens=99))
+
+
+def test_a_collection_of_before_there_was_a_choice_of_dtypes_is_read(
+    collection: Collection, tmp_path: Path
+) -> None:
+    values = json.loads((collection.folder / "collection.json").read_text())
+    del values["stored_dtype"]
+    (tmp_path / "collection.json").write_text(json.dumps(values))
+    assert read_settings(tmp_path) == collection.settings
 
 
 def test_settings_left_out_for_a_collection_that_is_there_are_its_own(

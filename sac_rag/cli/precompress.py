@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 _SOME_WERE_BAD = 3
 
 
+class Stored(str, Enum):
+    """What anchors are kept in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+
+
 def precompress(
     paths: Annotated[
         list[str],
@@ -44,6 +54,10 @@ def precompress(
         str | None, typer.Option(help="'full', or the folder of a trained compressor.")
     ] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Source tokens per anchor.")] = None,
+    stored_dtype: Annotated[
+        Stored | None,
+        typer.Option(help="What anchors are kept in; int8 takes half. Default: the compressor's."),
+    ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest chunk, in tokens. Default: 256.")
     ] = None,
@@ -78,6 +92,7 @@ def precompress(
         "model": model,
         "compressor": compressor,
         "ratio": ratio,
+        "stored_dtype": stored_dtype.value if stored_dtype else None,
         "chunk_tokens": chunk_tokens,
     }
     settings = {name: value for name, value in given.items() if value is not None}

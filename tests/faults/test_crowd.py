@@ -14,8 +14,6 @@ from stores import key_of, make_kv
 from sac_rag.errors import CorruptEntry
 from sac_rag.stores import DiskStore
 
-KEYS = 12
-
 
 def crowd(work: list[Callable[[], int]]) -> list[int]:
     """Does all at once, a process each; a process that raises fails the test."""
@@ -40,16 +38,20 @@ def crowd(work: list[Callable[[], int]]) -> list[int]:
     return results
 
 
-@pytest.mark.parametrize("room", [2**30, 5 * SIZE], ids=["room for all", "evicting"])
+@pytest.mark.parametrize(
+    ("room", "keys"),
+    [(2**30, 12), (5 * SIZE, 12), (2**30, 1)],
+    ids=["room for all", "evicting", "one key"],
+)
 def test_eight_writers_and_eight_readers_in_processes_of_their_own(
-    room: int, tmp_path: Path, counts: Counter[str], times: int
+    room: int, keys: int, tmp_path: Path, counts: Counter[str], times: int
 ) -> None:
     rounds = 25 * times
 
     def write(worker: int) -> int:
         with DiskStore(tmp_path, room) as store:
             for i in range(rounds):
-                number = (i + worker) % KEYS
+                number = (i + worker) % keys
                 if i % 3:
                     store.put(key_of(number), make_kv(number), [f"{worker}"])
                 else:
@@ -60,7 +62,7 @@ def test_eight_writers_and_eight_readers_in_processes_of_their_own(
         found = 0
         with DiskStore(tmp_path, room, read_only=worker == 7) as store:
             for i in range(8 * rounds):
-                number = (i * 5 + worker) % KEYS
+                number = (i * 5 + worker) % keys
                 try:
                     assert store[key_of(number)].bit_equal(make_kv(number))
                     found += 1
@@ -74,8 +76,8 @@ def test_eight_writers_and_eight_readers_in_processes_of_their_own(
     results = crowd(jobs)
     with DiskStore(tmp_path, room) as store:
         assert store.nbytes <= room
-        assert len(store) == (KEYS if room > 10**6 else 5)
-        assert all(kv.bit_equal(make_kv(n)) for n in range(KEYS) if (kv := store.get(key_of(n))))
+        assert len(store) == (keys if room > 10**6 else 5)
+        assert all(kv.bit_equal(make_kv(n)) for n in range(keys) if (kv := store.get(key_of(n))))
         assert store.check() == []
         assert store.stats().set_aside == 0
         assert not list(tmp_path.rglob("*.new"))

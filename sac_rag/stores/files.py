@@ -72,6 +72,10 @@ class Files:
     def read(self, row: Row) -> memoryview:
         """The bytes of an entry, in memory of their own.
 
+        Read and not mapped: mapping 2.2 MiB, verifying and using them takes 0.41 ms in place of
+        0.61, but a file that is cut short while it is mapped ends the process, and one that is
+        changed after it was verified changes what is attended to.
+
         Raises:
             CorruptEntry: if the row or the file is not as we write them.
             FileNotFoundError: if there is no file.

@@ -56,6 +56,7 @@ _ENCRYPTED: dict[str, type] = {
     "xxh3_128": str,
 }
 _DIGEST = re.compile("[0-9a-f]{1,64}")
+_JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one each time
 
 
 def is_key(key: object) -> TypeGuard[str]:
@@ -232,7 +233,7 @@ def _checksum(fields: dict[str, Any], payload: bytes | memoryview) -> str:
 
 
 def _spelt(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, separators=(",", ":")).encode("ascii")
+    return _JSON.encode(fields).encode("ascii")
 
 
 def _described(cipher: str | None) -> str:

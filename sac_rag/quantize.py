@@ -2,8 +2,10 @@
 
 The keys of a channel lie around a mean of its own, and a few channels spread far wider than the
 rest: each gets a scale and an offset. Values have no such channels: each token gets a scale.
-`sac-rag bench dtypes` measures what this costs. Of the keys, one scale a token, one for both channels
-that RoPE mixes, and RoPE undone before rounding were tried, and are no better or worse.
+`sac-rag bench dtypes` measures what this costs.
+
+Tried for keys, and no better or worse: one scale a token; one for both channels that RoPE mixes;
+RoPE undone before rounding.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeAlias
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.errors import PromptTooLong
+from sac_rag.kv import AnchorKV
 from sac_rag.reindex import Reindexing
 from sac_rag.reports import BadRecord, PrecompressReport
 
@@ -86,7 +89,7 @@ def windows(chunks: Iterable[Chunk], size: int = WINDOW) -> Iterator[list[Chunk]
 def compress_window(
     compressor: CachedCompressor, window: Sequence[Chunk], *, skip_bad: bool
 ) -> Iterator[PrecompressReport]:
-    """Compresses some chunks in batches of like length and stores each when it is done.
+    """Compresses some chunks in batches of like length and stores each as soon as it is done.
 
     Args:
         compressor: With the store to fill.
@@ -131,24 +134,41 @@ def compress_window(
     texts, ids_of_texts = list(tokens), list(tokens.values())
     read = plain.tokens_read([len(ids) for ids in ids_of_texts])
     seconds, started = 0.0, time.perf_counter()
-    for number, kv in plain.compress_each(ids_of_texts):
-        seconds += time.perf_counter() - started
-        try:
-            compressor.keep(texts[number], kv, owners.get(texts[number], ()))
-        except OSError as error:
-            raise OSError(
-                f"the store could not keep a compressed chunk: {error}; free some space or check "
-                "the folder's permissions, then run it again"
-            ) from error
-        yield PrecompressReport(
-            computed=1, source_tokens=kv.num_tokens, anchors=kv.num_anchors, nbytes=kv.nbytes
-        )
-        started = time.perf_counter()
+    writes: deque[tuple[AnchorKV, Future[None]]] = deque()
+    waiting = 0
+    # One pass is written while the next is computed; no more, or a slow disk would fill the memory.
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for number, kv in plain.compress_each(ids_of_texts):
+            seconds += time.perf_counter() - started
+            text = texts[number]
+            writes.append((kv, writer.submit(compressor.keep, text, kv, owners.get(text, ()))))
+            waiting += kv.num_tokens
+            while waiting > plain.batch_tokens:
+                done = _written(*writes.popleft())
+                waiting -= done.source_tokens
+                yield done
+            started = time.perf_counter()
+        while writes:
+            yield _written(*writes.popleft())
     if compressor.guard is not None and tokens:
         compressor.guard.computed(sum(map(len, ids_of_texts)), seconds)
     if bad and not skip_bad:
         raise PromptTooLong(f"{bad[0].place}: {bad[0].problem} (sac_rag.splitter.split)")
     yield PrecompressReport(hits=hits, empty=empty, bad=tuple(bad), tokens_read=read)
+
+
+def _written(kv: AnchorKV, write: Future[None]) -> PrecompressReport:
+    """Waits until a chunk is stored."""
+    try:
+        write.result()
+    except OSError as error:
+        raise OSError(
+            f"the store could not keep a compressed chunk: {error}; free some space or check the "
+            "folder's permissions, then run it again"
+        ) from error
+    return PrecompressReport(
+        computed=1, source_tokens=kv.num_tokens, anchors=kv.num_anchors, nbytes=kv.nbytes
+    )
 
 
 def place_of(chunk: Chunk) -> str:

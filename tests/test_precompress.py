@@ -155,9 +155,10 @@ def test_an_interrupted_run_is_resumed_with_the_rest_only(cached: CachedCompress
 
     with pytest.raises(Interrupted):
         precompress(cached, many(100), on_progress=interrupt)
-    assert len(cached.store) == done == 64
+    stored = len(cached.store)
+    assert done == 64 <= stored  # what was computed by then is written to its end
     report = precompress(cached, many(100))
-    assert (report.computed, report.hits) == (36, 64)
+    assert (report.computed, report.hits) == (100 - stored, stored)
 
 
 def test_killed_anywhere_and_run_again_it_does_the_rest_and_loses_nothing(tmp_path: Path) -> None:
@@ -174,8 +175,8 @@ def test_killed_anywhere_and_run_again_it_does_the_rest_and_loses_nothing(tmp_pa
             running.kill()
             acknowledged = lines + len(running.stdout.read().split())
         with DiskStore(folder / "anchors") as store:
-            # What was said to be stored is stored; one more may have been when it was killed.
-            assert 0 <= len(store) - stored - acknowledged <= 1
+            # What was said to be stored is stored; so may be some of what was computed with it.
+            assert 0 <= len(store) - stored - acknowledged < 100
             stored = len(store)
     report = precompress(open_compressor(folder), passages(count))
     assert (report.computed, report.hits) == (count - stored, stored)
@@ -374,7 +375,9 @@ def test_workers_fill_one_store_and_one_that_is_killed_is_replaced(
     assert [record.place for record in done.bad] == ["long"]
     assert done.chunks == len(chunks)
     assert (done.empty, done.computed + done.hits) == (1, 61)
-    assert 60 <= done.computed <= 61  # the text that comes twice may be at two workers at once
+    # What the killed worker had stored and not yet told is a hit; the text that comes twice may be
+    # at two workers at once.
+    assert 60 - 16 <= done.computed <= 61
     assert contents(folder) == 60
     again = run(folder, partial(open_compressor, folder), chunks, 1)
     assert (again.computed, again.hits, again.workers_lost) == (0, 61, 0)

@@ -20,7 +20,7 @@ def without_last_mlp(stack: Any) -> Any:
     What the stack returns besides the cache means nothing. A stack that does not call its parts
     `layers` and `mlp` is left whole.
     """
-    layers = getattr(stack, "layers", ())
+    layers: Any = getattr(stack, "layers", ())
     if not len(layers) or not isinstance(getattr(layers[-1], "mlp", None), nn.Module):
         return stack
     return _replaced(stack, {f"layers.{len(layers) - 1}.mlp": nn.Identity()})

@@ -174,7 +174,8 @@ class Collection:
         if workers == 1:
             yield from increments(compressor, chunks, skip_bad=True, whole_documents=True)
             return
-        with Workers(partial(open_compressor, self.folder), workers) as pool:
+        opening = partial(open_compressor, self.folder)
+        with Workers(opening, compressor.fingerprint, workers) as pool:
             yield from increments(
                 compressor, chunks, skip_bad=True, whole_documents=True, compress=pool.run
             )

@@ -30,6 +30,21 @@ _DONE, _DIED = object(), object()
 
 
 @dataclass(frozen=True)
+class _Job:
+    """What a worker is told at its start.
+
+    Attributes:
+        open_compressor: Opens the compressor and its store.
+        fingerprint: What the compressor's must be.
+        threads: CPU threads to compute with.
+    """
+
+    open_compressor: Callable[[], CachedCompressor]
+    fingerprint: str
+    threads: int
+
+
+@dataclass(frozen=True)
 class _Failed:
     """What a worker says when it cannot go on: another one could not either."""
 
@@ -42,20 +57,22 @@ class Workers:
 
     Args:
         open_compressor: Opens the compressor and its store in a worker; must be picklable, as
-            module-level functions and partials of them are. Windows are computed with every copy
-            of it, so all must have one fingerprint.
+            module-level functions and partials of them are.
+        fingerprint: The compressor's. A worker that opens another one stops the run: a model that
+            was changed meanwhile, say.
         count: How many. The CPU threads that PyTorch has here are shared out among them.
 
     Raises:
         ValueError: for a count below 1.
     """
 
-    def __init__(self, open_compressor: Callable[[], CachedCompressor], count: int) -> None:
+    def __init__(
+        self, open_compressor: Callable[[], CachedCompressor], fingerprint: str, count: int
+    ) -> None:
         if count < 1:
             raise ValueError(f"there must be at least 1 worker, was: {count}")
-        self._open = open_compressor
+        self._job = _Job(open_compressor, fingerprint, max(1, torch.get_num_threads() // count))
         self._count = count
-        self._threads = max(1, torch.get_num_threads() // count)
         self._processes: list[_Worker] = []
 
     def __enter__(self) -> Workers:
@@ -113,7 +130,7 @@ class Workers:
                 return worker
         if len(self._processes) == self._count:
             return None
-        self._processes.append(_Worker(self._open, self._threads))
+        self._processes.append(_Worker(self._job))
         return self._processes[-1]
 
     def _lost(
@@ -141,15 +158,13 @@ class _Worker:
         computed: Chunks of it that it has computed.
     """
 
-    def __init__(self, open_compressor: Callable[[], CachedCompressor], threads: int) -> None:
+    def __init__(self, job: _Job) -> None:
         # Where the parent has used CUDA or threads, a fork would hang.
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
         self.window: list[Chunk] | None = None
         self.computed = 0
-        self._process = context.Process(
-            target=_work, args=(other_end, open_compressor, threads), daemon=True
-        )
+        self._process = context.Process(target=_work, args=(other_end, job), daemon=True)
         with _interrupts_ignored():
             self._process.start()
         # The child's end: while it is open here, the child's death would not be seen.
@@ -187,16 +202,19 @@ class _Worker:
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def _work(
-    connection: Connection, open_compressor: Callable[[], CachedCompressor], threads: int
-) -> None:
+def _work(connection: Connection, job: _Job) -> None:
     """What a worker does until its pipe is closed: it then is not needed, or its parent is dead."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(job.threads)
     try:
-        compressor = open_compressor()
+        compressor = job.open_compressor()
+        if compressor.fingerprint != job.fingerprint:
+            raise ValueError(
+                f"a worker must open the compressor {job.fingerprint[:12]}, opened: "
+                f"{compressor.fingerprint[:12]}; was the model or the compressor changed meanwhile?"
+            )
         while True:
             try:
                 window = connection.recv()

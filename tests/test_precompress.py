@@ -324,10 +324,10 @@ def run(
     count: int,
 ) -> PrecompressReport:
     """Precompresses in workers, small windows, and sums up."""
-    done = PrecompressReport()
-    with Workers(open_in_worker, count) as workers:
+    done, compressor = PrecompressReport(), open_compressor(folder)
+    with Workers(open_in_worker, compressor.fingerprint, count) as workers:
         for more in increments(
-            open_compressor(folder),
+            compressor,
             chunks,
             skip_bad=True,
             whole_documents=True,
@@ -400,6 +400,15 @@ def test_a_workers_full_disk_ends_the_run_with_what_to_do(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_that_opens_another_compressor_stops_the_run(folder: Path) -> None:
+    with (
+        Workers(partial(open_compressor, folder), "0123456789ab", 1) as workers,
+        pytest.raises(RuntimeError, match=r"must open the compressor 0123456789ab, opened: "),
+    ):
+        list(workers.run(windows(passages(2))))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to a process")
 def test_ctrl_c_ends_all_workers_and_what_was_done_is_kept(folder: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("tiny_collection.py"))]
@@ -425,7 +434,7 @@ def test_ctrl_c_ends_all_workers_and_what_was_done_is_kept(folder: Path) -> None
 
 def test_less_than_one_worker_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 worker, was: 0"):
-        Workers(partial(open_compressor, Path()), 0)
+        Workers(partial(open_compressor, Path()), "ab", 0)
 
 
 # --- before it is done

@@ -92,7 +92,8 @@ def main(folder: str, count: str, workers: str) -> None:
     with ExitStack() as stack:
         compress = None
         if int(workers):
-            pool = Workers(partial(open_compressor, Path(folder)), int(workers))
+            opening = partial(open_compressor, Path(folder))
+            pool = Workers(opening, compressor.fingerprint, int(workers))
             compress = stack.enter_context(pool).run
         for more in increments(
             compressor, chunks, skip_bad=True, whole_documents=True, compress=compress

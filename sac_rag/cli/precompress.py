@@ -97,7 +97,7 @@ def precompress(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     with _collection(store, dry_run, **settings) as collection:
-        job = _Job(collection, paths, as_is, shown=not as_json)
+        job = _Job(collection, store, paths, as_is, shown=not as_json)
         if dry_run:
             summary = job.estimate()
         elif index:
@@ -127,11 +127,13 @@ class _Job:
     """What one call of the command reads, and into what.
 
     Attributes:
+        folder: Where the collection is, or would be if this were no dry run.
         bad: What was left out so far.
         documents: How many were read.
     """
 
     collection: Collection
+    folder: Path
     paths: list[str]
     as_is: bool
     shown: bool
@@ -201,9 +203,12 @@ class _Job:
     def _announce(self, expected: Estimate) -> None:
         store = self.collection.rag.compressor.store
         if self.shown:
-            print_estimate(expected, self.collection.folder)
+            print_estimate(expected, self.folder)
         room = getattr(store, "max_bytes", sys.maxsize) - getattr(store, "nbytes", 0)
-        free = shutil.disk_usage(self.collection.folder).free
+        there = next(
+            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
+        )
+        free = shutil.disk_usage(there).free
         for what, left in (("the store may grow by", room), ("the disk has", free)):
             if expected.nbytes > left:
                 notes.print(

@@ -97,8 +97,9 @@ class Compressor(ABC):
     def merged(self) -> Self:
         """The same, for inference alone, with LoRA merged into weights of its own at first use.
 
-        Keys and values differ from the unmerged ones' by rounding. It must not be trained, nor be
-        given other weights.
+        Keys and values differ from the unmerged ones' by rounding: in bfloat16 both were equally
+        far (keys 0.6 %, values 1.5 %) from what is computed in float32. It must not be trained, nor
+        be given other weights.
         """
         if self._adapter is None or self._merged_encoder is not None:
             return self

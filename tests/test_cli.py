@@ -287,6 +287,27 @@ def test_evaluate_goes_on_after_ctrl_c(tiny: Path, tmp_path: Path) -> None:
     ] * 2
 
 
+def test_bench_quality_prints_a_table_and_keeps_the_figures(tiny: Path, tmp_path: Path) -> None:
+    command = [
+        *("bench", "quality", "--data", str(tiny / "data.json"), "--model", str(tiny / "model")),
+        *("--compressor", str(tiny / "formatted"), "--out", str(tmp_path / "quality")),
+        *("--dtype", "float32", "--limit", "3", "--k", "1", "--ratio", "1", "--ratio", "4"),
+    ]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.stderr
+    assert [line.split(" | ")[0] for line in shown.stdout.splitlines()[2:] if line] == [
+        "| text",
+        "| text cut to 1 in 5",
+        "| nothing",
+        "| anchors, every token",
+        "| anchors, 4x",
+    ]
+    printed = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    kept = json.loads((tmp_path / "quality" / "figures.json").read_text())
+    assert printed["rows"] == kept
+    assert {row["prompt"] for row in kept} == {printed["rows"][0]["prompt"]}
+
+
 def test_evaluate_says_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_text("just some prose\n")
     (tmp_path / "empty.jsonl").write_text("")

@@ -38,7 +38,7 @@ def demo(
     from sac_rag import models
     from sac_rag.demo import LEADS, ask_questions, index_leads
 
-    folder = store or models.home() / "demo"
+    folder = store or models.home() / "leads"
     pull_missing()
     collection = _open(folder)
     with progress("embedding leads, once", show=not as_json) as advance:
@@ -68,7 +68,7 @@ def precompress(
         str | None, typer.Option(help="Default model, local folder or hub id.")
     ] = None,
     compressor: Annotated[
-        str | None, typer.Option(help="'full', or the folder of a trained compressor.")
+        str | None, typer.Option(help="'shipped', 'full' or the folder of a trained compressor.")
     ] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Source tokens per anchor.")] = None,
     chunk_tokens: Annotated[

@@ -30,11 +30,13 @@ def speed(
     """Times the first token: cached anchors against reading the text, in one process."""
     pull_missing()
     with loading():
+        from sac_rag.compressors import checkpoint
         from sac_rag.demo import wikipedia_leads
         from sac_rag.evaluation.speed import measure
         from sac_rag.generator import Generator
 
         generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
+        folder = checkpoint.find(checkpoint.default(model), model)
     rows = []
     with progress("measuring", show=not as_json) as advance:
         for row in measure(
@@ -42,6 +44,7 @@ def speed(
             (lead.text for lead in wikipedia_leads()),
             ks=k or (1, 4, 8),
             ratios=ratio or (1, 5, 15),
+            compressor=checkpoint.load(folder, generator) if folder else None,
             repeats=repeats,
         ):
             advance(1)

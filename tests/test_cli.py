@@ -61,7 +61,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_precompress_reads_folders_and_jsonl_and_reports_the_bad_record(library: Any) -> None:
     _, summary = library
     assert summary["chunks"] == summary["computed"] == summary["indexed"] == 2
-    assert summary["anchors"] == summary["source_tokens"] > 20
+    assert summary["source_tokens"] > 20
+    # The shipped compressor keeps one token in two, rounded up for each chunk.
+    assert 0 <= 2 * summary["anchors"] - summary["source_tokens"] <= summary["chunks"]
     assert len(summary["skipped"]) == 1
 
 
@@ -261,7 +263,9 @@ def test_evaluate_reports_bad_records_and_scores_the_rest(tiny: Path, tmp_path: 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to a process")
 def test_evaluate_goes_on_after_ctrl_c(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    more = ("--system", "full-text", "--batch-size", "1", "--out", str(out))
+    # Long answers, so that it is not done before the signal is sent.
+    more = ("--system", "full-text", "--batch-size", "1", "--max-new-tokens", "32")
+    more = (*more, "--out", str(out))
     command = [sys.executable, "-m", "sac_rag.cli", *evaluate_arguments(tiny, *more)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -281,7 +285,7 @@ def test_evaluate_goes_on_after_ctrl_c(tiny: Path, tmp_path: Path) -> None:
     assert 2 <= kept.count(b"\n") - 1 < total
     resumed = evaluated(tiny, *more)
     assert out.read_bytes().startswith(kept)
-    again = evaluated(tiny, *more[:2])
+    again = evaluated(tiny, *more[:2], *more[4:6])
     assert [{**r, "seconds": 0, "n": total} for r in (resumed, again)] == [
         {**again, "seconds": 0}
     ] * 2

@@ -75,7 +75,7 @@ def compare(
 
 
 def to_markdown(results: Sequence[QualityResult]) -> str:
-    """A table; its last column sets F1 against the same compressor's with every token kept."""
+    """A table; its last column sets F1 against that of anchors with every token kept."""
     lines = [
         "| the model attends to | k | F1 (95 %) | EM | gold contained | F1 of keeping all |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -94,7 +94,7 @@ def to_markdown(results: Sequence[QualityResult]) -> str:
 
 def _told(result: QualityResult) -> str:
     if result.system == "compressed":
-        return f"anchors, {result.ratio}x" if result.ratio != 1 else "anchors, every token"
-    text = {"full-text": "text", "no-text": "nothing", "truncated": "text cut to 1 in "}
-    cut = str(result.ratio) if result.system == "truncated" else ""
-    return text[result.system] + cut
+        return "anchors, every token" if result.ratio == 1 else f"anchors, {result.ratio}x"
+    if result.system == "truncated":
+        return f"text cut to 1 in {result.ratio}"
+    return "text" if result.system == "full-text" else "nothing"

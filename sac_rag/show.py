@@ -28,19 +28,20 @@ notes = Console(stderr=True, highlight=False)
 
 
 def print_introduction(collection: Collection, folder: Path) -> None:
-    """What the demo runs on, and what it does not have."""
+    """What the demo runs on."""
     compressor = collection.rag.compressor.compressor
     out.print(
         f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
         f"{collection.rag.generator.dtype_name}, in {folder}",
         markup=False,
     )
-    if compressor.method == "full":
-        out.print(
-            "Compressor: full. It keeps every token's KV (ratio 1): fast, not small. "
-            "There are no trained SAC weights for this model yet.",
-            style="yellow",
-        )
+    kept = (
+        "full: every token's KV is kept"
+        if compressor.method == "full"
+        else f"{compressor.method} at {compressor.config.ratio}x: one token's KV in "
+        f"{compressor.config.ratio} is kept"
+    )
+    out.print(f"Compressor: {kept}", markup=False)
 
 
 def print_demo(number: int, result: DemoResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -62,6 +63,18 @@ def test_the_help_in_the_readme_is_the_help() -> None:
         check=True,
     ).stdout
     assert block("help").split() == printed.replace("python -m sac_rag.cli", "sac-rag").split()
+
+
+def test_the_table_of_quality_in_the_readme_is_that_of_the_shipped_figures() -> None:
+    from sac_rag.compressors.checkpoint import WEIGHTS
+    from sac_rag.evaluation.comparison import FIGURES, to_markdown
+    from sac_rag.evaluation.quality import QualityResult
+
+    rows = json.loads((WEIGHTS / "smollm2-135m" / FIGURES).read_text(encoding="utf-8"))
+    table = to_markdown([QualityResult(**row) for row in rows])
+    card = (WEIGHTS / "smollm2-135m" / "README.md").read_text(encoding="utf-8")
+    for page in (README, card):
+        assert f"<!-- quality -->\n{table}<!-- /quality -->" in page
 
 
 @pytest.mark.real_model

@@ -13,7 +13,8 @@ from conftest import PROSE, make_compressor, passes_of
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.evaluation.quality import System, as_read, evaluate
+from sac_rag.evaluation.comparison import FIGURES, compare, to_markdown
+from sac_rag.evaluation.quality import QualityResult, System, as_read, evaluate
 from sac_rag.evaluation.sample import Sample, draw
 from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
@@ -342,3 +343,51 @@ def test_a_damaged_line_is_named(rag: SacRAG, tmp_path: Path) -> None:
 def test_what_a_system_cannot_do_is_refused(rag: SacRAG, changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(rag, sample(limit=1), **changes)
+
+
+# --- all systems at once
+
+
+def test_a_comparison_is_what_its_runs_are_alone(rag: SacRAG, tmp_path: Path) -> None:
+    samples = [sample(k=1), sample(k=2)]
+    results = list(compare(rag, samples, (1, 3), tmp_path, cut=3, max_new_tokens=4))
+    assert [(r.system, r.ratio, r.k) for r in results] == [
+        ("full-text", 1, 1),
+        ("truncated", 3, 1),
+        ("no-text", None, 1),
+        ("compressed", 1, 1),
+        ("compressed", 3, 1),
+        ("full-text", 1, 2),
+        ("truncated", 3, 2),
+        ("compressed", 1, 2),
+        ("compressed", 3, 2),
+    ]
+    kept = json.loads((tmp_path / FIGURES).read_text())
+    assert [(row["system"], row["f1"]) for row in kept] == [(r.system, r.f1) for r in results]
+    at_3 = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(3), {}), format=SPANS)
+    alone = evaluate(at_3, samples[0], max_new_tokens=4, out=tmp_path / "alone.jsonl")
+    assert alone.fingerprint == results[4].fingerprint
+    assert rows(tmp_path / "alone.jsonl") == rows(tmp_path / "compressed-3x-k1.jsonl")
+
+
+def test_a_comparison_goes_on_where_it_was_left(rag: SacRAG, tmp_path: Path) -> None:
+    first = list(compare(rag, [sample()], (2,), tmp_path, max_new_tokens=4))
+    with passes_of(rag.generator) as passes:
+        assert list(compare(rag, [sample()], (2,), tmp_path, max_new_tokens=4)) == first
+    assert not passes
+
+
+def test_the_table_sets_anchors_against_keeping_all() -> None:
+    def result(system: System, ratio: int | None, f1: float) -> QualityResult:
+        return QualityResult(
+            system, ratio, 1, 9, 0.1, f1, 0.2, (0.0, 1.0), 0, "float32", "", None, 1.0
+        )
+
+    table = to_markdown(
+        [result("no-text", None, 0.1), result("compressed", 1, 0.5), result("compressed", 5, 0.4)]
+    )
+    assert table.splitlines()[2:] == [
+        "| nothing | 1 | 0.100 (0.000 to 1.000) | 0.100 | 0.200 | 20% |",
+        "| anchors, every token | 1 | 0.500 (0.000 to 1.000) | 0.100 | 0.200 | 100% |",
+        "| anchors, 5x | 1 | 0.400 (0.000 to 1.000) | 0.100 | 0.200 | 80% |",
+    ]

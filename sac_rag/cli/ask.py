@@ -36,7 +36,7 @@ def demo(
     from sac_rag import models
     from sac_rag.demo import LEADS, ask_questions, index_leads
 
-    folder = store or models.home() / "demo"
+    folder = store or models.home() / "leads"
     pull_missing()
     collection = open_collection(folder)
     with progress("embedding leads, once", show=not as_json) as advance:

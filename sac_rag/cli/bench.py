@@ -9,9 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import AsJson, Dtype, loading, progress, pull_missing
+from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
 from sac_rag.cli.tables import print_dtypes, print_lookups, print_reads
-from sac_rag.show import notes, print_choices, print_json, print_speed, print_throughput
+from sac_rag.show import (
+    notes,
+    out,
+    print_choices,
+    print_json,
+    print_speed,
+    print_throughput,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -32,11 +39,13 @@ def speed(
     """Times the first token: cached anchors against reading the text, in one process."""
     pull_missing()
     with loading():
+        from sac_rag.compressors import checkpoint
         from sac_rag.demo import wikipedia_leads
         from sac_rag.evaluation.speed import measure
         from sac_rag.generator import Generator
 
         generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
+        folder = checkpoint.find(checkpoint.default(model), model)
     rows = []
     with progress("measuring", show=not as_json) as advance:
         for row in measure(
@@ -44,6 +53,7 @@ def speed(
             (lead.text for lead in wikipedia_leads()),
             ks=k or (1, 4, 8),
             ratios=ratio or (1, 5, 15),
+            compressor=checkpoint.load(folder, generator) if folder else None,
             repeats=repeats,
         ):
             advance(1)
@@ -52,6 +62,56 @@ def speed(
         print_json({"rows": [asdict(row) for row in rows]})
     else:
         print_speed(model, rows)
+
+
+@app.command()
+def quality(
+    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for evaluate.")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder of answers and figures; run again to go on.")
+    ] = Path("runs/quality"),
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Chunks; may be repeated.")] = None,
+    ratio: Annotated[
+        list[int] | None, typer.Option(min=1, help="Source tokens per anchor; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions. Default: all.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions, distractors and places.")] = 0,
+    model: Annotated[
+        str, typer.Option(help="Default model, local folder or hub id.")
+    ] = "smollm2-135m",
+    compressor: Annotated[
+        str, typer.Option(help="'shipped' or the folder of a trained compressor.")
+    ] = "shipped",
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answers the same questions from text, from nothing and from anchors at several ratios."""
+    from sac_rag.evaluation.sample import draw
+    from sac_rag.questions import read_questions
+
+    examples = list(read_questions(data))
+    samples = [draw(examples, k=chunks, limit=limit, seed=seed) for chunks in k or (1, 4)]
+    if model in all_models():
+        pull_missing([model])
+    with loading():
+        from sac_rag import SacRAG
+        from sac_rag.evaluation import comparison
+
+        rag = SacRAG.from_pretrained(
+            model, compressor=compressor, dtype=dtype.value if dtype else None
+        )
+    results = []
+    for result in comparison.compare(rag, samples, ratio or (1, 2, 3, 5, 15), folder):
+        results.append(result)
+        notes.print(
+            f"{result.system}, ratio {result.ratio or 'none'}, k={result.k}: F1 {result.f1:.3f}, "
+            f"{result.seconds:.0f} s",
+            markup=False,
+        )
+    if as_json:
+        print_json({"model": model, "rows": [asdict(result) for result in results]})
+    else:
+        out.print(comparison.to_markdown(results), markup=False)
 
 
 @app.command()

@@ -14,7 +14,6 @@ from sac_rag.assemble import assemble
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import ChunkLike
 from sac_rag.compressors.base import Compressor
-from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
 from sac_rag.generate import Decoding
@@ -89,19 +88,19 @@ def measure(
     *,
     ks: Sequence[int] = (1, 4, 8),
     ratios: Sequence[int] = (1, 5, 15),
+    compressor: Compressor | None = None,
     stores: Sequence[str] = ("disk", "memory"),
     chunk_tokens: int = 510,
     repeats: int = 3,
 ) -> Iterator[SpeedRow]:
     """Times every combination in this one process, the best of `repeats` each.
 
-    Ratios above 1 run SAC without trained weights: its speed does not depend on them.
-
     Args:
         generator: Model, dtype and threads that all rows share.
         texts: Prose to cut the chunks from.
         ks: Numbers of chunks.
-        ratios: Source tokens per anchor.
+        ratios: Source tokens per anchor; at 1 every token is kept, by `full`.
+        compressor: For the ratios above 1. Default: SAC without trained weights, which is as fast.
         stores: "disk", "memory" or both.
         chunk_tokens: Tokens of every chunk.
         repeats: Times that each figure is taken; the least disturbed counts.
@@ -113,17 +112,21 @@ def measure(
     if unknown:
         raise ValueError(f"stores must be 'disk' or 'memory', were: {sorted(unknown)}")
     chunks = cut(generator, texts, max(ks), chunk_tokens)
-    plain = SacRAG(_cached(generator, 1, MemoryStore()), format=_FORMAT)
+    full = _full(generator)
+    sac = compressor or SAC(generator, replace(full.config, method=SAC.method, cue=True))
+    plain = SacRAG(CachedCompressor(full, MemoryStore()), format=_FORMAT)
     floor_s = _best(repeats, lambda: plain.answer(_QUESTION, [], _ONE_TOKEN))
     full_text = {
         k: _best(repeats, lambda k=k: full_text_seconds(plain, _QUESTION, chunks[:k]))  # type: ignore[misc]
         for k in ks
     }
     for ratio in ratios:
+        method = full if ratio == 1 else sac.at_ratio(ratio)
         for name in stores:
             with tempfile.TemporaryDirectory() as folder:
                 store = DiskStore(Path(folder) / "anchors") if name == "disk" else MemoryStore()
-                rag = SacRAG(_cached(generator, ratio, store), format=_FORMAT)
+                # Loading is what is measured here, however slow it is.
+                rag = SacRAG(CachedCompressor(method, store, guard=False), format=_FORMAT)
                 rag.precompress(chunks)
                 for k in ks:
                     best_s = _best(
@@ -169,18 +172,11 @@ def cut(generator: Generator, texts: Iterable[str], count: int, chunk_tokens: in
     )
 
 
-def _cached(generator: Generator, ratio: int, store: DiskStore | MemoryStore) -> CachedCompressor:
-    plain = Full.default_config(
-        sink=opening(generator.tokenizer), stored_dtype=generator.dtype_name
+def _full(generator: Generator) -> Full:
+    return Full(
+        generator,
+        Full.default_config(sink=opening(generator.tokenizer), stored_dtype=generator.dtype_name),
     )
-    compressor: Compressor
-    if ratio == 1:
-        compressor = Full(generator, plain)
-    else:
-        config: CompressorConfig = replace(plain, method=SAC.method, ratio=ratio, cue=True)
-        compressor = SAC(generator, config)
-    # Loading is what is measured here, however slow it is.
-    return CachedCompressor(compressor, store, guard=False)
 
 
 def _best(repeats: int, work: Callable[[], object]) -> float:

@@ -13,6 +13,7 @@ from sac_rag.kv import AnchorKV
 logger = logging.getLogger(__name__)
 
 _NO_DEFAULT = object()
+
 # What an entry read from disk carries beside its tensors: two headers and their padding.
 _SLACK_BYTES = 16 * 1024
 

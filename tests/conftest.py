@@ -7,6 +7,7 @@ logits: with the default initialisation a wrong key would hardly be seen.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 # As the command line does, and before torch is imported: see sac_rag.cli.main.
@@ -38,6 +39,11 @@ from sac_rag.compressors.sac import SAC
 from sac_rag.generator import Generator
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
 from sac_rag.template import opening
+
+# pytest-xdist's processes ignore Ctrl-C, and what they start would inherit that: there are tests
+# that send one.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Matrices this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -242,6 +248,16 @@ def counts() -> Counter[str]:
 def times() -> int:
     """How many times as much to inflict as by default."""
     return int(os.environ.get("SAC_RAG_FAULTS", "1"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # in one of pytest-xdist's processes
+        session.config.workeroutput["faults"] = dict(_FAULTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _FAULTS.update(getattr(node, "workeroutput", {}).get("faults", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

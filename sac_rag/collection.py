@@ -218,6 +218,29 @@ def open_compressor(folder: Path) -> CachedCompressor:
     return CachedCompressor(compressor, DiskStore(folder / _ANCHORS))
 
 
+def forget_texts(folder: str | os.PathLike[str], documents: Iterable[str]) -> int:
+    """Takes the chunks of documents out of what can be searched; their KV is the store's matter.
+
+    Nothing is left of them in the index's files. No generator is loaded.
+
+    Returns:
+        How many chunks were taken out.
+
+    Raises:
+        ValueError: if the collection or its index is damaged.
+        OSError: if the index cannot be written.
+    """
+    place = Path(folder) / "index"
+    if not place.exists():
+        return 0
+    forgotten = set(documents)
+    index = ChunkIndex.load(place, Embedder.from_pretrained(read_settings(folder).embedder))
+    gone = index.discard(lambda chunk: chunk.id in forgotten)
+    if gone:
+        index.save(place)
+    return gone
+
+
 def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
     path = folder / _SETTINGS
     if path.is_file():

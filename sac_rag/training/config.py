@@ -70,7 +70,7 @@ class TrainConfig:
     ratios: tuple[int, ...] = (2, 3, 5, 15)  # one of them is drawn for each step
     curriculum: float = 0.0  # share of the run over which the higher ratios join, low to high
     chunks: tuple[int, ...] = (1,)  # numbers of chunks, one drawn for each example
-    distractors_learn: bool = False  # whether chunks that do not answer get gradients too
+    distractors_learn: bool = True  # whether chunks that do not answer get gradients too
     questions_per_context: int = 5  # questions that share one encoding
     longest_chunk: int = 400  # longer passages are left out, in tokens
     match: Match = "none"  # what of the frozen LM's reading of the full text is matched besides

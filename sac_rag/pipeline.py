@@ -28,7 +28,7 @@ from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
 from sac_rag.stream import AnswerStream, Run
 from sac_rag.telemetry import Trace
-from sac_rag.template import Message, Piece, PromptFormat, before_first_turn, render
+from sac_rag.template import Message, Piece, PromptFormat, before_first_turn, plain, render
 
 
 class SacRAG:
@@ -273,6 +273,29 @@ class SacRAG:
         """Writes the assistant's next turn piece by piece."""
         return AnswerStream(self._start_chat([conversation], decoding))
 
+    def complete(
+        self,
+        prompts: Sequence[Sequence[str | Chunk]],
+        decoding: Decoding | None = None,
+    ) -> list[Answer]:
+        """Goes on with each plain prompt, chunks anywhere in it but at its end.
+
+        Nothing is added but the tokenizer's BOS: no chat template, no words of `format`, none of
+        its stop texts.
+
+        Raises:
+            ValueError: if a prompt does not end in text.
+        """
+        if not prompts:
+            return []
+        return _finished(self._start_plain(prompts, decoding))
+
+    def stream_complete(
+        self, prompt: Sequence[str | Chunk], decoding: Decoding | None = None
+    ) -> AnswerStream:
+        """Goes on with a plain prompt piece by piece."""
+        return AnswerStream(self._start_plain([prompt], decoding))
+
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
         return token_ids(self._ask(question, chunks), self.compressor)
@@ -309,6 +332,18 @@ class SacRAG:
         return self._run(
             lambda: [render(tokenizer, messages) for messages in conversations],
             lambda: token_ids(before_first_turn(tokenizer, first), self.compressor),
+            decoding or self.decoding,
+        )
+
+    def _start_plain(
+        self, prompts: Sequence[Sequence[str | Chunk]], decoding: Decoding | None
+    ) -> Run:
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                raise TypeError("a prompt must be a sequence of texts and chunks, was: one str")
+        return self._run(
+            lambda: [plain(self.generator.tokenizer, prompt) for prompt in prompts],
+            self.beginning_ids,
             decoding or self.decoding,
         )
 

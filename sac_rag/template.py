@@ -138,9 +138,7 @@ class PromptFormat:
             return render(tokenizer, self.messages(question, chunks))
         if self.raw:
             return self._raw(question, chunks)
-        bos = _bos(tokenizer)
-        words = _joined([self.prefix, *self._filled(question, chunks)])
-        return [*([Markup(bos)] if bos else []), *words]
+        return plain(tokenizer, [self.prefix, *self._filled(question, chunks)])
 
     def messages(self, question: str, chunks: Sequence[Chunk]) -> list[Message]:
         """The chat that asks a question about chunks, in their order.
@@ -293,7 +291,8 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     if not messages:
         raise ValueError("expected at least one message, got none")
     if not getattr(tokenizer, "chat_template", None):
-        return _plain(tokenizer, messages)
+        paragraphs = [part for message in messages for part in (*message.content, "\n\n")]
+        return _behind_bos(tokenizer, paragraphs)
     nonce = secrets.token_hex(8)
     try:
         text: str = tokenizer.apply_chat_template(
@@ -318,6 +317,21 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
         elif part:
             pieces.append(Markup(part))
     return pieces
+
+
+def plain(tokenizer: Any, content: Sequence[str | Chunk]) -> list[Piece]:
+    """A text to go on with as it is: the tokenizer's BOS, if it has one, and the content.
+
+    Raises:
+        ValueError: if the last of the content is not text, where the answer is to go on.
+    """
+    words = _joined(content)
+    if not words or not isinstance(words[-1], str):
+        raise ValueError(
+            "a plain prompt must end in text, which the answer goes on with, ended in "
+            f"{'a chunk' if words else 'nothing'}"
+        )
+    return _behind_bos(tokenizer, words)
 
 
 def leading(pieces: Sequence[Piece]) -> list[Markup | str]:
@@ -363,12 +377,9 @@ def opening(tokenizer: Any) -> str:
     return first.text
 
 
-def _plain(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
+def _behind_bos(tokenizer: Any, content: Sequence[Piece]) -> list[Piece]:
     bos = _bos(tokenizer)
-    pieces: list[Piece] = [Markup(bos)] if bos else []
-    for message in messages:
-        pieces += [*message.content, "\n\n"]
-    return pieces
+    return [*([Markup(bos)] if bos else []), *content]
 
 
 def _bos(tokenizer: Any) -> str:

@@ -553,6 +553,35 @@ def test_whole_streamed_and_batched_answers_to_plain_prompts_are_the_same(
     assert [answer.text for answer in rag.batch(asked)] == whole
 
 
+def test_a_question_in_a_plain_format_is_the_prompt_its_words_make(
+    make_rag: Callable[..., SacRAG],
+) -> None:
+    rag = make_rag(format=replace(SPANS, stop=()))
+    prompts = [
+        [
+            f"{SPANS.prefix}Text:\n",
+            Chunk(PROSE[i]),
+            "\n\nText:\n",
+            Chunk(PROSE[i + 1]),
+            f"\nQuestion: {QUESTION}\nAnswer:",
+        ]
+        for i in range(2)
+    ]
+    expected = [rag.answer(QUESTION, PROSE[i : i + 2]).text for i in range(2)]
+    assert [answer.text for answer in rag.complete(prompts)] == expected
+    assert "".join(rag.stream_complete(prompts[0])) == expected[0]
+    assert rag.complete(prompts)[0].usage.plain_tokens_reused == len(rag.beginning_ids())
+
+
+def test_a_plain_prompt_that_ends_in_a_chunk_is_refused(rag: SacRAG) -> None:
+    for prompt, problem in (["Q: ", Chunk(PROSE[0])], "in a chunk"), ([], "in nothing"):
+        with pytest.raises(ValueError, match=f"must end in text.*{problem}"):
+            rag.complete([prompt])
+    with pytest.raises(TypeError, match="was: one str"):
+        rag.complete(["Why?"])
+    assert rag.complete([]) == []
+
+
 def test_the_formats_stop_texts_end_answers_besides_the_decodings(
     make_rag: Callable[..., SacRAG],
 ) -> None:

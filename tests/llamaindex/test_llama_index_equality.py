@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from llama_index_sac import text_qa_template
 from tiny_index import QUESTION, make_nodes, make_rag, query_engine
+from tiny_index import home_of_module as _home  # noqa: F401
 
 from sac_rag import PromptFormat
 from sac_rag.generator import Generator
@@ -25,7 +24,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_query_engine_answers_as_the_pipeline_does(
-    home: Any, llama: Generator, name: str, chunks: int
+    llama: Generator, name: str, chunks: int
 ) -> None:
     rag = make_rag(llama, format=FORMATS[name])
     nodes = make_nodes(chunks)

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import pytest
 from conftest import PROSE, make_compressor
 from llama_index.core import SummaryIndex
 from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 from llama_index_sac import SACLLM, SACPostprocessor
 
 from sac_rag import CachedCompressor, Decoding, SacRAG
+from sac_rag.compressors.base import Compressor
 from sac_rag.generator import Generator
 
 QUESTION = "Who counted the ships?"
 SHORT = Decoding(max_new_tokens=6)
 
 
-def make_rag(generator: Generator, method: str = "sac", **options: Any) -> SacRAG:
+@pytest.fixture(scope="module", autouse=True)
+def home_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the test module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAC_RAG_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@cache
+def compressor_of(generator: Generator) -> Compressor:
+    """One for all tests: each that is made leaves an adapter in the model."""
+    return make_compressor(generator, "sac")
+
+
+def make_rag(
+    generator: Generator, *, namespace: str = "", store: Any = None, **options: Any
+) -> SacRAG:
     """A pipeline with short answers over a store of its own."""
-    namespace = options.pop("namespace", "")
-    cached = CachedCompressor(
-        make_compressor(generator, method), options.pop("store", {}), namespace=namespace
-    )
+    kept = {} if store is None else store
+    cached = CachedCompressor(compressor_of(generator), kept, namespace=namespace)
     return SacRAG(cached, **{"decoding": SHORT, **options})
 
 

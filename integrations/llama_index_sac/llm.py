@@ -48,13 +48,14 @@ class SACLLM(CustomLLM):
     in threads, and a stream that is left writes no more. `raw["usage"]` of a response counts what
     was attended to, `additional_kwargs["sac"]` says what became of each chunk.
 
-    >>> llm = SACLLM(rag)
-    >>> llm.complete("Who keeps a lighthouse?").raw["usage"]["completion_tokens"]
-    8
     >>> from llama_index.core.llms import ChatMessage
-    >>> streamed = [r.delta for r in llm.stream_chat([ChatMessage("Who keeps a lighthouse?")])]
-    >>> "".join(streamed) == llm.complete("Who keeps a lighthouse?").text
+    >>> llm = SACLLM(rag)
+    >>> whole = llm.chat([ChatMessage("Who keeps a lighthouse?")])
+    >>> streamed = llm.stream_chat([ChatMessage("Who keeps a lighthouse?")])
+    >>> "".join(response.delta for response in streamed) == whole.message.content
     True
+    >>> sorted(whole.raw["usage"])
+    ['completion_tokens', 'prompt_tokens', 'total_tokens']
 
     Args:
         rag: Answers. Its `on_miss` deals with chunks that have left the store since retrieval.

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
     """The template with which a query engine asks as `rag.answer` does.
 
-    For `as_query_engine(text_qa_template=…)`, with `SACLLM(rag, plain=True)` if the format is a
-    plain one. What stands between chunks without metadata is what the format puts there.
+    For a plain format, with a plain SACLLM. The answers are equal where the nodes have no metadata
+    for the LLM: then what stands between two chunks is what the format puts there.
 
-    >>> from sac_rag.template import SPANS
-    >>> rag.format = SPANS
-    >>> print(text_qa_template(rag).get_template()[-52:])
-    Text:
-    {context_str}
-    Question: {query_str}
-    Answer:
+    >>> from llama_index.core import SummaryIndex
+    >>> from llama_index.core.schema import TextNode
+    >>> from llama_index_sac import SACLLM, SACPostprocessor
+    >>> texts = ["The keeper counted seven ships.", "The tower is 41 metres tall."]
+    >>> engine = SummaryIndex([TextNode(text=text) for text in texts]).as_query_engine(
+    ...     llm=SACLLM(rag, plain=not rag.format.chat),
+    ...     node_postprocessors=[SACPostprocessor(rag)],
+    ...     text_qa_template=text_qa_template(rag),
+    ... )
+    >>> engine.query("How tall is it?").response == rag.answer("How tall is it?", texts).text
+    True
 
     Raises:
         TypeError: if rag is no SacRAG.

@@ -18,8 +18,7 @@ from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index_sac import SACLLM, SACPostprocessor
-from tiny_index import QUESTION, SHORT, compressor_of, make_nodes
-from tiny_index import home_of_module as _home  # noqa: F401
+from tiny_index import QUESTION, SHORT, compressor_of, home_of_module, make_nodes, no_loop_is_left  # noqa: F401
 
 from sac_rag import CachedCompressor, Chunk, Message, SacRAG
 from sac_rag.generator import Generator

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 from llama_index_sac import text_qa_template
-from tiny_index import QUESTION, make_nodes, make_rag, query_engine
-from tiny_index import home_of_module as _home  # noqa: F401
+from tiny_index import QUESTION, home_of_module, make_nodes, make_rag, no_loop_is_left, query_engine  # noqa: F401
 
 from sac_rag import PromptFormat
 from sac_rag.generator import Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -26,6 +27,12 @@ def home_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAC_RAG_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_loop_is_left() -> None:
+    """LlamaIndex's sync calls make a loop that they do not close, unless none can be had."""
+    asyncio.set_event_loop(None)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,14 +25,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 
 from llama_index_sac.markers import Markers, Unanswerable, escape, markers_of
+from llama_index_sac.responses import Step, completion, growing, turn
 from sac_rag.chunk import Chunk
 from sac_rag.template import Message
 
 if TYPE_CHECKING:
     from sac_rag.generate import Decoding
     from sac_rag.pipeline import SacRAG
-    from sac_rag.reports import Answer
-    from sac_rag.stream import AnswerStream
 
 ResponseT = TypeVar("ResponseT")
 
@@ -89,16 +88,12 @@ class SACLLM(CustomLLM):
             settings.setdefault("messages_to_prompt", _paragraphs)
         super().__init__(plain=plain, **settings)
         self._rag, self._markers = rag, markers
-        decoding = decoding or rag.decoding
-        if plain:
-            stop = tuple(dict.fromkeys((*decoding.stop, *rag.format.stop)))
-            decoding = replace(decoding, stop=stop)
-        self._decoding = decoding
-        window = self.metadata.context_window
-        if decoding.max_new_tokens >= window:
+        self._decoding = decoding or rag.decoding
+        told = self.metadata
+        if told.num_output >= told.context_window:
             raise ValueError(
-                f"answers must be shorter than the model's context of {window} tokens, may have "
-                f"{decoding.max_new_tokens}; give a Decoding with fewer max_new_tokens"
+                f"answers must be shorter than the model's context of {told.context_window} "
+                f"tokens, may have {told.num_output}; give a Decoding with fewer max_new_tokens"
             )
 
     @classmethod
@@ -161,32 +156,32 @@ class SACLLM(CustomLLM):
             TypeError: for an option that is no field of Decoding.
         """
         *_, last = self._steps(self._said(prompt, formatted), options)
-        return _completion(last)
+        return completion(last)
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseGen:
         """The same, piece by piece; raises as `complete` does, at once."""
-        return _each(self._steps(self._said(prompt, formatted), options), _completion)
+        return _each(self._steps(self._said(prompt, formatted), options), completion)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
         """Writes the assistant's next turn. Raises as `complete` does."""
         *_, last = self._steps(messages, options)
-        return _turn(last)
+        return turn(last)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseGen:
         """The same, piece by piece; raises as `complete` does, at once."""
-        return _each(self._steps(messages, options), _turn)
+        return _each(self._steps(messages, options), turn)
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponse:
         """As `complete`, in threads; cancelling it ends the work."""
-        stream = await self._aeach(self._said(prompt, formatted), options, _completion)
+        stream = await self._aeach(self._said(prompt, formatted), options, completion)
         return [response async for response in stream][-1]
 
     @llm_completion_callback()
@@ -194,29 +189,31 @@ class SACLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseAsyncGen:
         """As `stream_complete`, in threads."""
-        return await self._aeach(self._said(prompt, formatted), options, _completion)
+        return await self._aeach(self._said(prompt, formatted), options, completion)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
         """As `chat`, in threads; cancelling it ends the work."""
-        return [turn async for turn in await self._aeach(messages, options, _turn)][-1]
+        return [response async for response in await self._aeach(messages, options, turn)][-1]
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **options: Any
     ) -> ChatResponseAsyncGen:
         """As `stream_chat`, in threads."""
-        return await self._aeach(messages, options, _turn)
+        return await self._aeach(messages, options, turn)
 
     def _said(self, prompt: str, formatted: bool) -> list[ChatMessage]:
         text = prompt if formatted else (self.completion_to_prompt or str)(prompt)
         return [ChatMessage(text, role=MessageRole.USER)]
 
-    def _steps(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Iterator[_Step]:
+    def _steps(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Iterator[Step]:
         """The answer as it grows, begun now: what is wrong with the prompt is raised here."""
         decoding = _changed(self._decoding, options)
         try:
             if self.plain:
+                stop = dict.fromkeys((*decoding.stop, *self._rag.format.stop))
+                decoding = replace(decoding, stop=tuple(stop))
                 prompt = self._markers.pieces((self.messages_to_prompt or _paragraphs)(messages))
                 stream = self._rag.stream_complete(prompt, decoding)
             else:
@@ -227,13 +224,13 @@ class SACLLM(CustomLLM):
                 stream = self._rag.stream_chat(conversation, decoding)
         except ValueError as error:
             raise Unanswerable(str(error)) from error
-        return _growing(stream)
+        return growing(stream)
 
     async def _aeach(
         self,
         messages: Sequence[ChatMessage],
         options: dict[str, Any],
-        make: Callable[[_Step], ResponseT],
+        make: Callable[[Step], ResponseT],
     ) -> AsyncGenerator[ResponseT, None]:
         # One thread a step: whoever leaves the stream, or is cancelled, asks for no further one.
         steps = await asyncio.to_thread(self._steps, messages, options)
@@ -243,25 +240,6 @@ class SACLLM(CustomLLM):
                 yield make(step)
 
         return responses()
-
-
-@dataclass(frozen=True)
-class _Step:
-    """An answer as far as it is written, with its account once it has ended."""
-
-    text: str
-    delta: str
-    answer: Answer | None = None
-
-
-def _growing(stream: AnswerStream) -> Iterator[_Step]:
-    written = shown = ""
-    for piece in stream:
-        written += piece
-        # Whoever hands an answer on in a prompt must not hand on what looks like a marker.
-        before, shown = shown, escape(written)
-        yield _Step(shown, shown[len(before) :])
-    yield _Step(shown, "", stream.answer)
 
 
 def _changed(decoding: Decoding, options: dict[str, Any]) -> Decoding:
@@ -288,49 +266,8 @@ def _paragraphs(messages: Sequence[ChatMessage]) -> str:
     return "\n\n".join(map(_text, messages))
 
 
-def _account(step: _Step) -> dict[str, Any]:
-    """What a response says besides its text."""
-    answer = step.answer
-    if answer is None:
-        return {}
-    usage = answer.usage
-    chunks = [
-        {
-            "node_id": report.chunk.metadata.get("node_id"),
-            # A chunk that was compressed on retrieval is a hit by now.
-            "status": report.chunk.metadata.get("miss") or report.status,
-            "read_as": report.read_as,
-            "num_tokens": report.num_tokens,
-            "num_anchors": report.num_anchors,
-        }
-        for report in answer.chunks
-    ]
-    return {
-        "raw": {
-            "usage": {
-                "prompt_tokens": usage.positions_attended,
-                "completion_tokens": usage.generated_tokens,
-                "total_tokens": usage.positions_attended + usage.generated_tokens,
-            },
-            "finish_reason": answer.finish_reason,
-        },
-        "additional_kwargs": {
-            "sac": {"chunks": chunks, "usage": asdict(usage), "timings": asdict(answer.timings)}
-        },
-    }
-
-
-def _completion(step: _Step) -> CompletionResponse:
-    return CompletionResponse(text=step.text, delta=step.delta, **_account(step))
-
-
-def _turn(step: _Step) -> ChatResponse:
-    message = ChatMessage(step.text, role=MessageRole.ASSISTANT)
-    return ChatResponse(message=message, delta=step.delta, **_account(step))
-
-
 def _each(
-    steps: Iterator[_Step], make: Callable[[_Step], ResponseT]
+    steps: Iterator[Step], make: Callable[[Step], ResponseT]
 ) -> Generator[ResponseT, None, None]:
     # LlamaIndex tells a stream by its being a generator.
     yield from map(make, steps)

@@ -42,11 +42,11 @@ def escape(text: str) -> str:
     return text.replace(_OPENING, "<|sac :")
 
 
-def require_none(text: str, what: str) -> None:
-    """Raises Unanswerable for a text that could be taken for a marker."""
-    if _OPENING in text:
+def require_no_marker(question: str) -> None:
+    """Raises Unanswerable for a question in which something could be taken for a marker."""
+    if _OPENING in question:
         raise Unanswerable(
-            f"{what} must not contain {_OPENING!r}, which stands for a chunk; "
+            f"a question must not contain {_OPENING!r}, which stands for a chunk; "
             "llama_index_sac.escape takes it out"
         )
 

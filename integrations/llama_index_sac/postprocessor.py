@@ -9,7 +9,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from llama_index_sac.markers import markers_of, require_none
+from llama_index_sac.markers import Markers, markers_of, require_no_marker
 from llama_index_sac.node import can_be_compressed, chunk_of, marked
 
 if TYPE_CHECKING:
@@ -42,11 +42,12 @@ class SACPostprocessor(BaseNodePostprocessor):
     """
 
     _rag: SacRAG = PrivateAttr()
+    _markers: Markers = PrivateAttr()
 
     def __init__(self, rag: SacRAG, **settings: Any) -> None:
+        markers = markers_of(rag)
         super().__init__(**settings)
-        markers_of(rag)
-        self._rag = rag
+        self._rag, self._markers = rag, markers
 
     @classmethod
     def class_name(cls) -> str:
@@ -64,25 +65,22 @@ class SACPostprocessor(BaseNodePostprocessor):
             PromptTooLong: for a text longer than the model's context that is to be compressed.
         """
         if query_bundle is not None:
-            require_none(query_bundle.query_str, "a question")
-        texts = [scored for scored in nodes if can_be_compressed(scored.node)]
-        chunks = iter(self._fetched([chunk_of(scored.node) for scored in texts]))
-        markers = markers_of(self._rag)
+            require_no_marker(query_bundle.query_str)
+        texts = [scored.node for scored in nodes if can_be_compressed(scored.node)]
+        chunks = self._fetched([chunk_of(node) for node in texts])
+        sac = {
+            id(node): marked(node, self._markers.issue(chunk))
+            for node, chunk in zip(texts, chunks, strict=True)
+        }
         return [
-            NodeWithScore(node=marked(scored.node, markers.issue(next(chunks))), score=scored.score)
-            if can_be_compressed(scored.node)
-            else scored
+            NodeWithScore(node=sac.get(id(scored.node), scored.node), score=scored.score)
             for scored in nodes
         ]
 
     def _fetched(self, chunks: list[Chunk]) -> list[Chunk]:
         """The same, those that were not in the store compressed now, and told why they had to."""
         rag = self._rag
-        missing = [
-            i
-            for i, chunk in enumerate(chunks)
-            if not chunk.is_empty and chunk.text not in rag.compressor
-        ]
+        missing = [i for i, chunk in enumerate(chunks) if self._is_missing(chunk)]
         if not missing or rag.on_miss == "text":
             return chunks
         fetched = rag.compressor.fetch(
@@ -94,3 +92,9 @@ class SACPostprocessor(BaseNodePostprocessor):
         for i, reason in zip(missing, fetched.misses, strict=True):
             noted[i] = replace(chunks[i], metadata={**chunks[i].metadata, "miss": reason})
         return noted
+
+    def _is_missing(self, chunk: Chunk) -> bool:
+        try:
+            return not chunk.is_empty and chunk.text not in self._rag.compressor
+        except OSError:
+            return True  # `fetch` finds out too, says so, and does without the store

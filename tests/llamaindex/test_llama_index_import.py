@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import llama_index_sac
 import pytest
@@ -16,6 +18,7 @@ from sac_rag import Decoding
 from sac_rag.generator import Generator
 from sac_rag.template import SPANS
 
+PAGE = Path(__file__).parents[2] / "docs" / "llama_index.md"
 MODULES = ("llm", "markers", "node", "postprocessor", "precompress", "prompts")
 
 
@@ -51,3 +54,13 @@ def test_the_examples_run(llama: Generator, module: str) -> None:
         if getattr(llama_index_sac, name).__module__ == found.__name__ and name != "Unanswerable"
     }
     assert public <= {test.name.split(".")[-1] for test in examples}
+
+
+@pytest.mark.real_model
+def test_the_python_in_the_documentation_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lower().startswith("seven [")

@@ -129,7 +129,8 @@ def test_plain_answers_end_at_the_formats_stop_texts(llama: Generator) -> None:
     said = SACLLM(make_rag(llama), plain=True).complete(QUESTION).text
     stop = said[len(said) // 2]
     rag = make_rag(llama, format=PromptFormat(stop=(stop,)))
-    assert SACLLM(rag, plain=True).complete(QUESTION).text == said.split(stop)[0]
+    for others in ({}, {"stop": ("zz",)}):
+        assert SACLLM(rag, plain=True).complete(QUESTION, **others).text == said.split(stop)[0]
     turn = SACLLM(rag).complete(QUESTION).text
     assert turn == rag.chat([[Message("user", (QUESTION,))]])[0].text
 

@@ -207,8 +207,21 @@ class FullStore(dict[str, AnchorKV]):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_store_costs_time_and_no_answer(llama: Generator) -> None:
-    assert statuses(make_rag(llama, store=FullStore()), make_nodes(1)) == [("absent", "anchors")]
+class LostStore(FullStore):
+    def __contains__(self, key: object) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("store", "reason"), [(FullStore(), "absent"), (LostStore(), "unreadable")]
+)
+def test_a_store_that_fails_costs_time_and_no_answer(
+    llama: Generator, store: FullStore, reason: str
+) -> None:
+    assert statuses(make_rag(llama, store=store), make_nodes(1)) == [(reason, "anchors")]
 
 
 def test_a_text_beyond_the_context_is_refused(make_generator: Callable[..., Generator]) -> None:

@@ -1,0 +1,273 @@
+"""SACLLM, a SacRAG as an LLM of LlamaIndex. Knows nothing of retrieval."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.custom import CustomLLM
+
+from llama_index_sac.markers import Markers, Unanswerable, escape, markers_of
+from llama_index_sac.responses import Step, completion, growing, turn
+from sac_rag.chunk import Chunk
+from sac_rag.template import Message
+
+if TYPE_CHECKING:
+    from sac_rag.generate import Decoding
+    from sac_rag.pipeline import SacRAG
+
+ResponseT = TypeVar("ResponseT")
+
+# What LlamaIndex's own LLMs call it.
+_ALIASES = {"max_tokens": "max_new_tokens"}
+
+
+class SACLLM(CustomLLM):
+    """The frozen LM of a SacRAG; it attends to what a SACPostprocessor over the same SacRAG marked.
+
+    Answers are written in the model's chat template or, with `plain`, as the continuation of plain
+    text. `complete`, `chat`, their streams and async versions give the same answer; async ones work
+    in threads, and a stream that is left writes no more. `raw["usage"]` of a response counts what
+    was attended to, `additional_kwargs["sac"]` says what became of each chunk.
+
+    >>> from llama_index.core.llms import ChatMessage
+    >>> llm = SACLLM(rag)
+    >>> whole = llm.chat([ChatMessage("Who keeps a lighthouse?")])
+    >>> streamed = llm.stream_chat([ChatMessage("Who keeps a lighthouse?")])
+    >>> "".join(response.delta for response in streamed) == whole.message.content
+    True
+    >>> sorted(whole.raw["usage"])
+    ['completion_tokens', 'prompt_tokens', 'total_tokens']
+
+    Args:
+        rag: Answers. Its `on_miss` deals with chunks that have left the store since retrieval.
+        plain: Prompts are plain text: no template, no roles, messages joined by blank lines.
+            Answers then end at the stop texts of `rag.format` too.
+        decoding: How answers are written. Default: the SacRAG's own. Each call may change its
+            fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`.
+        **settings: Those of LlamaIndex's LLM.
+
+    Raises:
+        TypeError: if rag is no SacRAG.
+        ValueError: if answers could be as long as the model's context.
+    """
+
+    plain: bool = Field(default=False, description="Whether prompts are plain text, no chats.")
+
+    _rag: SacRAG = PrivateAttr()
+    _decoding: Decoding = PrivateAttr()
+    _markers: Markers = PrivateAttr()
+
+    def __init__(
+        self,
+        rag: SacRAG,
+        *,
+        plain: bool = False,
+        decoding: Decoding | None = None,
+        **settings: Any,
+    ) -> None:
+        markers = markers_of(rag)
+        if plain:
+            settings.setdefault("messages_to_prompt", _paragraphs)
+        super().__init__(plain=plain, **settings)
+        self._rag, self._markers = rag, markers
+        self._decoding = decoding or rag.decoding
+        told = self.metadata
+        if told.num_output >= told.context_window:
+            raise ValueError(
+                f"answers must be shorter than the model's context of {told.context_window} "
+                f"tokens, may have {told.num_output}; give a Decoding with fewer max_new_tokens"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path = "smollm2-135m", *, plain: bool = False, **options: Any
+    ) -> SACLLM:
+        """Loads a model with its compressor; see `SacRAG.from_pretrained` for options and errors.
+
+        The SacRAG for the postprocessor is `llm.rag`.
+        """
+        from sac_rag.pipeline import SacRAG
+
+        return cls(SacRAG.from_pretrained(model, **options), plain=plain)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name in events and traces."""
+        return "SACLLM"
+
+    @property
+    def rag(self) -> SacRAG:
+        """The SacRAG that answers."""
+        return self._rag
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans prompts by. Its lengths are in tokens of text, a chunk's all."""
+        generator = self._rag.generator
+        config = generator.model.config
+        return LLMMetadata(
+            context_window=generator.max_positions,
+            num_output=self._decoding.max_new_tokens,
+            is_chat_model=not self.plain,
+            model_name=Path(config._name_or_path or config.model_type).name,
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, a marker's being those of its chunk.
+
+        With `Settings.tokenizer = llm.tokenize`, LlamaIndex plans prompts by their real lengths.
+        """
+        compressor, generator = self._rag.compressor.compressor, self._rag.generator
+        return [
+            token
+            for piece in self._markers.known(text)
+            for token in (
+                compressor.tokenize(piece.text)
+                if isinstance(piece, Chunk)
+                else generator.tokenize(piece)
+            )
+        ]
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
+        """Answers a prompt: one turn of a user or, with `plain`, text to go on with.
+
+        Raises:
+            Unanswerable: if it is too long, or contains a marker of unknown origin.
+            ChunkMiss: with the SacRAG's on_miss="raise", if a chunk has left the store.
+            TypeError: for an option that is no field of Decoding.
+        """
+        *_, last = self._steps(self._said(prompt, formatted), options)
+        return completion(last)
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **options: Any
+    ) -> CompletionResponseGen:
+        """The same, piece by piece; raises as `complete` does, at once."""
+        return _each(self._steps(self._said(prompt, formatted), options), completion)
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
+        """Writes the assistant's next turn. Raises as `complete` does."""
+        *_, last = self._steps(messages, options)
+        return turn(last)
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseGen:
+        """The same, piece by piece; raises as `complete` does, at once."""
+        return _each(self._steps(messages, options), turn)
+
+    @llm_completion_callback()
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **options: Any
+    ) -> CompletionResponse:
+        """As `complete`, in threads; cancelling it ends the work."""
+        stream = await self._aeach(self._said(prompt, formatted), options, completion)
+        return [response async for response in stream][-1]
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **options: Any
+    ) -> CompletionResponseAsyncGen:
+        """As `stream_complete`, in threads."""
+        return await self._aeach(self._said(prompt, formatted), options, completion)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
+        """As `chat`, in threads; cancelling it ends the work."""
+        return [response async for response in await self._aeach(messages, options, turn)][-1]
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **options: Any
+    ) -> ChatResponseAsyncGen:
+        """As `stream_chat`, in threads."""
+        return await self._aeach(messages, options, turn)
+
+    def _said(self, prompt: str, formatted: bool) -> list[ChatMessage]:
+        text = prompt if formatted else (self.completion_to_prompt or str)(prompt)
+        return [ChatMessage(text, role=MessageRole.USER)]
+
+    def _steps(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Iterator[Step]:
+        """The answer as it grows, begun now: what is wrong with the prompt is raised here."""
+        decoding = _changed(self._decoding, options)
+        try:
+            if self.plain:
+                stop = dict.fromkeys((*decoding.stop, *self._rag.format.stop))
+                decoding = replace(decoding, stop=tuple(stop))
+                prompt = self._markers.pieces((self.messages_to_prompt or _paragraphs)(messages))
+                stream = self._rag.stream_complete(prompt, decoding)
+            else:
+                conversation = [
+                    Message(message.role.value, self._markers.pieces(_text(message)))
+                    for message in messages
+                ]
+                stream = self._rag.stream_chat(conversation, decoding)
+        except ValueError as error:
+            raise Unanswerable(str(error)) from error
+        return growing(stream)
+
+    async def _aeach(
+        self,
+        messages: Sequence[ChatMessage],
+        options: dict[str, Any],
+        make: Callable[[Step], ResponseT],
+    ) -> AsyncGenerator[ResponseT, None]:
+        # One thread a step: whoever leaves the stream, or is cancelled, asks for no further one.
+        steps = await asyncio.to_thread(self._steps, messages, options)
+
+        async def responses() -> AsyncGenerator[ResponseT, None]:
+            while (step := await asyncio.to_thread(next, steps, None)) is not None:
+                yield make(step)
+
+        return responses()
+
+
+def _changed(decoding: Decoding, options: dict[str, Any]) -> Decoding:
+    changes = {_ALIASES.get(name, name): value for name, value in options.items()}
+    known = [field.name for field in fields(decoding)]
+    unknown = sorted(changes.keys() - set(known))
+    if unknown:
+        raise TypeError(
+            f"options of a call must be among {', '.join(known)}, were: {', '.join(unknown)}"
+        )
+    return replace(decoding, **changes)
+
+
+def _text(message: ChatMessage) -> str:
+    """A message's text. In the assistant's nothing is a marker: he was never shown one."""
+    for block in message.blocks:
+        if not isinstance(block, TextBlock):
+            raise Unanswerable(f"the model reads text alone, got a {type(block).__name__}")
+    text = message.content or ""
+    return escape(text) if message.role == MessageRole.ASSISTANT else text
+
+
+def _paragraphs(messages: Sequence[ChatMessage]) -> str:
+    return "\n\n".join(map(_text, messages))
+
+
+def _each(
+    steps: Iterator[Step], make: Callable[[Step], ResponseT]
+) -> Generator[ResponseT, None, None]:
+    # LlamaIndex tells a stream by its being a generator.
+    yield from map(make, steps)

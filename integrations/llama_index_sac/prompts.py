@@ -1,0 +1,82 @@
+"""A SacRAG's prompt format as a template of LlamaIndex. Knows nothing of KV or of retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
+
+from llama_index_sac.markers import MARKER, markers_of
+from sac_rag.chunk import Chunk
+from sac_rag.template import Markup
+
+if TYPE_CHECKING:
+    from sac_rag.pipeline import SacRAG
+
+
+def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
+    """The template with which a query engine asks as `rag.answer` does.
+
+    For a plain format, with a plain SACLLM. The answers are equal where the nodes have no metadata
+    for the LLM: then what stands between two chunks is what the format puts there.
+
+    >>> from llama_index.core import SummaryIndex
+    >>> from llama_index.core.schema import TextNode
+    >>> from llama_index_sac import SACLLM, SACPostprocessor
+    >>> texts = ["The keeper counted seven ships.", "The tower is 41 metres tall."]
+    >>> engine = SummaryIndex([TextNode(text=text) for text in texts]).as_query_engine(
+    ...     llm=SACLLM(rag, plain=not rag.format.chat),
+    ...     node_postprocessors=[SACPostprocessor(rag)],
+    ...     text_qa_template=text_qa_template(rag),
+    ... )
+    >>> engine.query("How tall is it?").response == rag.answer("How tall is it?", texts).text
+    True
+
+    Raises:
+        TypeError: if rag is no SacRAG.
+        ValueError: for a raw format, whose own words are special tokens: no template has those.
+    """
+    markers_of(rag)
+    format, tokenizer = rag.format, rag.generator.tokenizer
+    if format.raw:
+        raise ValueError(
+            "a template of LlamaIndex is plain text, and a raw format is not; ask with rag.answer"
+        )
+
+    def around(chunks: int) -> list[str]:
+        """The user's text before, between and behind so many chunks."""
+        given = [Chunk("?")] * chunks
+        if format.chat:
+            return _texts(format.messages("{query_str}", given)[-1].content)
+        return _texts(format.pieces(tokenizer, "{query_str}", given))
+
+    def context_str(context_str: str | Sequence[str] = "", **others: Any) -> str:
+        # A list comes from "simple_summarize".
+        context = context_str if isinstance(context_str, str) else "\n".join(context_str)
+        parts = MARKER.split(context)
+        for i, between in enumerate(around(len(parts) // 2)[1:-1], start=1):
+            if not parts[2 * i].strip():
+                parts[2 * i] = between
+        return "".join(parts)
+
+    before, after = around(1)
+    user = before + "{context_str}" + after
+    mappings = {"context_str": context_str}
+    if not format.chat:
+        return PromptTemplate(user, function_mappings=mappings)
+    system = [ChatMessage(format.system, role=MessageRole.SYSTEM)] if format.system else []
+    turns = [*system, ChatMessage(user, role=MessageRole.USER)]
+    return ChatPromptTemplate(turns, function_mappings=mappings)
+
+
+def _texts(content: Sequence[Markup | str | Chunk]) -> list[str]:
+    """What stands before, between and behind chunks."""
+    texts = [""]
+    for piece in content:
+        if isinstance(piece, Chunk):
+            texts.append("")
+        elif isinstance(piece, str):  # Markup is the tokenizer's BOS, which SacRAG puts there
+            texts[-1] += piece
+    return texts

@@ -1,0 +1,341 @@
+"""One answer whichever way it is asked for; loops go on, and what is left or wrong ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_index.core
+import pytest
+from conftest import PROSE, make_model, make_tokenizer
+from llama_index.core import Settings, SummaryIndex
+from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
+from llama_index_sac import SACLLM, SACPostprocessor, Unanswerable
+from tiny_index import (  # noqa: F401
+    QUESTION,
+    SHORT,
+    home_of_module,
+    make_nodes,
+    make_rag,
+    no_loop_is_left,
+    query_engine,
+    scored,
+)
+
+from sac_rag import Chunk, ChunkMiss, Decoding, Message, PromptFormat, SacRAG
+from sac_rag.generator import Generator
+from sac_rag.stream import AnswerStream
+
+Ask = Callable[[SACLLM, str], Awaitable[str]]
+
+
+async def complete(llm: SACLLM, prompt: str) -> str:
+    return llm.complete(prompt).text
+
+
+async def chat(llm: SACLLM, prompt: str) -> str:
+    return str(llm.chat([ChatMessage(prompt)]).message.content)
+
+
+async def stream_complete(llm: SACLLM, prompt: str) -> str:
+    return "".join(str(r.delta) for r in llm.stream_complete(prompt))
+
+
+async def stream_chat(llm: SACLLM, prompt: str) -> str:
+    return "".join(str(r.delta) for r in llm.stream_chat([ChatMessage(prompt)]))
+
+
+async def acomplete(llm: SACLLM, prompt: str) -> str:
+    return (await llm.acomplete(prompt)).text
+
+
+async def achat(llm: SACLLM, prompt: str) -> str:
+    return str((await llm.achat([ChatMessage(prompt)])).message.content)
+
+
+async def astream_complete(llm: SACLLM, prompt: str) -> str:
+    return "".join([str(r.delta) async for r in await llm.astream_complete(prompt)])
+
+
+async def astream_chat(llm: SACLLM, prompt: str) -> str:
+    stream = await llm.astream_chat([ChatMessage(prompt)])
+    return "".join([str(r.delta) async for r in stream])
+
+
+SYNC: list[Ask] = [complete, chat, stream_complete, stream_chat]
+ASYNC: list[Ask] = [acomplete, achat, astream_complete, astream_chat]
+
+
+@pytest.fixture(params=[False, True], ids=["chat", "plain"])
+def llm(request: pytest.FixtureRequest, llama: Generator) -> SACLLM:
+    return SACLLM(make_rag(llama), plain=request.param)
+
+
+def prompt_of(llm: SACLLM) -> str:
+    """A prompt with two nodes in it, as a response synthesizer writes it."""
+    nodes = SACPostprocessor(llm.rag).postprocess_nodes(scored(make_nodes(2)))
+    first, second = (node.get_content("llm") for node in nodes)
+    return f"First {first} and then {second}. {QUESTION}"
+
+
+def expected(llm: SACLLM, **changes: Any) -> str:
+    """What the pipeline itself answers to that."""
+    first, second = map(Chunk, PROSE[:2])
+    content = ("First ", first, " and then ", second, f". {QUESTION}")
+    decoding = Decoding(**{"max_new_tokens": 6, **changes})
+    if llm.plain:
+        return llm.rag.complete([content], decoding)[0].text
+    return llm.rag.chat([[Message("user", content)]], decoding)[0].text
+
+
+@pytest.mark.parametrize("ask", SYNC + ASYNC)
+async def test_every_way_of_asking_gives_the_pipelines_answer(llm: SACLLM, ask: Ask) -> None:
+    assert await ask(llm, prompt_of(llm)) == expected(llm)
+
+
+def test_a_streams_last_response_is_the_whole_one(llm: SACLLM) -> None:
+    *parts, last = llm.stream_complete("Why?")
+    whole = llm.complete("Why?")
+    assert (last.text, last.raw) == (whole.text, whole.raw)
+    assert all(part.raw is None for part in parts)
+    usage = last.raw["usage"]
+    assert usage["completion_tokens"] == 6
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 6
+    assert last.raw["finish_reason"] == "length"
+
+
+def test_a_call_may_change_how_it_is_answered(llm: SACLLM) -> None:
+    prompt = prompt_of(llm)
+    assert llm.complete(prompt, max_tokens=3).text == expected(llm, max_new_tokens=3)
+    sampled = llm.complete(prompt, temperature=2.0, seed=3).text
+    assert sampled == expected(llm, temperature=2.0, seed=3)
+    with pytest.raises(TypeError, match=r"among max_new_tokens, .*seed, were: tempo"):
+        llm.complete(prompt, tempo=1)
+
+
+def test_roles_become_the_chat_templates_and_plain_paragraphs(llama: Generator) -> None:
+    rag = make_rag(llama)
+    messages = [ChatMessage("Be brief.", role="system"), ChatMessage(QUESTION)]
+    conversation = [Message("system", ("Be brief.",)), Message("user", (QUESTION,))]
+    assert SACLLM(rag).chat(messages).message.content == rag.chat([conversation])[0].text
+    plain = SACLLM(rag, plain=True).chat(messages).message.content
+    assert plain == rag.complete([[f"Be brief.\n\n{QUESTION}"]])[0].text
+
+
+def test_plain_answers_end_at_the_formats_stop_texts(llama: Generator) -> None:
+    said = SACLLM(make_rag(llama), plain=True).complete(QUESTION).text
+    stop = said[len(said) // 2]
+    rag = make_rag(llama, format=PromptFormat(stop=(stop,)))
+    for others in ({}, {"stop": ("zz",)}):
+        assert SACLLM(rag, plain=True).complete(QUESTION, **others).text == said.split(stop)[0]
+    turn = SACLLM(rag).complete(QUESTION).text
+    assert turn == rag.chat([[Message("user", (QUESTION,))]])[0].text
+
+
+def test_a_prompt_wrapper_of_the_users_own_is_used(llama: Generator) -> None:
+    wrapped = SACLLM(make_rag(llama), completion_to_prompt=lambda prompt: f"Q: {prompt}")
+    assert wrapped.complete("Why?").text == SACLLM(wrapped.rag).complete("Q: Why?").text
+    assert wrapped.complete("Q: Why?", formatted=True).text == wrapped.complete("Why?").text
+
+
+def test_llama_index_is_told_lengths_and_kind(llm: SACLLM) -> None:
+    metadata = llm.metadata
+    assert metadata.context_window == 8192 > metadata.num_output == 6
+    assert metadata.is_chat_model is not llm.plain
+    assert metadata.model_name == "llama"
+
+
+def test_answers_as_long_as_the_context_are_refused(llama: Generator) -> None:
+    with pytest.raises(ValueError, match="shorter than the model's context of 8192 tokens, may ha"):
+        SACLLM(make_rag(llama), decoding=Decoding(max_new_tokens=8192))
+
+
+def test_what_is_no_pipeline_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected a SacRAG, got: str; SacRAG\.from_pretrained"):
+        SACLLM("smollm2-135m")  # type: ignore[arg-type]
+
+
+def test_pictures_are_refused_and_not_left_out(llama: Generator) -> None:
+    picture = ChatMessage([TextBlock(text="What is this?"), ImageBlock(image=b"png")])
+    with pytest.raises(Unanswerable, match="reads text alone, got a ImageBlock"):
+        SACLLM(make_rag(llama)).chat([picture])
+
+
+def test_a_saved_model_is_loaded_in_one_line(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "decoding": SHORT}
+    llm = SACLLM.from_pretrained(tmp_path, plain=True, **options)
+    assert llm.complete(QUESTION).text == llm.rag.complete([[QUESTION]])[0].text
+    assert llm.metadata.model_name == tmp_path.name
+
+
+# --- loops go on, and what is left ends
+
+
+@pytest.mark.parametrize("ask", ASYNC)
+async def test_the_event_loop_goes_on_while_the_model_is_taken(llama: Generator, ask: Ask) -> None:
+    llm = SACLLM(make_rag(llama))
+    with llama.running():  # this thread may still take it: what ran here would not wait
+        asking = asyncio.create_task(ask(llm, QUESTION))
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        assert not asking.done()
+    assert await asking == llm.complete(QUESTION).text
+
+
+async def test_nodes_are_compressed_while_the_event_loop_goes_on(llama: Generator) -> None:
+    rag = make_rag(llama)
+    with llama.running():
+        retrieving = asyncio.create_task(
+            SACPostprocessor(rag).apostprocess_nodes(scored(make_nodes(2)))
+        )
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        assert not retrieving.done()
+    assert len(await retrieving) == 2
+
+
+async def test_answers_at_the_same_time_are_those_one_at_a_time(llama: Generator) -> None:
+    llm = SACLLM(make_rag(llama))
+    prompts = [f"{prompt_of(llm)} {i}" for i in range(3)]
+    together = await asyncio.gather(*(acomplete(llm, prompt) for prompt in prompts))
+    assert together == [llm.complete(prompt).text for prompt in prompts]
+
+
+LONG = {"max_tokens": 4000}
+
+
+def test_a_stream_that_is_closed_writes_no_more(llm: SACLLM) -> None:
+    stream = llm.stream_complete("Why?", **LONG)
+    next(stream)
+    stream.close()
+    assert llm.rag.metrics().questions == 1
+    assert llm.rag.metrics().generated_tokens < 5
+
+
+async def test_an_async_stream_that_is_closed_writes_no_more(llm: SACLLM) -> None:
+    stream = await llm.astream_complete("Why?", **LONG)
+    await anext(stream)
+    await stream.aclose()
+    await until(lambda: llm.rag.metrics().questions == 1)
+    assert llm.rag.metrics().generated_tokens < 5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_call_that_is_cancelled_writes_no_more(llm: SACLLM, streamed: bool) -> None:
+    async def asked() -> None:
+        if streamed:
+            async for _ in await llm.astream_complete("Why?", **LONG):
+                pass
+        else:
+            await llm.acomplete("Why?", **LONG)
+
+    asking = asyncio.create_task(asked())
+    await until(lambda: llm.rag.metrics().first_tokens == 1)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    del asking
+    await until(lambda: llm.rag.metrics().questions == 1)
+    assert llm.rag.metrics().generated_tokens < 1000
+
+
+async def until(done: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < ends, "waited in vain"
+        await asyncio.sleep(0.002)
+
+
+# --- what is wrong reaches the caller
+
+
+@pytest.mark.parametrize("ask", SYNC + ASYNC)
+async def test_a_chunk_that_has_left_the_store_is_missed_by_the_caller(
+    llama: Generator, ask: Ask
+) -> None:
+    store: dict[str, Any] = {}
+    rag = make_rag(llama, store=store)
+    prompt = prompt_of(SACLLM(rag))
+    store.clear()
+    rag.on_miss = "raise"
+    with pytest.raises(ChunkMiss, match="2 of 2 chunks are not in the store"):
+        await ask(SACLLM(rag), prompt)
+
+
+class Failing(SacRAG):
+    """A pipeline whose model breaks in the middle of an answer."""
+
+    def stream_chat(self, *asked: Any) -> AnswerStream:
+        stream = super().stream_chat(*asked)
+        pieces = iter(stream)
+
+        def broken() -> Iterator[str]:
+            yield next(pieces)
+            raise OSError("the device is lost")
+
+        stream._pieces = broken()  # type: ignore[assignment]
+        return stream
+
+
+@pytest.mark.parametrize("ask", SYNC + ASYNC)
+async def test_what_breaks_in_the_middle_of_an_answer_reaches_the_caller(
+    llama: Generator, ask: Ask
+) -> None:
+    rag = Failing(make_rag(llama).compressor, decoding=SHORT)
+    with pytest.raises(OSError, match="the device is lost"):
+        await ask(SACLLM(rag), QUESTION)
+
+
+@pytest.fixture
+def narrow(make_generator: Callable[..., Generator]) -> Generator:
+    """A model of 1024 positions."""
+    generator = make_generator()
+    generator.model.config.max_position_embeddings = 1024
+    return generator
+
+
+@pytest.fixture
+def llama_indexs_own_tokenizer() -> Iterator[None]:
+    yield
+    llama_index.core.global_tokenizer = None
+
+
+async def test_too_much_is_an_error_and_no_empty_response(narrow: Generator) -> None:
+    """LlamaIndex counts markers, not what they stand for, and swallows ValueErrors."""
+    nodes = make_nodes(8)
+    for node in nodes:
+        node.text = f"{node.text} " * 8
+    engine = query_engine(make_rag(narrow), nodes)
+    with pytest.raises(Unanswerable, match=r"needs \d+ positions .* the model has 1024"):
+        engine.query(QUESTION)
+    with pytest.raises(Unanswerable, match=r"needs \d+ positions .* the model has 1024"):
+        await engine.aquery(QUESTION)
+
+
+@pytest.mark.usefixtures("llama_indexs_own_tokenizer")
+def test_with_the_models_own_tokenizer_too_much_is_several_prompts(narrow: Generator) -> None:
+    nodes = make_nodes(8)
+    for node in nodes:
+        node.text = f"{node.text} " * 8
+    rag = make_rag(narrow)
+    llm = SACLLM(rag)
+    Settings.tokenizer = llm.tokenize
+    engine = SummaryIndex(nodes).as_query_engine(
+        llm=llm, node_postprocessors=[SACPostprocessor(rag)]
+    )
+    assert engine.query(QUESTION).response
+    assert rag.metrics().questions > 1
+    assert rag.metrics().hits >= 8
+
+
+def test_a_marker_is_as_long_as_what_it_stands_for(llama: Generator) -> None:
+    llm = SACLLM(make_rag(llama))
+    (node,) = SACPostprocessor(llm.rag).postprocess_nodes(scored(make_nodes(1)))
+    marker = node.get_content("llm")
+    assert llm.tokenize(marker) == llama.tokenize(PROSE[0])
+    assert llm.tokenize(f"{marker} <|sac:") == llama.tokenize(PROSE[0]) + llama.tokenize(" <|sac:")

@@ -32,7 +32,8 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
         told["".join(folders)] = what or ""
     there = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "sac_rag").rglob("*.py")
+        for folder in ("sac_rag", "integrations")
+        for path in (ROOT / folder).rglob("*.py")
         if path.name != "__init__.py" or path.parent.name == "sac_rag"
     }
     assert {path for path in told if path.endswith(".py")} == there

@@ -361,7 +361,7 @@ def test_a_stream_that_is_left_ends_the_work(chat: ChatSAC, llama: Generator) ->
 
 
 async def test_the_event_loop_goes_on_while_an_answer_is_written(rag: SacRAG) -> None:
-    chat, messages = ChatSAC(rag, max_tokens=60), asked(rag, 0, 1)
+    chat, messages = ChatSAC(rag, max_tokens=30), asked(rag, 0, 1)
     for way in (
         lambda: chat.ainvoke(messages),
         lambda: chat.abatch([messages, messages]),

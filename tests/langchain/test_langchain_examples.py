@@ -20,8 +20,6 @@ from sac_rag import SacRAG
 from sac_rag.generator import Generator
 from sac_rag.template import SPANS
 
-ROOT = Path(langchain_sac.__file__).parents[2]
-
 
 @pytest.mark.parametrize("name", langchain_sac.__all__)
 def test_the_example_of_every_public_name_runs(llama: Generator, name: str) -> None:

@@ -125,7 +125,10 @@ def _content(message: BaseMessage, key_of: KeyOf) -> list[str | Chunk]:
     blocks = [content] if isinstance(content, str) else content
     pieces = [piece for block in blocks for piece in _block(block, key_of)]
     if isinstance(message, AIMessage) and message.tool_calls:
-        calls = [f"{call['name']}({json.dumps(call['args'])})" for call in message.tool_calls]
+        calls = [
+            f"{call['name']}({json.dumps(call['args'], ensure_ascii=False)})"
+            for call in message.tool_calls
+        ]
         pieces.append("\n".join(["", *calls] if pieces else calls))
     return pieces
 

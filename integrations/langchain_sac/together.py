@@ -53,15 +53,17 @@ class Together(Generic[Row, Result]):
             self._worker.shutdown(wait=False)
 
     def _work(self, asked: list[tuple[Row, Future[Result]]]) -> None:
-        waiting = [(row, future) for row, future in asked if future.set_running_or_notify_cancel()]
+        self._settle([one for one in asked if one[1].set_running_or_notify_cancel()])
+
+    def _settle(self, waiting: list[tuple[Row, Future[Result]]]) -> None:
         try:
             results = self._answer([row for row, _ in waiting]) if waiting else []
-        except BaseException:  # noqa: BLE001 (the row whose fault it is gets it below)
-            for row, future in waiting:
-                try:
-                    future.set_result(self._answer([row])[0])
-                except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
-                    future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+            if len(waiting) == 1:
+                waiting[0][1].set_exception(error)
+                return
+            for one in waiting:
+                self._settle([one])
             return
         for (_, future), result in zip(waiting, results, strict=True):
             future.set_result(result)

@@ -303,11 +303,18 @@ async def test_a_bad_row_is_only_its_own(rag: SacRAG, chat: ChatSAC, way: str) -
         await ask()
 
 
+def test_a_row_that_fails_alone_is_tried_once(rag: SacRAG, chat: ChatSAC) -> None:
+    with pytest.raises(PromptTooLong):
+        chat.batch(["long " * 9000])
+    assert rag.metrics().failed == 1
+
+
 def test_a_batch_asks_only_what_the_cache_does_not_know(rag: SacRAG, llama: Generator) -> None:
     chat = ChatSAC(rag, cache=InMemoryCache(), max_tokens=1)
     known = chat.invoke("Known")
     with passes_of(llama) as passes:
         said = chat.batch(["Known", "New", "Newer"])
+        assert [row.text for row in chat.batch(["Known", "New"])] == [row.text for row in said[:2]]
     assert passes == [2]
     assert said[0].text == known.text
     assert [row.text for row in said[1:]] == [chat.invoke(text).text for text in ("New", "Newer")]

@@ -43,7 +43,7 @@ def shown(turn: Message) -> list[str | tuple[str]]:
     return [piece if isinstance(piece, str) else (piece.text,) for piece in turn.content]
 
 
-CALL: Any = {"name": "search", "args": {"query": "owls"}, "id": "1"}
+CALL: Any = {"name": "search", "args": {"query": "Käuze"}, "id": "1"}
 
 
 def test_chunks_may_stand_in_any_message() -> None:
@@ -91,11 +91,11 @@ def test_messages_of_one_role_are_one_turn() -> None:
 
 def test_calls_of_tools_are_lines_of_text() -> None:
     assert turns(AIMessage("Let me see.", tool_calls=[CALL])) == [
-        ("assistant", ["Let me see.", '\nsearch({"query": "owls"})'])
+        ("assistant", ["Let me see.", '\nsearch({"query": "Käuze"})'])
     ]
     blocks: Any = [{"type": "tool_use", "id": "1", "name": "search", "input": {}}]
     assert turns(AIMessage(blocks, tool_calls=[CALL])) == [
-        ("assistant", ['search({"query": "owls"})'])
+        ("assistant", ['search({"query": "Käuze"})'])
     ]
 
 

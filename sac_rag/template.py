@@ -153,6 +153,15 @@ class PromptFormat:
         turns = [Message("system", (self.system,))] if self.system else []
         return [*turns, Message("user", _joined(content) if chunks else (question,))]
 
+    def passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
+        """The chunks in their surroundings: what takes the place of {chunks} in a prompt."""
+        passages: list[str | Chunk] = []
+        for number, chunk in enumerate(chunks, start=1):
+            passages += [self.separator] if passages else []
+            after = _fill(self.chunk.split("{chunk}")[1], _names(chunk, number))
+            passages += [self._heading(chunk, number), chunk, after]
+        return passages
+
     def beginning(self, tokenizer: Any) -> list[Markup | str]:
         """The part of the prefix that does not depend on question or chunks: read once, for all.
 
@@ -206,7 +215,7 @@ class PromptFormat:
         before, after = self.user.split("{chunks}")
         return [
             _fill(before, {"question": question}),
-            *self._passages(chunks),
+            *self.passages(chunks),
             _fill(after, {"question": question}),
         ]
 
@@ -215,19 +224,10 @@ class PromptFormat:
         _require_text(question)
         pieces: list[Piece] = [Markup(self.prefix)]
         before, after = self.user.split("{chunks}")
-        for words, then in ((before, self._passages(chunks)), (after, [])):
+        for words, then in ((before, self.passages(chunks)), (after, [])):
             head, *tail = words.split("{question}")
             pieces += [Markup(head), *((question, Markup(tail[0])) if tail else ()), *then]
         return [piece for piece in pieces if piece not in ("", Markup(""))]
-
-    def _passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
-        """The chunks in their surroundings."""
-        passages: list[str | Chunk] = []
-        for number, chunk in enumerate(chunks, start=1):
-            passages += [self.separator] if passages else []
-            after = _fill(self.chunk.split("{chunk}")[1], _names(chunk, number))
-            passages += [self._heading(chunk, number), chunk, after]
-        return passages
 
     def _heading(self, chunk: Chunk, number: int) -> str:
         heading = _fill(self.chunk.split("{chunk}")[0], _names(chunk, number))

@@ -1,1 +1,20 @@
-"""LangChain components over sac_rag. Nothing is here yet: use `sac_rag.SacRAG` directly."""
+"""LangChain components over sac_rag: compress what is retrieved, answer from it.
+
+The names below are all there is; nothing of LangChain is known to `sac_rag` itself.
+"""
+
+from __future__ import annotations
+
+try:
+    import langchain_core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "langchain_sac needs the 'langchain' extra: pip install 'sac-rag[langchain]'"
+    ) from error
+
+from langchain_sac.chat import ChatSAC
+from langchain_sac.compressor import SACCompressor
+from langchain_sac.prompts import format_docs, prompt_template
+from langchain_sac.retriever import SACRetriever
+
+__all__ = ["ChatSAC", "SACCompressor", "SACRetriever", "format_docs", "prompt_template"]

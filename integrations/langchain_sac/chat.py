@@ -1,0 +1,317 @@
+"""ChatSAC, a chat model that attends to marked chunks. Knows nothing of retrieval or documents."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from langchain_sac.messages import conversation, metadata_of, plain_prompt, usage_of
+from langchain_sac.together import Place, Together
+from sac_rag.digests import digest_json
+from sac_rag.generate import Decoding
+from sac_rag.pipeline import SacRAG
+from sac_rag.reports import Answer
+
+# LangChain's names for fields of a Decoding.
+_DECODING = {
+    "max_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "seed": "seed",
+}
+# What chains ask of models behind a network; there is nothing to do about it here.
+_IGNORED = {"stream", "stream_usage", "timeout", "max_retries"}
+
+# Turns or a plain prompt, and how to answer.
+_Row: TypeAlias = tuple[list[Any], Decoding]
+
+
+class ChatSAC(BaseChatModel):
+    """A local model that attends to the anchors of what SACCompressor has marked.
+
+    Anything else is read as by any chat model, a marker that does not prove itself too. A prompt
+    may have chunks in any message. What is not in the store is compressed now, read as text or
+    refused, as the pipeline's `on_miss` says.
+
+    Example:
+        >>> rag = SacRAG.from_pretrained("smollm2-135m")
+        >>> chain = (
+        ...     {
+        ...         "context": retriever | SACCompressor(rag) | format_docs(rag),
+        ...         "question": RunnablePassthrough(),
+        ...     }
+        ...     | prompt_template(rag)
+        ...     | ChatSAC(rag, plain=True, max_tokens=8)
+        ... )
+        >>> said = chain.invoke("Who kept the light?")
+        >>> said.usage_metadata["input_tokens"] > 0
+        True
+        >>> [chunk["status"] for chunk in said.response_metadata["sac"]]
+        ['absent', 'absent']
+        >>> said = chain.invoke("Who kept the light?")
+        >>> [chunk["status"] for chunk in said.response_metadata["sac"]]
+        ['hit', 'hit']
+
+    Attributes:
+        rag: Answers; several components may share it.
+        model: What the model is called in traces and metadata. Default: its config's own name.
+        plain: Whether the messages' contents are one plain prompt, without a chat template and
+            without roles, that ends at the stop texts of `rag.format` too. A pipeline whose
+            `format.chat` is False was made for such prompts and answers better from them.
+        max_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from this many likeliest tokens; 0 for no such limit.
+        seed: Makes sampling repeatable.
+        stop: Texts at which an answer ends. A `stop` given in a call takes their place.
+        batch_size: At most so many inputs of a `batch` are answered in one padded batch;
+            `max_concurrency` of the config may make it fewer.
+
+    What is None is as `rag.decoding` says. All but the first three and the last can be given in a
+    call or by `bind`; other arguments are refused, tools too.
+    """
+
+    rag: SacRAG = Field(repr=False, exclude=True)
+    model: str
+    plain: bool = False
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    batch_size: int = Field(default=8, ge=1)
+
+    def __init__(self, rag: SacRAG, **fields: Any) -> None:
+        config = rag.generator.model.config
+        fields.setdefault("model", _short(config.name_or_path) or config.model_type)
+        super().__init__(rag=rag, **fields)  # type: ignore[call-arg]  # pydantic takes it
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | os.PathLike[str] = "smollm2-135m", **options: Any
+    ) -> ChatSAC:
+        """Loads a model and a compressor for it.
+
+        Args:
+            model: A default model's name, a local folder or a hub id.
+            **options: Fields of this class, and what `SacRAG.from_pretrained` takes.
+
+        Raises as `SacRAG.from_pretrained` does.
+        """
+        own = {name: options.pop(name) for name in [*options] if name in cls.model_fields}
+        return cls(SacRAG.from_pretrained(model, **options), model=_short(model), **own)
+
+    @model_validator(mode="after")
+    def _decoding_is_possible(self) -> Self:
+        self._decoding(None, {})
+        return self
+
+    @property
+    def _llm_type(self) -> str:
+        return "sac"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Whatever an answer depends on besides the prompt: LangChain's caches go by it."""
+        compressor, generator = self.rag.compressor, self.rag.generator
+        config = compressor.compressor.config
+        template = None if self.plain else getattr(generator.tokenizer, "chat_template", None)
+        return {
+            "model": self.model,
+            "revision": generator.identity["weights"],
+            "fingerprint": compressor.fingerprint,
+            "method": config.method,
+            "ratio": config.ratio,
+            "on_miss": self.rag.on_miss,
+            # Tells tenants apart, and not who they are.
+            "namespace": compressor.text_id(""),
+            "plain": self.plain,
+            "template": digest_json(template),
+            # Not "stop", which LangChain overwrites with that of the call.
+            "decoding": asdict(self._decoding(None, {})),
+        }
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text, as this model reads it."""
+        return self.rag.generator.tokenize(text)
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answers several inputs in padded batches, each over chunks of its own."""
+        outputs: list[Any] = []
+        for rows, configs, together in self._groups(inputs, config):
+
+            def one(row: Any, config: RunnableConfig, together: Any = together) -> Any:
+                with Place(self, together).kept():
+                    try:
+                        return self.invoke(row, config, **kwargs)
+                    except Exception as error:  # noqa: BLE001 (raised or returned below)
+                        return error
+
+            with ContextThreadPoolExecutor(max_workers=len(rows)) as threads:
+                outputs += threads.map(one, rows, configs)
+            _require_answers(outputs, return_exceptions)
+        return outputs
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answers several inputs in padded batches, each over chunks of its own."""
+        outputs: list[Any] = []
+        for rows, configs, together in self._groups(inputs, config):
+
+            async def one(row: Any, config: RunnableConfig, together: Any = together) -> Any:
+                with Place(self, together).kept():
+                    try:
+                        return await self.ainvoke(row, config, **kwargs)
+                    except Exception as error:  # noqa: BLE001 (raised or returned below)
+                        return error
+
+            outputs += await asyncio.gather(*map(one, rows, configs))
+            _require_answers(outputs, return_exceptions)
+        return outputs
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        row = self._row(messages, stop, kwargs)
+        place = Place.find(self)
+        return self._result(place.ask(row).result() if place else self._answers([row])[0])
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        place = Place.find(self)
+        if place is None:
+            # Token by token, so that whoever cancels this ends the work.
+            return await agenerate_from_stream(self._astream(messages, stop=stop, **kwargs))
+        row = self._row(messages, stop, kwargs)
+        return self._result(await asyncio.wrap_future(place.ask(row)))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        content, decoding = self._row(messages, stop, kwargs)
+        start = self.rag.stream_complete if self.plain else self.rag.stream_chat
+        stream = start(content, decoding)
+        for piece in stream:
+            yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+        metadata = metadata_of(stream.answer, self.model)
+        yield ChatGenerationChunk(
+            message=AIMessageChunk(
+                content="",
+                usage_metadata=usage_of(stream.answer),
+                response_metadata=metadata,
+                chunk_position="last",
+            ),
+            generation_info={"finish_reason": metadata["finish_reason"]},
+        )
+
+    def _row(
+        self, messages: list[BaseMessage], stop: list[str] | None, asked: dict[str, Any]
+    ) -> _Row:
+        read = plain_prompt if self.plain else conversation
+        return read(messages, self.rag.compressor.key), self._decoding(stop, asked)
+
+    def _answers(self, rows: Sequence[_Row]) -> list[Answer]:
+        """Answers rows in one padded batch; all of them come with the same decoding."""
+        answer = self.rag.complete if self.plain else self.rag.chat
+        return answer([content for content, _ in rows], rows[0][1])
+
+    def _result(self, answer: Answer) -> ChatResult:
+        metadata = metadata_of(answer, self.model)
+        message = AIMessage(
+            answer.text, usage_metadata=usage_of(answer), response_metadata=metadata
+        )
+        info = {"finish_reason": metadata["finish_reason"]}
+        return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)])
+
+    def _decoding(self, stop: list[str] | None, asked: dict[str, Any]) -> Decoding:
+        if asked.get("model", self.model) != self.model:
+            raise ValueError(
+                f"this ChatSAC has {self.model!r} loaded, was asked for {asked['model']!r}; "
+                "make another one for another model"
+            )
+        unknown = sorted(asked.keys() - _DECODING.keys() - _IGNORED - {"model"})
+        if unknown:
+            raise TypeError(
+                f"ChatSAC takes stop, {', '.join(_DECODING)} in a call, "
+                f"got: {', '.join(unknown)}; it calls no tools and follows no schema"
+            )
+        changes: dict[str, Any] = {}
+        for name, ours in _DECODING.items():
+            value = getattr(self, name) if asked.get(name) is None else asked[name]
+            if value is not None:
+                changes[ours] = value
+        if (ends := self.stop if stop is None else stop) is not None:
+            changes["stop"] = ends
+        decoding = replace(self.rag.decoding, **changes)
+        if not self.plain:
+            return decoding
+        return replace(decoding, stop=tuple(dict.fromkeys((*decoding.stop, *self.rag.format.stop))))
+
+    def _groups(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None,
+    ) -> Iterator[tuple[list[LanguageModelInput], list[RunnableConfig], Together[_Row, Answer]]]:
+        configs = get_config_list(config, len(inputs))
+        size = self.batch_size
+        if configs:
+            size = min(size, configs[0].get("max_concurrency") or size)
+        for start in range(0, len(inputs), size):
+            rows = inputs[start : start + size]
+            yield rows, configs[start : start + size], Together(len(rows), self._answers)
+
+
+def _short(name: str | os.PathLike[str]) -> str:
+    """A model's name without the machine's folders in it."""
+    return Path(name).name if Path(name).is_dir() else os.fspath(name)
+
+
+def _require_answers(outputs: Sequence[Any], return_exceptions: bool) -> None:
+    for output in outputs:
+        if isinstance(output, Exception) and not return_exceptions:
+            raise output

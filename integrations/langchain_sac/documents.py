@@ -1,0 +1,42 @@
+"""LangChain documents as chunks. Knows nothing of markers, prompts or models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from langchain_core.documents import Document
+
+from sac_rag.chunk import Chunk
+
+
+def chunk_of(document: Document) -> Chunk:
+    """The chunk that a document is, named as the command line names what LangChain has written.
+
+    It belongs to what `metadata["source"]` names, the file that it was cut from, or else to the
+    document's own id; its title is `metadata["title"]`.
+    """
+    source, title = document.metadata.get("source"), document.metadata.get("title")
+    return Chunk(
+        text=document.page_content,
+        id=source if isinstance(source, str) else document.id,
+        title=title if isinstance(title, str) else None,
+    )
+
+
+def require_documents(documents: Iterable[object]) -> list[Document]:
+    """The documents as a list.
+
+    Raises:
+        TypeError: if there is something else among them, or they are one document.
+    """
+    if isinstance(documents, (Document, str)):
+        raise TypeError(
+            f"expected a sequence of Documents, got one {type(documents).__name__}; put it in a "
+            "list of Documents"
+        )
+    checked: list[Document] = []
+    for document in documents:
+        if not isinstance(document, Document):
+            raise TypeError(f"expected Documents, got a {type(document).__name__} among them")
+        checked.append(document)
+    return checked

@@ -1,0 +1,66 @@
+"""A pipeline's prompt format as LangChain's prompts. Knows nothing of chats, stores or models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from langchain_core.documents import Document
+from langchain_core.prompts import ChatPromptTemplate
+
+from langchain_sac.documents import chunk_of, require_documents
+from sac_rag.pipeline import SacRAG
+
+
+def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
+    """The prompt that `rag.answer` writes, with places for {context} and {question}.
+
+    With `format_docs(rag)` for the context, ChatSAC answers as `rag.answer` does from the same
+    documents, of which there must be at least one: from a prompt in chat turns as it is, from a
+    plain one (`rag.format.chat` is False) with `plain=True`. A chat does not end at the format's
+    stop texts, if it has any; give them to ChatSAC.
+
+    Example:
+        >>> rag = SacRAG.from_pretrained("smollm2-135m")
+        >>> sorted(prompt_template(rag).input_variables)
+        ['context', 'question']
+
+    Raises:
+        ValueError: for a raw format: its special tokens cannot be told from text in a message.
+    """
+    form = rag.format
+    if form.raw:
+        raise ValueError(
+            "a raw prompt format cannot be a message, whose special tokens are plain text; use "
+            "rag.answer, or a format with raw=False"
+        )
+    user = _literal(form.user).replace("{{chunks}}", "{context}")
+    user = user.replace("{{question}}", "{question}")
+    turns = [("system", _literal(form.system))] if form.system else []
+    return ChatPromptTemplate([*turns, ("human", _literal(form.prefix) + user)])
+
+
+def format_docs(rag: SacRAG) -> Callable[[Sequence[Document]], str]:
+    """Gives a function that joins documents as `rag.answer` does: headings, separators and all.
+
+    Example:
+        >>> rag = SacRAG.from_pretrained("smollm2-135m")
+        >>> documents = [Document("Built in 1889."), Document("Painted red.")]
+        >>> print(format_docs(rag)(documents))
+        Text:
+        Built in 1889.
+        <BLANKLINE>
+        Text:
+        Painted red.
+    """
+
+    def joined(documents: Sequence[Document]) -> str:
+        chunks = [chunk_of(document) for document in require_documents(documents)]
+        pieces = rag.format.passages(chunks)
+        return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)
+
+    return joined
+
+
+def _literal(text: str) -> str:
+    """The text as an f-string template that gives it."""
+    return text.replace("{", "{{").replace("}", "}}")

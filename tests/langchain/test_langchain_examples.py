@@ -1,0 +1,73 @@
+"""The examples run, and who lacks LangChain is told what to install."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import langchain_sac
+import pytest
+from langchain_core.documents import Document
+from langchain_core.runnables import RunnablePassthrough
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_scenes import DOCUMENTS, Words, home_of_module, make_rag  # noqa: F401
+
+from sac_rag import SacRAG
+from sac_rag.generator import Generator
+from sac_rag.template import SPANS
+
+
+@pytest.mark.parametrize("name", langchain_sac.__all__)
+def test_the_example_of_every_public_name_runs(llama: Generator, name: str) -> None:
+    class Tiny(SacRAG):
+        """Loads a tiny model whatever is asked for."""
+
+        @classmethod
+        def from_pretrained(cls, *names: Any, **options: Any) -> SacRAG:
+            return make_rag(llama, format=SPANS)
+
+    vectors = InMemoryVectorStore(Words())
+    vectors.add_documents(DOCUMENTS)
+    public = {name: getattr(langchain_sac, name) for name in langchain_sac.__all__}
+    names = {
+        **public,
+        "SacRAG": Tiny,
+        "Document": Document,
+        "RunnablePassthrough": RunnablePassthrough,
+        "vector_store": vectors,
+        "retriever": vectors.as_retriever(search_kwargs={"k": 2}),
+    }
+    (test,) = doctest.DocTestFinder(recurse=False).find(public[name], name, globs=names)
+    assert test.examples
+    told: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append)
+    assert told == []
+
+
+def test_public_names_are_in_order() -> None:
+    assert langchain_sac.__all__ == sorted(langchain_sac.__all__)
+
+
+def test_without_langchain_the_import_says_what_to_install(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['langchain_core'] = None\n"
+        "try:\n    import langchain_sac\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        "langchain_sac needs the 'langchain' extra: pip install 'sac-rag[langchain]'\n"
+    )
+    assert done.stderr == ""

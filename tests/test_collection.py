@@ -100,6 +100,7 @@ def test_a_document_that_is_forgotten_is_neither_found_nor_on_the_disk(
     )
     of_it = [chunk for chunk in collection.index.chunks if chunk.id == unwanted.id]
     assert json.loads(forgotten.stdout)["chunks"] == len(of_it)
+    assert forgotten.stderr == ""  # no bar of how far the embedder's weights are loaded
     on_disk = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert json.dumps(unwanted.text).encode() not in on_disk
     assert json.dumps(other.text).encode() in on_disk

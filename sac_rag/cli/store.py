@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import AsJson, progress
+from sac_rag.cli.console import AsJson, loading, progress
 from sac_rag.show import human_bytes, out, print_json, print_store
 
 if TYPE_CHECKING:
@@ -124,9 +124,10 @@ def forget(
         deleted = store.forget(*ids)
     chunks = 0
     if (folder / "collection.json").is_file():
-        from sac_rag.collection import forget_texts
+        with loading():
+            from sac_rag.collection import forget_texts
 
-        chunks = forget_texts(folder, documents)
+            chunks = forget_texts(folder, documents)
     if as_json:
         print_json({"deleted": deleted, "chunks": chunks})
     else:

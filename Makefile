@@ -21,6 +21,7 @@ demo: setup
 
 test: setup check
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -W default --nbmake notebooks
 
 wheel: setup
 	$(BIN)/python tests/wheel/check.py

@@ -1,5 +1,7 @@
 """Builds the wheel and uses it in clean environments, where the source tree is not: `make wheel`.
 
+    python tests/wheel/check.py [EXTRA …]
+
 One environment has the bare package; those of the extras see what is installed there and add what
 the extra asks for, so that torch is installed once. What each must be able to do is in the script
 that bears its name, which runs in isolated mode, in an empty folder.
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -19,7 +22,7 @@ ROOT = HERE.parent.parent
 EXTRAS = ("langchain", "llama-index", "train", "eval", "parquet", "otel", "encrypt")
 
 
-def main() -> None:
+def main(extras: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT)
@@ -27,7 +30,7 @@ def main() -> None:
         bare = make(folder / "bare", str(wheel))
         use("bare", bare)
         packages = next((folder / "bare").rglob("site-packages"))
-        for extra in EXTRAS:
+        for extra in extras:
             use(extra, make(folder / extra, f"sac-rag[{extra}] @ {wheel.as_uri()}", packages))
 
 
@@ -53,4 +56,4 @@ def run(*command: str | Path, cwd: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or EXTRAS)

@@ -4,4 +4,4 @@ from sac_rag.training.config import TrainConfig
 from sac_rag.training.trainer import train
 
 assert callable(train)
-assert TrainConfig().model == "smollm2-135m"
+assert TrainConfig(data=("questions.json",)).model == "smollm2-135m"

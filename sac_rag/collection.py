@@ -93,6 +93,12 @@ class Collection:
             store=DiskStore(self.folder / _ANCHORS),
         )
 
+    def close(self) -> None:
+        """Closes the store, which writes down what was asked for and found since it last did."""
+        store = self.rag.compressor.store
+        if isinstance(store, DiskStore):
+            store.close()
+
     @classmethod
     def exists(cls, folder: str | os.PathLike[str]) -> bool:
         """Whether a folder holds a collection."""

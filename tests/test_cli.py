@@ -89,6 +89,8 @@ def test_ask_answers_from_cached_chunks_with_sources(library: Any) -> None:
     printed = sac_rag("ask", "How tall is the lighthouse?", "--store", store, "--k", "2")
     assert answer["answer"] in printed.stdout
     assert "[1] Port Ellery" in printed.stdout
+    stats = sac_rag("store", "stats", store, "--json")
+    assert json.loads(stats.stdout)["hits"] >= 4  # two chunks of each question
 
 
 @pytest.mark.real_model

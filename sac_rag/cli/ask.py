@@ -49,6 +49,7 @@ def demo(
             results.append(result)
             if not as_json:
                 print_demo(len(results), result)
+    collection.close()
     if as_json:
         print_json({"questions": [result.to_dict() for result in results]})
         return
@@ -77,6 +78,7 @@ def ask(
         if not as_json:
             out.print(piece, end="", markup=False, soft_wrap=True)
     answer = stream.answer
+    collection.close()
     if as_json:
         print_json(answer_as_json(question, answer, hits))
         return

@@ -353,6 +353,27 @@ def test_evaluate_reports_bad_records_and_scores_the_rest(tiny: Path, tmp_path: 
     assert printed["skipped"] == [f'{more.as_posix()}:1: "qas" must be a list, was: 5']
 
 
+@pytest.mark.real_model
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to a process")
+def test_ctrl_c_is_a_sentence_and_not_a_traceback(tiny_files: Path, tmp_path: Path) -> None:
+    arguments = ("precompress", "-", "--no-index", "--store", str(tmp_path / "library"))
+    arguments = (*arguments, "--model", str(tiny_files / "model"), "--compressor", "full")
+    with subprocess.Popen(
+        [sys.executable, "-m", "sac_rag.cli", *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stderr is not None
+        told = iter(running.stderr.readline, "")
+        assert any("Standard input" in line for line in told)  # from now on it waits for text
+        running.send_signal(signal.SIGINT)
+        complaint = running.stderr.read()
+    assert running.returncode == 130
+    assert "interrupted; what was finished is kept" in complaint
+    assert "Traceback" not in complaint
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to a process")
 def test_evaluate_goes_on_after_ctrl_c(tiny: Path, tmp_path: Path) -> None:
@@ -373,6 +394,7 @@ def test_evaluate_goes_on_after_ctrl_c(tiny: Path, tmp_path: Path) -> None:
         printed, complaint = running.communicate(timeout=60)
     assert (running.returncode, printed) == (130, "")
     assert "run it again to go on" in complaint.replace("\n", " ")
+    assert "what was finished" not in complaint  # its own words are enough
     assert "Traceback" not in complaint
     kept = out.read_bytes()
     total = sum(len(text.split()) for text in PROSE)

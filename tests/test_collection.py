@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,9 @@ def test_the_demo_answers_with_sources_and_its_second_run_hits(collection: Colle
         assert result.ttft_full_text_s > 0
     assert "Armstrong" in first[3].answer
     assert "1961" in first[4].answer
-    second = list(ask_questions(collection, k=4))
-    assert [result.hits for result in second] == [4] * len(QUESTIONS)
-    assert [result.answer for result in second] == [result.answer for result in first]
+    second = list(islice(ask_questions(collection, k=4), 2))
+    assert [result.hits for result in second] == [4, 4]
+    assert [result.answer for result in second] == [result.answer for result in first[:2]]
     assert set(first[0].to_dict()) == {
         "question", "answer", "sources", "hits", "source_tokens", "kv_entries", "kv_bytes",
         "ttft_s", "ttft_full_text_s",

@@ -396,8 +396,11 @@ def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
     assert batches != first(replace(config, seed=1))
     assert {batch.ratio for batch in batches} == {2, 5}
     assert {len(row.sources) for batch in batches for row in batch.rows} == {1, 3}
-    rows = [row for batch in batches for row in batch.rows]
-    assert all(sum(source.learns for source in row.sources) == 1 for row in rows)
+    for distractors_learn in (True, False):
+        batches = first(replace(config, distractors_learn=distractors_learn))
+        for row in (row for batch in batches for row in batch.rows):
+            learning = sum(source.learns for source in row.sources)
+            assert learning == (len(row.sources) if distractors_learn else 1)
 
 
 def test_a_curriculum_lets_higher_ratios_join_later(llama: Generator, config: TrainConfig) -> None:

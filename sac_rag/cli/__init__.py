@@ -49,6 +49,8 @@ def main() -> None:
     except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         notes.print(f"sac-rag: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        notes.print("sac-rag: interrupted; what was finished is kept", style="red")
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer makes Ctrl-C an exit without a word; a command that had one of its own has no cause.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            notes.print("sac-rag: interrupted; what was finished is kept", style="red")
+        raise

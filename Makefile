@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Everything installed is newer than what asks for it.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test wheel check fix bench clean
+.PHONY: setup demo test notebooks wheel check fix bench clean
 
 setup: $(INSTALLED)
 	@$(BIN)/sac-rag models pull
@@ -21,7 +21,10 @@ demo: setup
 
 test: setup check
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -W default --nbmake notebooks
+
+# Warnings are its libraries' own; a notebook takes one to two minutes.
+notebooks: setup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -W default --nbmake --nbmake-timeout 900 notebooks
 
 wheel: setup
 	$(BIN)/python tests/wheel/check.py

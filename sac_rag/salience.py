@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,24 +50,45 @@ def attention_when_read_again(generator: Generator, sink: Sequence[int], tokens:
         The largest attention weight over all queries of a KV head, float32.
         Shape: (layers, kv_heads, tokens)
     """
-    layers, kv_heads, _ = generator.kv_shape
+    _, kv_heads, _ = generator.kv_shape
     before, count = len(sink), len(tokens)
     text = torch.cat([torch.tensor(sink, dtype=torch.long, device=tokens.device), tokens])
     again = torch.tensor(generator.tokenize(_AGAIN), device=tokens.device)
     with generator.running() as model:
         cache = model.base_model(text[None], use_cache=True).past_key_values
-        usual = model.config._attn_implementation
-        # The only implementation that hands its weights out.
-        model.set_attn_implementation("eager")
-        try:
+        with showing_attention(model):
             attentions = model.base_model(
                 torch.cat([again, tokens])[None],
                 past_key_values=cache,
                 use_cache=True,
                 output_attentions=True,
             ).attentions
-        finally:
-            model.set_attn_implementation(usual)
-    received = [of_layer[0, :, :, before : before + count].amax(dim=1) for of_layer in attentions]
+    return most_received(attentions, kv_heads)[:, :, before : before + count]
+
+
+@contextmanager
+def showing_attention(model: Any) -> Iterator[None]:
+    """Has the model compute its attention in the only way that hands the weights out."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def most_received(attentions: Sequence[Tensor], kv_heads: int) -> Tensor:
+    """The most attention that each entry of one row receives from any query, float32.
+
+    Args:
+        attentions: As a model outputs them, a tensor a layer.
+            Shape of each: (1, query_heads, tokens, entries)
+        kv_heads: Of each layer.
+
+    Returns:
+        Shape: (layers, kv_heads, entries)
+    """
+    received = torch.stack([of_layer[0].amax(dim=1) for of_layer in attentions]).float()
+    layers, _, entries = received.shape
     # Query heads that share a KV head stand next to each other.
-    return torch.stack(received).float().view(layers, kv_heads, -1, count).amax(dim=2)
+    return received.view(layers, kv_heads, -1, entries).amax(dim=2)

@@ -159,7 +159,12 @@ def llama(make_generator: Any) -> Generator:
 
 
 # SAC with anchors that each head chooses for itself, by a scorer.
-LEARNED = {"anchors": "learned", "anchor_embedding": "none", "attention": "causal"}
+LEARNED = {
+    "anchors": "learned",
+    "scorer_width": 8,
+    "anchor_embedding": "none",
+    "attention": "causal",
+}
 
 
 def make_compressor(generator: Generator, method: str, **changes: Any) -> Compressor:

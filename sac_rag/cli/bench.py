@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
-from sac_rag.cli.tables import print_dtypes, print_lookups, print_reads
+from sac_rag.cli.tables import print_anchors, print_dtypes, print_lookups, print_reads
 from sac_rag.show import (
     notes,
     out,
@@ -266,3 +267,46 @@ def choices(
         print_json({"rows": rows})
     else:
         print_choices(rows)
+
+
+@app.command()
+def anchors(
+    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
+    compressor: Annotated[
+        str, typer.Option(help="'shipped' or the folder of a compressor with learned anchors.")
+    ] = "shipped",
+    model: Annotated[str, typer.Option(help="What it was trained for.")] = "smollm2-135m",
+    ratio: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Passages.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the choice of passages.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answers from anchors that others would have chosen: how much a better choice would bring."""
+    from sac_rag.questions import read_questions
+
+    examples = list(read_questions(data))
+    if model in all_models():
+        pull_missing([model])
+    with loading():
+        from sac_rag.compressors import checkpoint
+        from sac_rag.generator import Generator
+        from sac_rag.template import SPANS
+        from sac_rag.training.headroom import compare_anchors
+        from sac_rag.training.objective import Objective
+        from sac_rag.training.rows import RowMaker
+
+        folder = checkpoint.find(compressor, model)
+        if folder is None:
+            raise ValueError("'full' keeps every token: there is no choice to compare")
+        generator = Generator.from_pretrained(model)
+        loaded = checkpoint.load(folder, generator, stored_dtype="float32")
+        maker = RowMaker(generator, checkpoint.load_format(folder) or SPANS)
+    chosen = random.Random(seed).sample(examples, min(limit, len(examples)))
+    rows = [maker.ask(example.gold[:1], example.questions[:5]) for example in chosen]
+    with progress("asking", total=len(rows), show=not as_json) as advance:
+        objective = Objective(loaded, maker.prefix_ids)
+        figures = compare_anchors(objective, rows, ratio or (5,), on_progress=advance)
+    if as_json:
+        print_json({"rows": [asdict(row) for row in figures]})
+    else:
+        print_anchors(figures)

@@ -1,4 +1,4 @@
-"""Tables of what `bench dtypes` and `bench store` measure. Knows nothing of how it is measured."""
+"""Tables of what some of `bench` measures. Knows nothing of how it is measured."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sac_rag.evaluation.dtypes import DtypeRow
     from sac_rag.evaluation.lookup_speed import LookupSpeed
     from sac_rag.evaluation.store_speed import ReadSpeed
+    from sac_rag.training.headroom import AnchorChoice
 
 
 def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
@@ -55,3 +56,13 @@ def print_lookups(speed: LookupSpeed) -> None:
         f"{speed.miss_ms:.3f} ms; a write takes {speed.put_ms:.1f} ms, forgetting a document "
         f"{speed.forget_ms:.0f} ms; the index has {human_bytes(speed.index_nbytes)}"
     )
+
+
+def print_anchors(rows: Sequence[AnchorChoice]) -> None:
+    """Choices of anchors out of one and the same KV, best first at each ratio."""
+    columns = ("ratio", "chosen by", "attention kept", "loss", "accuracy")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in sorted(rows, key=lambda row: (row.ratio, row.loss)):
+        figures = (f"{row.kept:.1%}", f"{row.loss:.3f}", f"{row.accuracy:.3f}")
+        table.add_row(f"{row.ratio}x", row.anchors, *figures)
+    out.print(table)

@@ -46,8 +46,8 @@ class Compressor(ABC):
     """
 
     method: ClassVar[str]
-    # Weights that are computed from examples at once, not trained by gradients.
-    fitted: ClassVar[frozenset[str]] = frozenset()
+    # Weights that are fitted apart, before and after the others are trained.
+    fitted: frozenset[str] = frozenset()
     # Whether it computes what a store does not have.
     computes: ClassVar[bool] = True
     batch_tokens: int = 2048

@@ -23,9 +23,10 @@ class CompressorConfig:
     method: str = "sac"  # which compression method: a name in `compressors.METHODS`
     ratio: int = 5  # source tokens per anchor
     # Which tokens are anchors: every ratio-th; the least predictable; or, for each layer and head
-    # apart, those attended to most when the text is read again, measured ("attention") or foretold
-    # from the tokens' own keys and values by a trained scorer ("learned").
+    # apart, those attended to most when the text is read again ("attention"), or those that a
+    # fitted scorer foretells, from the chunk's keys and values, to be needed ("learned").
     anchors: Anchors = "uniform"
+    scorer_width: int = 0  # of the network in a learned scorer; 0 = a linear function alone
     segment_tokens: int = 510  # longest text encoded in one forward pass, in tokens
     sink: str = ""  # opening of every prompt, read before each segment and dropped ("" = none)
     # Text that stands before each chunk and is compressed with it, special tokens and all.
@@ -51,6 +52,7 @@ class CompressorConfig:
         for name, least in (
             ("ratio", 1),
             ("segment_tokens", 1),
+            ("scorer_width", 0),
             ("first_position", 0),
             ("lora_rank", 1),
             ("lora_alpha", 1),

@@ -8,11 +8,12 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from sac_rag import rope, salience
+from sac_rag import salience
 from sac_rag.anchors import num_anchors, strided_anchors, top_anchors
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
+from sac_rag.compressors.scorer import Scorer, token_features
 from sac_rag.generator import Generator
 
 # In the first layer a word that comes twice has twice the same keys and values, and so the same
@@ -29,7 +30,6 @@ class SAC(Compressor):
     """
 
     method: ClassVar[str] = "sac"
-    fitted: ClassVar[frozenset[str]] = frozenset({"scorer"})
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
         """Adds untrained LoRA to the generator's model, switched off outside of encoding."""
@@ -44,8 +44,9 @@ class SAC(Compressor):
             self.weights["anchor_embedding"] = self.anchor_embedding
         if config.anchors == "learned":
             features = 2 * kv_heads * head_dim
-            self.scorer = nn.Parameter(torch.zeros(layers, kv_heads, features, device=device))
-            self.weights["scorer"] = self.scorer
+            self.scorer = Scorer(layers, kv_heads, features, config.scorer_width).to(device)
+            self.fitted = frozenset(self.scorer.named_weights())
+            self.weights |= self.scorer.named_weights()
         if config.cue:
             self.cue = nn.Parameter(self._untrained_cue())
             self.weights["cue"] = self.cue
@@ -105,7 +106,7 @@ class SAC(Compressor):
         return top_anchors(scores + _LATER * later, self.config.ratio)
 
     def scores(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """How much each token will be needed: linear in its keys and values of all heads.
+        """How much each token will be needed, from all tokens' keys and values.
 
         Args:
             positions: What the keys are rotated for. Shape: (tokens,)
@@ -116,7 +117,8 @@ class SAC(Compressor):
             Shape: (layers, kv_heads, tokens)
         """
         features = token_features(positions, keys, values, self.generator.frequencies)
-        return (features @ self.scorer.transpose(1, 2)).transpose(1, 2)
+        scores: Tensor = self.scorer(features)
+        return scores
 
     def _anchors(self, tokens: Tensor) -> Tensor:
         """Indices known before reading; every token where they are chosen after it."""
@@ -135,14 +137,3 @@ class SAC(Compressor):
         # The mean of all embeddings: a word that says nothing in particular.
         mean: Tensor = self.generator.model.get_input_embeddings().weight.float().mean(dim=0)
         return mean
-
-
-def token_features(positions: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor) -> Tensor:
-    """What a scorer sees of each token: its unrotated keys and its values, of all heads, float32.
-
-    Returns:
-        Shape: (layers, tokens, 2 * kv_heads * head_dim)
-    """
-    layers, _, count, _ = keys.shape
-    both = torch.cat([rope.move(keys, -positions, frequencies), values], dim=-1)
-    return both.float().transpose(1, 2).reshape(layers, count, -1)

@@ -58,6 +58,29 @@ def split_examples(config: TrainConfig) -> tuple[list[QAExample], list[QAExample
     return examples, held
 
 
+def rows_for_scorer(
+    config: TrainConfig, maker: RowMaker, examples: Sequence[QAExample]
+) -> list[Row]:
+    """Rows whose targets show what is needed of a text: its questions, or itself once more.
+
+    Args:
+        config: How many, and how long at most.
+        maker: Makes rows of the prompt.
+        examples: Questions; prose is to be repeated where there are none.
+    """
+    rng = random.Random(f"{config.seed} scorer")
+    rows: Iterator[Row | None]
+    if examples:
+        rows = (maker.ask(e.gold, e.questions) for e in rng.sample(examples, len(examples)))
+    else:
+        texts = list(islice(read_documents(config.text), 50 * config.scorer_texts))
+        rng.shuffle(texts)
+        rows = (maker.continue_text(text, config.text_tokens, repeat=True) for text in texts)
+    made = (row for row in rows if row is not None)
+    short = (r for r in made if all(len(s.ids) <= config.longest_chunk for s in r.sources))
+    return list(islice(short, config.scorer_texts))
+
+
 class BatchStream(IterableDataset):  # type: ignore[type-arg]
     """Batches without end, the same ones for equal configs.
 

@@ -20,6 +20,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "anchors: uniform, not marked": {"compressor.anchors": "uniform"},
     "anchors: surprisal": {**_MARKED, "compressor.anchors": "surprisal"},
     "anchors: attention when read again": {"compressor.anchors": "attention"},
+    "scorer: linear": {"compressor.scorer_width": 0},
     "mask: anchors see all": {**_MARKED, "compressor.attention": "anchors"},
     "mask: all see all": {"compressor.attention": "full"},
     "mask: all see all, uniform": {**_MARKED, "compressor.attention": "full"},

@@ -35,6 +35,7 @@ Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 
 _COMPRESSOR: dict[str, Any] = {
     "anchors": "learned",
+    "scorer_width": 128,
     "anchor_embedding": "none",
     "attention": "causal",
     "lora_rank": 32,
@@ -75,7 +76,7 @@ class TrainConfig:
     longest_chunk: int = 400  # longer passages are left out, in tokens
     match: Match = "none"  # what of the frozen LM's reading of the full text is matched besides
     match_weight: float = 1.0  # of that term beside the cross-entropy
-    scorer_texts: int = 200  # passages that the scorer of anchors="learned" is fitted on at first
+    scorer_texts: int = 500  # passages that the scorer is fitted on at first; 0 = it stays as it is
 
     # How
     steps: int = 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from sac_rag.assemble import Branches, Part, Prompt, assemble
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import read_plain
 from sac_rag.kv import AnchorKV
+from sac_rag.salience import most_received, showing_attention
 from sac_rag.training.rows import Row, Source
 
 Match = Literal["none", "hidden", "logits"]
@@ -106,20 +107,45 @@ class Objective:
             ratio: Source tokens per anchor.
             read_as: "anchors", or "text" for the frozen LM reading the chunks themselves.
         """
-        generator = self.compressor.generator
         if read_as == "text":
-            prompt = self._text_prompt(rows)
-        else:
-            compressor = self.compressor.at_ratio(ratio)
-            prompt = self.prompt(rows, self.encode(compressor, rows))
+            return self._predict(rows, self._text_prompt(rows))
+        return self.predict_from(rows, self.encode(self.compressor.at_ratio(ratio), rows))
+
+    @torch.no_grad()
+    def predict_from(self, rows: Sequence[Row], kvs: Sequence[AnchorKV]) -> Predicted:
+        """Predicts the targets of rows whose chunks are compressed already, in reading order."""
+        return self._predict(rows, self.prompt(rows, kvs))
+
+    def _predict(self, rows: Sequence[Row], prompt: Prompt) -> Predicted:
         places, labels = target_places(rows, prompt.embeds.shape[1])
         hidden = self._read(prompt)[places]
-        with generator.running() as model:
+        with self.compressor.generator.running() as model:
             logits = model.lm_head(hidden)
         first = torch.cat(
             [torch.arange(target.predicted) == 0 for row in rows for target in row.targets]
         )
         return Predicted(logits.cpu(), labels, first, places[0])
+
+    @torch.no_grad()
+    def attention(self, row: Row) -> list[tuple[AnchorKV, Tensor]]:
+        """What a row's targets look at where every token of its chunks is kept.
+
+        Returns:
+            Each chunk's KV, and the most attention that each of its tokens receives, float32.
+            Shape of the latter: (layers, kv_heads, tokens)
+        """
+        generator = self.compressor.generator
+        kvs = self.encode(self.compressor.at_ratio(1), [row])
+        prompt = self.prompt([row], kvs)
+        before = prompt.cache.get_seq_length() - sum(kv.num_tokens for kv in kvs)
+        with generator.running() as model, showing_attention(model):
+            attentions = model.base_model(**self._inputs(prompt), output_attentions=True).attentions
+        received = most_received(attentions, generator.kv_shape[1])
+        seen = []
+        for kv in kvs:
+            seen.append((kv, received[:, :, before : before + kv.num_tokens]))
+            before += kv.num_tokens
+        return seen
 
     def encode(self, compressor: Compressor, rows: Sequence[Row]) -> list[AnchorKV]:
         """Compresses the chunks of all rows, each alone, in reading order of the rows.
@@ -166,16 +192,18 @@ class Objective:
 
     def _read(self, prompt: Prompt) -> Tensor:
         """Last hidden states of the plain text. Shape: (rows, tokens, hidden)."""
-        generator = self.compressor.generator
-        with generator.running() as model:
-            hidden: Tensor = model.base_model(
-                inputs_embeds=prompt.embeds,
-                position_ids=prompt.position_ids,
-                attention_mask=generator.attention_mask(prompt.mask),
-                past_key_values=prompt.cache,
-                use_cache=True,
-            ).last_hidden_state
+        with self.compressor.generator.running() as model:
+            hidden: Tensor = model.base_model(**self._inputs(prompt)).last_hidden_state
         return hidden
+
+    def _inputs(self, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "inputs_embeds": prompt.embeds,
+            "position_ids": prompt.position_ids,
+            "attention_mask": self.compressor.generator.attention_mask(prompt.mask),
+            "past_key_values": prompt.cache,
+            "use_cache": True,
+        }
 
 
 def target_places(rows: Sequence[Row], columns: int) -> tuple[tuple[Tensor, Tensor], Tensor]:

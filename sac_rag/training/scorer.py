@@ -1,91 +1,136 @@
-"""Fits the scorer that chooses anchors. Knows nothing of gradients: it is a least-squares problem.
+"""Fits the scorer that chooses anchors. Knows no prompts, and no gradients but the scorer's own.
 
-The scorer foretells, from a token's own keys and values, the logarithm of the most attention that
-it will receive when the text is read again. KVzap (arXiv 2601.07891) found that this can be
-learned; here the predictor is linear in the KV of one layer, so that one pass is enough to encode.
+What is needed of a text shows when all of it is kept: in each head, it is what questions about the
+text look at. KVzip (arXiv 2505.23416) takes that from a second reading of the text, KVzap
+(arXiv 2601.07891) found that it can be foretold from hidden states; here it is foretold from a
+chunk's KV, so that one pass is enough to encode, and learned from questions, where there are any.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 
-from sac_rag.compressors.sac import SAC, token_features
-from sac_rag.salience import attention_when_read_again
+from sac_rag.anchors import top_anchors
+from sac_rag.compressors.sac import SAC
+from sac_rag.compressors.scorer import Scorer, token_features
+from sac_rag.kv import AnchorKV
 
-# Below this share of attention nothing is told apart, and the logarithm is only noise.
-_LEAST = 1e-4
-# Of the features' variance, added to it: few texts are enough then.
-_RIDGE = 1e-3
+# Every so-many-th chunk is not learned from: it shows what the scorer has learned.
+_HELD_OUT = 10
+_EPOCHS, _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 3, 4, 2e-3, 0.05
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a scorer sees of a chunk, and what it is to foretell.
+
+    Attributes:
+        features: Of every token, float16. Shape: (layers, tokens, features)
+        attention: The most that each token received. Shape: (layers, kv_heads, tokens)
+    """
+
+    features: Tensor
+    attention: Tensor
+
+
 def fit_scorer(
     compressor: SAC,
-    texts: Iterable[Tensor],
+    chunks: Iterable[tuple[AnchorKV, Tensor]],
+    *,
+    seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Sets `compressor.scorer` to the best linear prediction over some texts.
+    """Teaches `compressor.scorer`, from where it is, which tokens of a chunk will be looked at.
 
-    Only running sums are kept, so any number of texts can be gone through. 200 paragraphs are
-    enough for a model of 135M parameters.
+    It learns each head's distribution of attention by cross-entropy: what must be right is which
+    tokens get most of it. Keys and values of all chunks are kept in memory meanwhile, about 4 MB a
+    paragraph for a model of 135M parameters.
 
     Args:
-        compressor: With anchors="learned". Its LoRA is as it is: fit before training it.
-        texts: Token ids, each at most a segment. Shape of each: (tokens,)
-        on_progress: Called with 1 after each text.
+        compressor: With anchors="learned". Its LoRA is as it is.
+        chunks: KV of all tokens of a chunk at position 0, and the most attention that each token
+            received in each layer and KV head, see `Objective.attention`.
+        seed: Equal seeds and chunks fit equal scorers.
+        on_progress: Called with 1 after each chunk is read.
 
     Returns:
-        Share of the variance explained over these texts, mean over layers and heads.
+        Of the attention that the best choice of anchors keeps at the config's ratio, the share
+        that the scorer's choice keeps, over chunks it did not learn from.
 
     Raises:
-        ValueError: if there is no text, or the compressor has no scorer.
+        ValueError: if there are fewer than two chunks, or the compressor has no scorer.
     """
     if compressor.config.anchors != "learned":
         raise ValueError(
             "only a compressor with anchors='learned' has a scorer, was: "
             f"anchors={compressor.config.anchors!r}"
         )
-    generator = compressor.generator
-    everything = compressor.at_ratio(1)
-    layers, heads, head_dim = generator.kv_shape
-    features, count = 2 * heads * head_dim, 0
-    device = generator.device
-    # Sums of x, y, x xᵀ, x yᵀ and y²; float64, for the variance is a difference of large sums.
-    x_sum = torch.zeros(layers, features, dtype=torch.float64, device=device)
-    y_sum = torch.zeros(layers, heads, dtype=torch.float64, device=device)
-    y_squared = torch.zeros_like(y_sum)
-    xx = torch.zeros(layers, features, features, dtype=torch.float64, device=device)
-    xy = torch.zeros(layers, features, heads, dtype=torch.float64, device=device)
-    for tokens in texts:
-        (kv,) = everything.encode([tokens], [0])
-        positions = torch.arange(len(tokens), device=device)
-        x = token_features(positions, kv.keys, kv.values, generator.frequencies).double()
-        wanted = attention_when_read_again(generator, compressor.sink_ids, tokens)
-        y = wanted.clamp_min(_LEAST).log().double().transpose(1, 2)
-        count += len(tokens)
-        x_sum += x.sum(1)
-        y_sum += y.sum(1)
-        y_squared += y.square().sum(1)
-        xx += x.transpose(1, 2) @ x
-        xy += x.transpose(1, 2) @ y
+    lessons: list[Lesson] = []
+    for kv, attention in chunks:
+        positions = torch.arange(kv.num_tokens, device=kv.keys.device)
+        frequencies = compressor.generator.frequencies
+        features = token_features(positions, kv.keys, kv.values, frequencies)
+        lessons.append(Lesson(features.half(), attention))
         if on_progress is not None:
             on_progress(1)
-    if not count:
-        raise ValueError("expected at least one text to fit the scorer on, got none")
-    mean_x, mean_y = x_sum / count, y_sum / count
-    covariance = xx / count - mean_x[:, :, None] * mean_x[:, None, :]
-    with_y = xy / count - mean_x[:, :, None] * mean_y[:, None, :]
-    spread = covariance.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
-    solution = torch.linalg.solve(covariance + _RIDGE * torch.diag_embed(spread), with_y)
-    compressor.scorer.copy_(solution.transpose(1, 2))
-    residual = (
-        y_squared / count
-        - mean_y.square()
-        - 2 * (solution * with_y).sum(1)
-        + (solution * (covariance @ solution)).sum(1)
-    )
-    variance = (y_squared / count - mean_y.square()).clamp_min(1e-12)
-    return float((1 - residual / variance).mean())
+    if len(lessons) < 2:
+        raise ValueError(
+            f"expected at least two chunks to fit the scorer on and test it, got {len(lessons)}"
+        )
+    held = lessons[::_HELD_OUT]
+    _learn(compressor.scorer, [x for i, x in enumerate(lessons) if i % _HELD_OUT], seed)
+    return _share_kept(compressor.scorer, held, compressor.config.ratio)
+
+
+def _learn(scorer: Scorer, lessons: list[Lesson], seed: int) -> None:
+    mean, scale = _spread(lessons)
+    # While it learns, its weights are for features of mean 0 and deviation 1.
+    scorer.take_in(-mean / scale, 1 / scale)
+    rng = random.Random(seed)
+    batches = -(-len(lessons) // _BATCH)
+    with torch.enable_grad():
+        optimizer = AdamW(scorer.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        schedule = OneCycleLR(
+            optimizer, _LEARNING_RATE, total_steps=_EPOCHS * batches + 1, pct_start=0.1
+        )
+        for _ in range(_EPOCHS):
+            order = rng.sample(lessons, len(lessons))
+            for begin in range(0, len(order), _BATCH):
+                batch = order[begin : begin + _BATCH]
+                for lesson in batch:
+                    scores = scorer((lesson.features.float() - mean[:, None]) / scale[:, None])
+                    wanted = lesson.attention / lesson.attention.sum(dim=-1, keepdim=True)
+                    loss = -(wanted * scores.log_softmax(dim=-1)).sum(dim=-1).mean()
+                    (loss / len(batch)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+    scorer.take_in(mean, scale)
+
+
+def _spread(lessons: list[Lesson]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature. Shape of each: (layers, features)."""
+    # Float64, for the variance is a difference of large sums.
+    features = [lesson.features.double() for lesson in lessons[:200]]
+    count = sum(x.shape[1] for x in features)
+    mean = torch.stack([x.sum(1) for x in features]).sum(0) / count
+    square = torch.stack([x.square().sum(1) for x in features]).sum(0) / count
+    scale = (square - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.float(), scale.float()
+
+
+@torch.no_grad()
+def _share_kept(scorer: Scorer, lessons: list[Lesson], ratio: int) -> float:
+    kept, best = 0.0, 0.0
+    for lesson in lessons:
+        chosen = top_anchors(scorer(lesson.features.float()), ratio)
+        kept += float(lesson.attention.gather(-1, chosen).sum())
+        best += float(lesson.attention.gather(-1, top_anchors(lesson.attention, ratio)).sum())
+    return kept / best

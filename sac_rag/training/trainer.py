@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,11 @@ from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.sac import SAC
 from sac_rag.generator import Generator
-from sac_rag.questions import QAExample
-from sac_rag.training.batches import Batch, BatchStream, read_documents, split_examples
+from sac_rag.training.batches import Batch, BatchStream, rows_for_scorer, split_examples
 from sac_rag.training.config import WATCHING, TrainConfig
 from sac_rag.training.curves import draw_curves
 from sac_rag.training.objective import Objective
-from sac_rag.training.rows import RowMaker
+from sac_rag.training.rows import Row, RowMaker
 from sac_rag.training.scorer import fit_scorer
 from sac_rag.training.validation import Validator
 
@@ -82,8 +79,8 @@ def train(
     validator = Validator(objective, maker, held, config) if held else None
     trainer = CompressorTrainer(config, objective, validator, out, tell)
     last = trainer.last_checkpoint()
-    if last is None and config.scorer_texts and not config.init_from:
-        _fit(config, compressor, examples, tell)
+    if last is None and config.scorer_texts:
+        _fit(config, objective, rows_for_scorer(config, maker, examples), tell)
     trainer.train_dataset = BatchStream(config, maker, examples)
     with trainer.stopping_on_signals():
         trainer.train(resume_from_checkpoint=last)
@@ -324,26 +321,24 @@ def _compressor(config: TrainConfig, generator: Generator) -> Compressor:
     if not set(compressor.weights) - compressor.fitted:
         raise ValueError(f"a compressor of method {made.method!r} has nothing to train")
     if config.init_from:
-        compressor.load_weights(checkpoint.read(config.init_from)[1])
+        weights = checkpoint.read(config.init_from)[1]
+        if config.scorer_texts:
+            # It is fitted anyway: a compressor without this scorer will do.
+            missing = compressor.fitted - weights.keys()
+            weights |= {name: compressor.weights[name] for name in missing}
+        compressor.load_weights(weights)
     return compressor
 
 
-def _fit(
-    config: TrainConfig, compressor: Compressor, examples: list[QAExample], tell: OnEvent
-) -> None:
-    """Fits the scorer on passages of the training data, or on prose where there are none."""
+def _fit(config: TrainConfig, objective: Objective, rows: list[Row], tell: OnEvent) -> None:
+    """Fits the scorer, if there is one, to what the rows' targets look at."""
+    compressor = objective.compressor
     if not isinstance(compressor, SAC) or compressor.config.anchors != "learned":
         return
-    rng = random.Random(f"{config.seed} scorer")
-    texts = [example.gold[0].text for example in examples]
-    if not texts:
-        texts = list(islice(read_documents(config.text), 50 * config.scorer_texts))
-    longest = config.longest_chunk
-    chosen = rng.sample(texts, min(config.scorer_texts, len(texts)))
-    tokens = [torch.tensor(compressor.generator.tokenize(t)[:longest]) for t in chosen]
-    explained = fit_scorer(
+    kept = fit_scorer(
         compressor,
-        (ids.to(compressor.generator.device) for ids in tokens),
-        lambda count: tell({"event": "scorer", "texts": len(tokens), "done": count}),
+        (chunk for row in rows for chunk in objective.attention(row)),
+        seed=config.seed,
+        on_progress=lambda count: tell({"event": "scorer", "texts": len(rows), "done": count}),
     )
-    tell({"event": "scorer", "explained": explained})
+    tell({"event": "scorer", "kept": kept})

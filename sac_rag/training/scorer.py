@@ -62,10 +62,11 @@ def fit_scorer(
 
     Returns:
         Of the attention that the best choice of anchors keeps at the config's ratio, the share
-        that the scorer's choice keeps, over chunks it did not learn from.
+        that the scorer's choice keeps, over chunks it did not learn from, a tenth of them; a
+        single chunk is learned from and measured.
 
     Raises:
-        ValueError: if there are fewer than two chunks, or the compressor has no scorer.
+        ValueError: if there is no chunk, or the compressor has no scorer.
     """
     if compressor.config.anchors != "learned":
         raise ValueError(
@@ -80,12 +81,11 @@ def fit_scorer(
         lessons.append(Lesson(features.half(), attention))
         if on_progress is not None:
             on_progress(1)
-    if len(lessons) < 2:
-        raise ValueError(
-            f"expected at least two chunks to fit the scorer on and test it, got {len(lessons)}"
-        )
+    if not lessons:
+        raise ValueError("expected at least one chunk to fit the scorer on, got none")
     held = lessons[::_HELD_OUT]
-    _learn(compressor.scorer, [x for i, x in enumerate(lessons) if i % _HELD_OUT], seed)
+    learned = [lesson for i, lesson in enumerate(lessons) if i % _HELD_OUT] or lessons
+    _learn(compressor.scorer, learned, seed)
     return _share_kept(compressor.scorer, held, compressor.config.ratio)
 
 

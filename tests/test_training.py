@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -462,7 +463,6 @@ def test_data_that_leaves_nothing_is_refused(questions: Path, held_out: int, mes
 def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
     llama: Generator, config: TrainConfig
 ) -> None:
-    from dataclasses import replace
     from itertools import islice
 
     examples, _ = split_examples(config)
@@ -484,7 +484,6 @@ def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
 
 
 def test_a_curriculum_lets_higher_ratios_join_later(llama: Generator, config: TrainConfig) -> None:
-    from dataclasses import replace
     from itertools import islice
 
     slow = replace(config, curriculum=1.0, steps=40)
@@ -588,6 +587,25 @@ def test_a_run_leaves_a_compressor_that_answers_and_an_account(
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_a_compressor_of_a_simpler_scorer_if_it_fits_its_own(
+    make_generator: Callable[..., Generator], config: TrainConfig, tmp_path: Path
+) -> None:
+    linear = replace(config, steps=1, compressor=replace(config.compressor, scorer_width=0))
+    first = train(linear, tmp_path / "first", generator=make_generator("llama"))
+    on = replace(config, steps=1, init_from=str(first))
+    folders = []
+    for number in range(2):
+        generator = make_generator("llama")
+        torch.manual_seed(number)  # what the process drew before is nothing to a run
+        folders.append(train(on, tmp_path / f"on-{number}", generator=generator))
+    one, other = (checkpoint.read(folder)[1] for folder in folders)
+    assert one["scorer.out.weight"].any()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="do not fit this model and config"):
+        train(replace(on, scorer_texts=0), tmp_path / "as-is", generator=make_generator("llama"))
+
+
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(
     make_generator: Callable[..., Generator], config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -618,7 +636,6 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(
 def test_a_run_of_other_settings_is_not_continued(
     own: Generator, config: TrainConfig, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
 
     limited = replace(config, max_minutes=1e-6)
     train(limited, tmp_path / "run", generator=own)

@@ -46,7 +46,7 @@ class Compressor(ABC):
     """
 
     method: ClassVar[str]
-    # Weights that are fitted apart, before and after the others are trained.
+    # Weights that are fitted apart, before the others are trained.
     fitted: frozenset[str] = frozenset()
     # Whether it computes what a store does not have.
     computes: ClassVar[bool] = True

@@ -317,7 +317,10 @@ def _compressor(config: TrainConfig, generator: Generator) -> Compressor:
     made = replace(config.compressor, stored_dtype="float32")
     if config.sink and not made.sink:
         made = replace(made, sink=config.format.opening(generator.tokenizer))
-    compressor = checkpoint.make(generator, made)
+    with torch.random.fork_rng():
+        # LoRA and the scorer's network begin at random.
+        torch.manual_seed(config.seed)
+        compressor = checkpoint.make(generator, made)
     if not set(compressor.weights) - compressor.fitted:
         raise ValueError(f"a compressor of method {made.method!r} has nothing to train")
     if config.init_from:

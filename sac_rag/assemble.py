@@ -54,6 +54,7 @@ class Prompt:
         mask: True = attend. Shape: (rows, 1, tokens, entries + tokens)
         cache: All anchors, moved to their places; the pass adds the plain text to it.
         next_positions: Position of the first token of each answer. Shape: (rows,)
+        adapter: Name of the LoRA to read it and to answer with; None for the frozen LM.
         num_anchors: Anchors of each row, without padding.
         num_tokens: Plain tokens of each row, without padding.
     """
@@ -63,6 +64,7 @@ class Prompt:
     mask: Tensor
     cache: DynamicCache
     next_positions: Tensor
+    adapter: str | None
     num_anchors: tuple[int, ...]
     num_tokens: tuple[int, ...]
 
@@ -91,6 +93,7 @@ def assemble(
     *,
     prefix: AnchorKV | None = None,
     cue: Tensor | None = None,
+    adapter: str | None = None,
     reserve: int = 0,
     first_position: int = 0,
 ) -> Prompt:
@@ -102,6 +105,7 @@ def assemble(
         prefix: KV of plain text that every row begins with, read beforehand at position 0.
         cue: Embedding put behind every chunk, at the position of the chunk's last token.
             Shape: (hidden,)
+        adapter: Name of the LoRA to read and answer with. Default: the frozen LM does.
         reserve: Positions to keep free for the answer, in tokens.
         first_position: Of every row's first token, or of its prefix's.
 
@@ -125,6 +129,7 @@ def assemble(
         mask=_mask(entry_turns, token_turns, [row.last_shared_turn for row in placed]),
         cache=cache,
         next_positions=torch.tensor([row.end for row in placed], device=generator.device),
+        adapter=adapter,
         num_anchors=tuple(row.num_anchors for row in placed),
         num_tokens=tuple(row.num_tokens for row in placed),
     )

@@ -132,7 +132,7 @@ def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Ite
     next_positions = prompt.next_positions[:, None]
     for _ in range(decoding.max_new_tokens):
         # The model is taken for each step alone: between two steps the caller may do as it likes.
-        with generator.running() as model, torch.no_grad():
+        with generator.running(prompt.adapter) as model, torch.no_grad():
             logits: Tensor = model(
                 inputs_embeds=embeds,
                 position_ids=positions,

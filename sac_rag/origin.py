@@ -29,7 +29,8 @@ class Origin:
         format: The prompts that the chunks are for, if it is known.
 
     Raises:
-        ValueError: if config or cue are not those of the fields.
+        ValueError: if config or cue are not those of the fields, or prompts with the anchors need a
+            generator adapter, which only the compressor has.
     """
 
     fields: Mapping[str, str]
@@ -43,6 +44,12 @@ class Origin:
         differing = sorted(n for n in told.keys() | own.keys() if told.get(n) != own.get(n))
         if differing:
             raise ValueError(f"the config is not the fingerprint's: {', '.join(differing)} differ")
+        if self.config.generator_adapter_rank:
+            raise ValueError(
+                "chunks of a compressor with a generator adapter (rank "
+                f"{self.config.generator_adapter_rank}) can only be answered from with that "
+                "adapter: load the compressor itself"
+            )
         if self.config.cue != (self.cue is not None):
             raise ValueError(
                 f"the config has cue={self.config.cue}, but "

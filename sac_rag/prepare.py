@@ -125,6 +125,7 @@ def prepare(
         generator,
         prefix=split.prefix,
         cue=compressor.compressor.cue,
+        adapter=compressor.compressor.generator_adapter,
         reserve=decoding.max_new_tokens,
         first_position=config.first_position,
     )

@@ -255,7 +255,9 @@ def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
 def print_quality(model: str, result: QualityResult) -> None:
     """How one system answered."""
     columns = ("system", "ratio", "k", "questions", "EM", "F1", "95 % of F1", "contains")
-    table = Table(*columns, box=None, pad_edge=False)
+    # The generator is the user's own, unless this says otherwise.
+    adapted = ("generator adapter",) if result.generator_adapter else ()
+    table = Table(*columns, *adapted, box=None, pad_edge=False)
     low, high = result.f1_interval
     table.add_row(
         result.system,
@@ -266,6 +268,7 @@ def print_quality(model: str, result: QualityResult) -> None:
         f"{result.f1:.3f}",
         f"{low:.3f} to {high:.3f}",
         f"{result.contains:.3f}",
+        *(f"rank {result.generator_adapter}" for _ in adapted),
     )
     out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")
     out.print(table)

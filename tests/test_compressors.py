@@ -52,6 +52,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "lora_rank": (2, {"compressor_weights"}),
     "lora_alpha": (16, set()),
     "lora_targets": (("q_proj",), {"compressor_weights"}),
+    "generator_adapter_rank": (2, {"compressor_weights"}),
     "stored_dtype": ("float16", set()),
 }
 
@@ -109,6 +110,7 @@ def nudge(weight: Tensor) -> None:
         ("scorer_width", -1),
         ("lora_rank", 0),
         ("lora_alpha", 0),
+        ("generator_adapter_rank", -1),
         ("attention", "bidirectional"),
         ("attention", None),
         ("stored_dtype", "int4"),

@@ -380,7 +380,7 @@ def test_a_comparison_goes_on_where_it_was_left(rag: SacRAG, tmp_path: Path) -> 
 def test_the_table_sets_anchors_against_keeping_all() -> None:
     def result(system: System, ratio: int | None, f1: float) -> QualityResult:
         return QualityResult(
-            system, ratio, 1, 9, 0.1, f1, 0.2, (0.0, 1.0), 0, "float32", "", None, 1.0
+            system, ratio, 1, 9, 0.1, f1, 0.2, (0.0, 1.0), 0, "float32", "", None, 0, 1.0
         )
 
     table = to_markdown(

@@ -40,6 +40,8 @@ class Compressor(ABC):
         weights: The trained tensors by name; none for a method without training.
         cue: The learned embedding that follows each chunk in a prompt, if the method has one.
             Shape: (hidden,)
+        generator_adapter: Name of the LoRA that is on while prompts with its anchors are read and
+            answered. None, but for those that were trained with one: the frozen LM answers.
         batch_tokens: Most tokens in one encoder pass, pads included: enough to fill the matrix
             units of a small machine, and a bound on activations (about 60 MB for a 135M model,
             1 GB for an 8B one).
@@ -59,6 +61,7 @@ class Compressor(ABC):
         self.config = config
         self.weights: dict[str, Tensor] = {}
         self.cue: Tensor | None = None
+        self.generator_adapter: str | None = None
         self._adapter: str | None = None
         self._merged_encoder: Callable[[], Any] | None = None
         self._sink_ids = generator.tokenize(config.sink, special=True)
@@ -93,6 +96,12 @@ class Compressor(ABC):
     def storing(self, dtype: StoredDtype) -> Self:
         """The same weights, their KV handed over in another dtype."""
         return self._with(stored_dtype=dtype)
+
+    def without_generator_adapter(self) -> Self:
+        """The same, its prompts answered by the frozen LM."""
+        other = self._with(generator_adapter_rank=0)
+        other.generator_adapter = None
+        return other
 
     def merged(self) -> Self:
         """The same, for inference alone, with LoRA merged into weights of its own at first use.

@@ -39,6 +39,9 @@ class CompressorConfig:
     lora_rank: int = 128
     lora_alpha: int = 256  # LoRA is scaled by lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # modules that get LoRA; () = none
+    # Of a second LoRA, on while prompts with these anchors are read and answered: the generator is
+    # then no longer the one that came. 0 = none
+    generator_adapter_rank: int = 0
     stored_dtype: StoredDtype = "bfloat16"  # what keys and values are kept in, see quantize.py
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class CompressorConfig:
             ("segment_tokens", 1),
             ("scorer_width", 0),
             ("first_position", 0),
+            ("generator_adapter_rank", 0),
             ("lora_rank", 1),
             ("lora_alpha", 1),
         ):
@@ -70,6 +74,11 @@ class CompressorConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, was: {getattr(self, name)!r}"
                 )
+        if self.generator_adapter_rank and not self.lora_targets:
+            raise ValueError(
+                "lora_targets must name the modules of the generator adapter too, was: none, with "
+                f"generator_adapter_rank={self.generator_adapter_rank}"
+            )
         for name in ("sink", "heading"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a str, was: {getattr(self, name)!r}")

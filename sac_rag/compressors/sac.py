@@ -51,17 +51,25 @@ class SAC(Compressor):
             self.cue = nn.Parameter(self._untrained_cue())
             self.weights["cue"] = self.cue
         if config.lora_targets:
-            from peft import LoraConfig  # a second of imports that only LoRA is worth
+            self._adapter, weights = self._add_lora(config.lora_rank)
+            self.weights |= weights
+        if config.generator_adapter_rank:
+            self.generator_adapter, weights = self._add_lora(config.generator_adapter_rank)
+            self.weights |= {f"generator_adapter.{n}": weight for n, weight in weights.items()}
 
-            self._adapter = f"sac_{uuid4().hex}"
-            lora = LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                target_modules=list(config.lora_targets),
-                lora_dropout=0.0,
-                bias="none",
-            )
-            self.weights |= dict(generator.add_adapter(self._adapter, lora))
+    def _add_lora(self, rank: int) -> tuple[str, dict[str, Tensor]]:
+        """Adds LoRA of a rank to the generator; gives its name there, and its weights."""
+        from peft import LoraConfig  # a second of imports that only LoRA is worth
+
+        config, name = self.config, f"sac_{uuid4().hex}"
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=config.lora_alpha * rank / config.lora_rank,
+            target_modules=list(config.lora_targets),
+            lora_dropout=0.0,
+            bias="none",
+        )
+        return name, dict(self.generator.add_adapter(name, lora))
 
     def at_ratio(self, ratio: int) -> SAC:
         """The same weights at another ratio; refused where each slot has a vector of its own."""

@@ -75,21 +75,29 @@ def compare(
 
 
 def to_markdown(results: Sequence[QualityResult]) -> str:
-    """A table; its last column sets F1 against that of anchors with every token kept."""
-    lines = [
-        "| the model attends to | k | F1 (95 %) | EM | gold contained | F1 of keeping all |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """A table; its last column sets F1 against that of anchors with every token kept.
+
+    Where some were answered with a generator adapter, a column tells its rank.
+    """
+    columns = ["the model attends to", "k", "F1 (95 %)", "EM", "gold contained"]
+    adapted = any(result.generator_adapter for result in results)
+    columns += [*(["generator adapter"] if adapted else []), "F1 of keeping all"]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     kept_all = {r.k: r.f1 for r in results if r.system == "compressed" and r.ratio == 1}
     for result in results:
         low, high = result.f1_interval
         whole = kept_all.get(result.k)
+        adapter = f"| {_rank(result.generator_adapter)} " if adapted else ""
         share = f"{result.f1 / whole:.0%}" if whole else ""
         lines.append(
             f"| {_told(result)} | {result.k} | {result.f1:.3f} ({low:.3f} to {high:.3f}) "
-            f"| {result.em:.3f} | {result.contains:.3f} | {share} |"
+            f"| {result.em:.3f} | {result.contains:.3f} {adapter}| {share} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _rank(generator_adapter: int) -> str:
+    return f"rank {generator_adapter}" if generator_adapter else "none"
 
 
 def _told(result: QualityResult) -> str:

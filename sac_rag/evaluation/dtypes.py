@@ -143,9 +143,10 @@ def _logits_of_gold(rag: SacRAG, trial: Trial, kvs: dict[str, AnchorKV]) -> Tens
         [[*parts, gold]],
         generator,
         cue=compressor.cue,
+        adapter=compressor.generator_adapter,
         first_position=compressor.config.first_position,
     )
-    with generator.running() as model:
+    with generator.running(prompt.adapter) as model:
         output: Any = model(
             inputs_embeds=prompt.embeds,
             position_ids=prompt.position_ids,

@@ -54,6 +54,7 @@ class QualityResult:
         dtype: What the model computes in.
         prompt: Digest of the prompt format; systems are comparable where it is the same.
         fingerprint: The compressor's; None where no anchors were read.
+        generator_adapter: Rank of the LoRA that answered with the compressor; 0 for the frozen LM.
         seconds: Time that the answers took, reading and compressing included.
     """
 
@@ -69,6 +70,7 @@ class QualityResult:
     dtype: str
     prompt: str
     fingerprint: str | None
+    generator_adapter: int
     seconds: float
 
 
@@ -119,7 +121,7 @@ def evaluate(
         reader = SacRAG(rag.compressor, format=rag.format)
     else:
         # With nothing in the store and misses read as text, the pipeline is a plain reader.
-        plain = CachedCompressor(compressor, {})
+        plain = CachedCompressor(compressor.without_generator_adapter(), {})
         reader = SacRAG(plain, format=rag.format, on_miss="text")
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
     fingerprint = rag.compressor.fingerprint if system == "compressed" else None
@@ -173,6 +175,7 @@ def evaluate(
         dtype=generator.dtype_name,
         prompt=digest_json(prompt),
         fingerprint=fingerprint,
+        generator_adapter=reader.compressor.compressor.config.generator_adapter_rank,
         seconds=sum(row["seconds"] for row in rows),
     )
 

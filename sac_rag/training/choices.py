@@ -37,6 +37,8 @@ CHOICES: dict[str, dict[str, Any]] = {
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ],
     },
+    # The generator is then no longer the one that came.
+    "generator adapter, rank 16": {"compressor.generator_adapter_rank": 16},
     "match hidden states": {"match": "hidden"},
     "match logits": {"match": "logits"},
     "half prose": {"text_share": 0.5},

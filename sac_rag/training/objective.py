@@ -138,7 +138,7 @@ class Objective:
         kvs = self.encode(self.compressor.at_ratio(1), [row])
         prompt = self.prompt([row], kvs)
         before = prompt.cache.get_seq_length() - sum(kv.num_tokens for kv in kvs)
-        with generator.running() as model, showing_attention(model):
+        with generator.running(prompt.adapter) as model, showing_attention(model):
             attentions = model.base_model(**self._inputs(prompt), output_attentions=True).attentions
         received = most_received(attentions, generator.kv_shape[1])
         seen = []
@@ -175,24 +175,32 @@ class Objective:
             ]
             for row in rows
         ]
-        return self._assemble(parts, self.compressor.cue)
+        compressor = self.compressor
+        return self._assemble(parts, compressor.cue, compressor.generator_adapter)
 
     def _text_prompt(self, rows: Sequence[Row]) -> Prompt:
         """The same prompts with the chunks as text."""
-        return self._assemble([_as_text(row, self.compressor.heading_ids) for row in rows], None)
+        heading = self.compressor.heading_ids
+        return self._assemble([_as_text(row, heading) for row in rows], None, None)
 
-    def _assemble(self, parts: Sequence[Sequence[Part | Branches]], cue: Tensor | None) -> Prompt:
+    def _assemble(
+        self,
+        parts: Sequence[Sequence[Part | Branches]],
+        cue: Tensor | None,
+        adapter: str | None,
+    ) -> Prompt:
         return assemble(
             parts,
             self.compressor.generator,
             prefix=self._prefix,
             cue=cue,
+            adapter=adapter,
             first_position=self.compressor.config.first_position,
         )
 
     def _read(self, prompt: Prompt) -> Tensor:
         """Last hidden states of the plain text. Shape: (rows, tokens, hidden)."""
-        with self.compressor.generator.running() as model:
+        with self.compressor.generator.running(prompt.adapter) as model:
             hidden: Tensor = model.base_model(**self._inputs(prompt)).last_hidden_state
         return hidden
 

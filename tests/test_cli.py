@@ -238,8 +238,8 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory, make_generator: Any) ->
     folder = tmp_path_factory.mktemp("tiny")
     make_model("llama").save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    for name, format in (("sac", None), ("formatted", OWN_FORMAT)):
-        compressor = make_compressor(make_generator("llama"), "sac")
+    for name, method, format in (("sac", "sac", None), ("formatted", "learned", OWN_FORMAT)):
+        compressor = make_compressor(make_generator("llama"), method)
         checkpoint.save(compressor, folder / name, format=format)
     (folder / "data.json").write_text(
         json.dumps(
@@ -426,6 +426,21 @@ def test_bench_quality_prints_a_table_and_keeps_the_figures(tiny: Path, tmp_path
     kept = json.loads((tmp_path / "quality" / "figures.json").read_text())
     assert printed["rows"] == kept
     assert {row["prompt"] for row in kept} == {printed["rows"][0]["prompt"]}
+
+
+def test_bench_anchors_compares_what_others_would_have_kept(tiny: Path) -> None:
+    command = [
+        *("bench", "anchors", "--data", str(tiny / "data.json"), "--model", str(tiny / "model")),
+        *("--compressor", str(tiny / "formatted"), "--limit", "2", "--ratio", "4"),
+    ]
+    printed = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    names = {"scorer", "read again", "every so many", "these questions"}
+    assert {row["anchors"] for row in printed["rows"]} == names
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.stderr
+    assert all(name in shown.stdout for name in names)
+    with pytest.raises(ValueError, match="'full' keeps every token: there is no choice"):
+        CliRunner().invoke(app, [*command, "--compressor", "full"], catch_exceptions=False)
 
 
 def test_evaluate_says_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,6 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from sac_rag.assemble import Prompt
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
@@ -201,6 +203,18 @@ def passes_of(generator: Generator) -> Iterator[list[int]]:
         yield passes
     finally:
         handle.remove()
+
+
+def logits_of(generator: Generator, prompt: Prompt) -> Tensor:
+    """What is predicted behind each plain token. Shape: (rows, tokens, vocabulary)."""
+    with generator.running(prompt.adapter) as model, torch.no_grad():
+        logits: Tensor = model(
+            inputs_embeds=prompt.embeds,
+            position_ids=prompt.position_ids,
+            attention_mask=generator.attention_mask(prompt.mask),
+            past_key_values=prompt.cache,
+        ).logits
+    return logits
 
 
 def elsewhere(work: Callable[[], Any]) -> Any:

@@ -25,11 +25,14 @@ from sac_rag.cli import app
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry
+from sac_rag.evaluation.quality import System, evaluate
+from sac_rag.evaluation.sample import draw
 from sac_rag.export import export
 from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
+from sac_rag.questions import QAExample, Question
 from sac_rag.stores import DiskStore, MemoryStore
 from sac_rag.stores.cipher import Cipher
 from sac_rag.template import SPANS
@@ -112,6 +115,15 @@ def test_answers_without_the_compressor_are_those_with_it(
         assert got.text == expected.text
         assert {chunk.status for chunk in got.chunks} == {"hit"}
         assert got.usage.positions_attended == expected.usage.positions_attended
+
+
+@pytest.mark.parametrize("system", ["compressed", "full-text"])
+def test_answers_without_the_compressor_can_be_scored(
+    carried: Path, saved: Path, system: System
+) -> None:
+    served = SacRAG.from_archive(carried, saved, device="cpu")
+    asked = QAExample((Chunk(PROSE[0]),), (Question("0", QUESTION, ("a gold answer",)),))
+    assert evaluate(served, draw([asked]), system=system, max_new_tokens=4).n == 1
 
 
 def test_no_lora_is_on_the_serving_model_and_the_encoder_never_runs(

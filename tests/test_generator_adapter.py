@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer
-from torch import Tensor
+from conftest import PROSE, logits_of, make_compressor, make_model, make_tokenizer
 
 from sac_rag.assemble import Prompt, assemble
 from sac_rag.cached import CachedCompressor
@@ -56,17 +55,6 @@ def prompt_of(compressor: Compressor) -> Prompt:
         cue=compressor.cue,
         adapter=compressor.generator_adapter,
     )
-
-
-def logits_of(generator: Generator, prompt: Prompt) -> Tensor:
-    with generator.running(prompt.adapter) as model, torch.no_grad():
-        logits: Tensor = model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
-        ).logits
-    return logits
 
 
 def test_it_changes_answers_but_neither_anchors_nor_the_model(adapted: Compressor) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer
-from torch import Tensor
+from conftest import PROSE, logits_of, make_compressor, make_model, make_tokenizer
 
-from sac_rag.assemble import Part, Prompt, assemble
+from sac_rag.assemble import Part, assemble
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors.base import Compressor
@@ -63,18 +62,6 @@ class ReadAnew(Prefixes):
 def reading_anew(rag: SacRAG) -> SacRAG:
     rag.prefixes = ReadAnew(rag.generator)
     return rag
-
-
-def logits_of(generator: Generator, prompt: Prompt) -> Tensor:
-    """What the model says behind each plain token. Shape: (rows, tokens, vocabulary)"""
-    with torch.no_grad():
-        logits: Tensor = generator.model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
-        ).logits
-    return logits
 
 
 @contextmanager

@@ -99,6 +99,8 @@ class Compressor(ABC):
 
     def without_generator_adapter(self) -> Self:
         """The same, its prompts answered by the frozen LM."""
+        if self.generator_adapter is None:
+            return self
         other = self._with(generator_adapter_rank=0)
         other.generator_adapter = None
         return other

@@ -87,12 +87,11 @@ def to_markdown(results: Sequence[QualityResult]) -> str:
     for result in results:
         low, high = result.f1_interval
         whole = kept_all.get(result.k)
-        adapter = f"| {_rank(result.generator_adapter)} " if adapted else ""
         share = f"{result.f1 / whole:.0%}" if whole else ""
-        lines.append(
-            f"| {_told(result)} | {result.k} | {result.f1:.3f} ({low:.3f} to {high:.3f}) "
-            f"| {result.em:.3f} | {result.contains:.3f} {adapter}| {share} |"
-        )
+        cells = [_told(result), str(result.k), f"{result.f1:.3f} ({low:.3f} to {high:.3f})"]
+        cells += [f"{result.em:.3f}", f"{result.contains:.3f}"]
+        cells += [*([_rank(result.generator_adapter)] if adapted else []), share]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sac_rag.anchors import num_anchors, segment_bounds
-from sac_rag.cached import CachedCompressor
+from sac_rag.cached import CachedCompressor, OnMiss
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
 from sac_rag.digests import digest_json
@@ -106,6 +106,7 @@ def evaluate(
     Raises:
         ValueError: for an unknown system, a ratio that the system cannot have, or an `out` of other
             settings.
+        ChunkMiss: if a chunk is not in the store, and the compressor is not here to compress it.
         PromptTooLong: if a question with its chunks does not fit the model; the longest are asked
             first.
         OSError: if `out` cannot be written.
@@ -118,7 +119,9 @@ def evaluate(
     ratio = _ratio(system, ratio, compressor.config.ratio)
     trials = as_read(sample.trials, system, compressor, ratio)
     if system == "compressed":
-        reader = SacRAG(rag.compressor, format=rag.format)
+        # A chunk that is not there must not be scored as if it had been compressed.
+        on_miss: OnMiss = "compress" if compressor.computes else "raise"
+        reader = SacRAG(rag.compressor, format=rag.format, on_miss=on_miss)
     else:
         # With nothing in the store and misses read as text, the pipeline is a plain reader.
         plain = CachedCompressor(compressor.without_generator_adapter(), {})

@@ -272,21 +272,3 @@ def print_quality(model: str, result: QualityResult) -> None:
     )
     out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")
     out.print(table)
-
-
-def print_choices(rows: Sequence[dict[str, Any]]) -> None:
-    """Design choices and what they came to, best first."""
-    columns = ("choice", "seed", "steps", "tokens", "ratio", "loss", "accuracy", "content")
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in sorted(rows, key=lambda row: row["loss"]):
-        table.add_row(
-            row["choice"],
-            str(row["seed"]),
-            str(row["steps"]),
-            str(row["tokens"]),
-            f"{row['ratio']}x",
-            f"{row['loss']:.3f}",
-            f"{row['accuracy']:.3f}",
-            f"{row['content']:.3f}",
-        )
-    out.print(table)

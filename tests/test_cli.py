@@ -23,6 +23,7 @@ from sac_rag.collection import Collection
 from sac_rag.compressors import checkpoint
 from sac_rag.reports import PrecompressReport
 from sac_rag.template import SPANS, PromptFormat
+from sac_rag.training.choices import CHOICES
 
 TOWN = """# Port Ellery
 
@@ -441,6 +442,60 @@ def test_bench_anchors_compares_what_others_would_have_kept(tiny: Path) -> None:
     assert all(name in shown.stdout for name in names)
     with pytest.raises(ValueError, match="'full' keeps every token: there is no choice"):
         CliRunner().invoke(app, [*command, "--compressor", "full"], catch_exceptions=False)
+
+
+@pytest.mark.slow
+# torch.compile imports what torch itself calls outdated.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_bench_steps_times_a_step_beside_the_model(tiny: Path, tmp_path: Path) -> None:
+    shared = {"model": str(tiny / "model"), "held_out_articles": 1, "batch_tokens": 100}
+    (tmp_path / "run.json").write_text(json.dumps(shared))
+    command = [
+        *("bench", "steps", "--data", str(tiny / "data.json"), "--batches", "2"),
+        *("--config", str(tmp_path / "run.json"), "--repeats", "1", "--compiled"),
+    ]
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    names = ["model, forward", "model, forward and backward", "step", "step, layers compiled"]
+    assert [row["what"] for row in rows] == names
+    assert len({row["tokens"] for row in rows}) == 1
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert [name for name in names if name in shown.stdout] == names
+
+
+@pytest.mark.slow
+def test_bench_choices_trains_each_of_them_and_prints_what_is_done(
+    tiny: Path, tmp_path: Path
+) -> None:
+    shared = {
+        "model": str(tiny / "model"),
+        "dtype": "float32",
+        "held_out_articles": 1,
+        "batch_tokens": 300,
+        "scorer_texts": 2,
+        "eval_examples": 1,
+        "eval_answers": 0,
+    }
+    (tmp_path / "shared.json").write_text(json.dumps(shared))
+    (tmp_path / "prose.txt").write_text("\n\n".join(10 * PROSE))
+    command = [
+        *("bench", "choices", "--data", str(tiny / "data.json"), "--seeds", "1"),
+        *("--config", str(tmp_path / "shared.json"), "--text", str(tmp_path / "prose.txt")),
+        *("--minutes", "0.00001", "--out", str(tmp_path / "runs")),
+    ]
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["choice"] for row in rows] == list(CHOICES)
+    assert {(row["steps"], row["ratio"], row["seed"]) for row in rows} == {(1, 5, 0)}
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.stderr
+    best = min(rows, key=lambda row: row["loss"])
+    assert shown.stdout.splitlines()[2].split(" | ")[:2] == [f"| {best['choice']}", "1"]
+    assert len(shown.stdout.splitlines()) == 2 + len(CHOICES)
 
 
 def test_evaluate_says_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) -> None:

@@ -35,12 +35,13 @@ from sac_rag.questions import Question
 from sac_rag.salience import showing_attention
 from sac_rag.template import SPANS, PromptFormat
 from sac_rag.training.batches import BatchStream, read_documents, split_examples
+from sac_rag.training.choices import Outcome, compare, to_markdown
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.headroom import compare_anchors
 from sac_rag.training.objective import Objective, target_places
 from sac_rag.training.rows import Row, RowMaker, Source, Target, batched, padded_tokens
 from sac_rag.training.scorer import fit_scorer
-from sac_rag.training.trainer import train
+from sac_rag.training.trainer import claim, train
 
 ROUNDING = 1e-4
 
@@ -681,3 +682,63 @@ def test_the_command_line_trains_saves_on_ctrl_c_and_goes_on(
     assert done.returncode == 0, done.stderr
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["steps"][-1]["step"] == reached + 1
+
+
+# --- choices
+
+
+@pytest.mark.slow
+def test_choices_have_equal_time_so_an_interrupted_one_begins_anew(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    base = replace(
+        config,
+        model=str(tmp_path / "model"),
+        dtype="float32",
+        ratios=(5,),
+        steps=3,
+        eval_answers=0,
+        max_minutes=60.0,
+    )
+    out, names = tmp_path / "choices", ("anchors: uniform", "no cue")
+
+    def stop_in_the_second(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2 and (out / "001").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcomes = compare(base, out, names=names, seeds=(0,), on_event=stop_in_the_second)
+    first = next(outcomes)
+    with pytest.raises(KeyboardInterrupt):
+        next(outcomes)
+    events: list[dict[str, Any]] = []
+    again = list(compare(base, out, names=names, seeds=(0,), on_event=events.append))
+    assert again[0] == first
+    assert [e["step"] for e in events if e["event"] in ("start", "step")] == [0, 1, 2, 3]
+    assert [(o.choice, o.seed, o.steps) for o in again] == [(name, 0, 3) for name in names]
+    assert list(compare(base, out, names=names, seeds=(0,))) == again
+
+
+def test_choices_that_cannot_be_compared_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_minutes must be the time each choice has, was: 0"):
+        next(compare(config, tmp_path))
+    timed = replace(config, max_minutes=1.0)
+    with pytest.raises(ValueError, match=r"choices must be among as shipped, .*\['mask: none'\]"):
+        next(compare(timed, tmp_path, names=["mask: none"]))
+    claim(tmp_path, timed)
+    with pytest.raises(ValueError, match=r"other settings \(max_minutes\)"):
+        next(compare(replace(timed, max_minutes=2.0), tmp_path))
+
+
+def test_the_table_of_choices_has_the_best_first_and_seeds_side_by_side() -> None:
+    shared = {"tokens": 1200, "ratio": 5, "accuracy": 0.5, "first_accuracy": 0.2, "content": 0.25}
+    outcomes = [
+        Outcome(choice=name, seed=seed, steps=9 + seed, loss=loss, **shared)
+        for seed, losses in enumerate(((2.0, 1.0), (1.0, 1.5)))
+        for name, loss in zip(("worse", "better"), losses, strict=True)
+    ]
+    assert to_markdown(outcomes).splitlines()[2:] == [
+        "| better | 9, 10 | 1200, 1200 | 1.000, 1.500 | 0.500, 0.500 | 0.250, 0.250 |",
+        "| worse | 9, 10 | 1200, 1200 | 2.000, 1.000 | 0.500, 0.500 | 0.250, 0.250 |",
+    ]

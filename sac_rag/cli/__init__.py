@@ -12,7 +12,18 @@ import sys
 
 import typer
 
-from sac_rag.cli import archive, ask, bench, convert, evaluate, models, precompress, store, train
+from sac_rag.cli import (
+    archive,
+    ask,
+    bench,
+    convert,
+    evaluate,
+    models,
+    precompress,
+    store,
+    train,
+    training,
+)
 from sac_rag.show import notes
 
 app = typer.Typer(
@@ -31,6 +42,8 @@ app.command()(evaluate.evaluate)
 app.command()(convert.convert)
 store.app.command("export")(archive.export)
 store.app.command("import")(archive.import_)
+for measurement in (training.choices, training.anchors, training.steps):
+    bench.app.command()(measurement)
 app.add_typer(store.app, name="store")
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
-from sac_rag.cli.tables import print_anchors, print_dtypes, print_lookups, print_reads
+from sac_rag.cli.tables import print_dtypes, print_lookups, print_reads
 from sac_rag.show import (
     notes,
     out,
-    print_choices,
     print_json,
     print_speed,
     print_throughput,
@@ -226,87 +224,3 @@ def store(
     else:
         print_reads(rows)
         print_lookups(lookups)
-
-
-@app.command()
-def choices(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
-    folder: Annotated[
-        Path, typer.Option("--out", help="Folder of results; run again to go on.")
-    ] = Path("runs/choices"),
-    config: Annotated[
-        Path | None, typer.Option(help="Settings that all runs share, .toml or .json.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Prose, for the choices that learn from it.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A choice; may be repeated.")] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Time of each run, validation not.")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each choice.")] = 2,
-    as_json: AsJson = False,
-) -> None:
-    """Compares design choices of training on equal time, at one ratio."""
-    with loading():
-        from sac_rag.training.choices import compare
-        from sac_rag.training.config import TrainConfig
-    values: dict[str, Any] = TrainConfig.read(config) if config else {}
-    values["data"] = [str(path) for path in data]
-    # The rows of prose are drawn only by the choices that set a share of them.
-    values["text"] = [str(path) for path in text or ()]
-    values["max_minutes"] = minutes
-    base = TrainConfig.from_dict({"ratios": [5], "steps": 1000, "eval_every": 1000, **values})
-    rows = []
-    for outcome in compare(base, folder, names=only or (), seeds=range(seeds)):
-        rows.append(asdict(outcome))
-        notes.print(
-            f"{outcome.choice}, seed {outcome.seed}: loss {outcome.loss:.3f}, accuracy "
-            f"{outcome.accuracy:.3f}, content {outcome.content:.3f} after {outcome.steps} steps",
-            markup=False,
-        )
-    if as_json:
-        print_json({"rows": rows})
-    else:
-        print_choices(rows)
-
-
-@app.command()
-def anchors(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
-    compressor: Annotated[
-        str, typer.Option(help="'shipped' or the folder of a compressor with learned anchors.")
-    ] = "shipped",
-    model: Annotated[str, typer.Option(help="What it was trained for.")] = "smollm2-135m",
-    ratio: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Passages.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the choice of passages.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Answers from anchors that others would have chosen: how much a better choice would bring."""
-    from sac_rag.questions import read_questions
-
-    examples = list(read_questions(data))
-    if model in all_models():
-        pull_missing([model])
-    with loading():
-        from sac_rag.compressors import checkpoint
-        from sac_rag.generator import Generator
-        from sac_rag.template import SPANS
-        from sac_rag.training.headroom import compare_anchors
-        from sac_rag.training.objective import Objective
-        from sac_rag.training.rows import RowMaker
-
-        folder = checkpoint.find(compressor, model)
-        if folder is None:
-            raise ValueError("'full' keeps every token: there is no choice to compare")
-        generator = Generator.from_pretrained(model)
-        loaded = checkpoint.load(folder, generator, stored_dtype="float32")
-        maker = RowMaker(generator, checkpoint.load_format(folder) or SPANS)
-    chosen = random.Random(seed).sample(examples, min(limit, len(examples)))
-    rows = [maker.ask(example.gold[:1], example.questions[:5]) for example in chosen]
-    with progress("asking", total=len(rows), show=not as_json) as advance:
-        objective = Objective(loaded, maker.prefix_ids)
-        figures = compare_anchors(objective, rows, ratio or (5,), on_progress=advance)
-    if as_json:
-        print_json({"rows": [asdict(row) for row in figures]})
-    else:
-        print_anchors(figures)

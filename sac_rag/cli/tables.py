@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sac_rag.evaluation.lookup_speed import LookupSpeed
     from sac_rag.evaluation.store_speed import ReadSpeed
     from sac_rag.training.headroom import AnchorChoice
+    from sac_rag.training.speed import StepSpeed
 
 
 def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
@@ -65,4 +66,13 @@ def print_anchors(rows: Sequence[AnchorChoice]) -> None:
     for row in sorted(rows, key=lambda row: (row.ratio, row.loss)):
         figures = (f"{row.kept:.1%}", f"{row.loss:.3f}", f"{row.accuracy:.3f}")
         table.add_row(f"{row.ratio}x", row.anchors, *figures)
+    out.print(table)
+
+
+def print_steps(rows: Sequence[StepSpeed]) -> None:
+    """Tokens a second of training and of the model alone."""
+    table = Table("what", "tokens", "seconds", "tokens/s", box=None, pad_edge=False)
+    for row in rows:
+        figures = (f"{row.tokens:,}", f"{row.seconds:.2f}", f"{row.tokens_per_s:,.0f}")
+        table.add_row(row.what, *figures)
     out.print(table)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sac_rag.generator import Generator
 from sac_rag.training.config import TrainConfig
-from sac_rag.training.trainer import HISTORY, OnEvent, train
+from sac_rag.training.trainer import HISTORY, OnEvent, claim, train
+
+RESULTS = "results.json"
 
 # What is set otherwise than in the run that all are compared with.
 _MARKED = {"compressor.anchors": "uniform", "compressor.anchor_embedding": "shared"}
@@ -79,53 +83,85 @@ def compare(
 ) -> Iterator[Outcome]:
     """Trains every choice for the same time, and says how it stands then.
 
-    What is done already (results.json in `out`) is not done again.
+    What is done already (results.json in `out`) is not done again; a run that was interrupted
+    begins anew, since it has to have its time in one piece.
 
     Args:
         base: What is shared; its `max_minutes` is the time each run has.
         out: Folder for results and runs.
         names: Some of CHOICES. Default: all that `base` has the data for.
-        seeds: Of the runs.
+        seeds: Of the runs; all choices have the first before any has the second.
         on_event: As for `train`.
 
     Raises:
-        ValueError: for an unknown choice, or without a time.
+        ValueError: for an unknown choice, without a time, or if `out` holds runs that shared other
+            settings.
+        KeyboardInterrupt: after Ctrl-C.
     """
     if not base.max_minutes:
         raise ValueError("max_minutes must be the time each choice has, was: 0")
     chosen = list(names) or [n for n, c in CHOICES.items() if base.text or "text_share" not in c]
     if unknown := sorted(set(chosen) - set(CHOICES)):
         raise ValueError(f"choices must be among {', '.join(CHOICES)}; unknown: {unknown}")
-    out.mkdir(parents=True, exist_ok=True)
-    results = out / "results.json"
-    done = json.loads(results.read_text()) if results.is_file() else []
+    claim(out, base, free=frozenset())
+    results = out / RESULTS
+    rows = json.loads(results.read_text()) if results.is_file() else []
+    done = {(row["choice"], row["seed"]): Outcome(**row) for row in rows}
     for seed in seeds:
         for name in chosen:
-            if any(row["choice"] == name and row["seed"] == seed for row in done):
-                continue
-            # Each its own model: LoRA stays on a model that it was put on.
-            generator = Generator.from_pretrained(base.model, dtype=base.dtype or None)
-            config = _chosen(base, name, seed)
-            folder = out / f"{len(done):03d}"
-            train(config, folder, generator=generator, on_event=on_event)
-            history = json.loads((folder / HISTORY).read_text())
-            last = history["validations"][-1]
-            outcome = Outcome(
-                choice=name,
-                seed=seed,
-                steps=len(history["steps"]),
-                tokens=sum(entry["tokens"] for entry in history["steps"]),
-                **{k: last[k] for k in ("ratio", "loss", "accuracy", "first_accuracy", "content")},
-            )
-            done.append(asdict(outcome))
-            results.write_text(json.dumps(done, indent=1) + "\n")
-            yield outcome
+            if (name, seed) not in done:
+                folder = out / f"{len(done):03d}"
+                done[name, seed] = _run(base, name, seed, folder, on_event)
+                part = results.with_suffix(".part")
+                part.write_text(json.dumps([asdict(row) for row in done.values()], indent=1) + "\n")
+                part.replace(results)
+            yield done[name, seed]
+
+
+def to_markdown(outcomes: Sequence[Outcome]) -> str:
+    """A table of one row a choice, its seeds side by side, by the mean of their losses."""
+    columns = ("choice", "steps", "tokens", "loss", "accuracy", "content")
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    by_choice: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_choice.setdefault(outcome.choice, []).append(outcome)
+    ordered = sorted(by_choice.items(), key=lambda item: fmean(o.loss for o in item[1]))
+    for name, runs in ordered:
+        cells = [
+            name,
+            *(", ".join(str(getattr(run, what)) for run in runs) for what in columns[1:3]),
+            *(", ".join(f"{getattr(run, what):.3f}" for run in runs) for what in columns[3:]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run(
+    base: TrainConfig, name: str, seed: int, folder: Path, on_event: OnEvent | None
+) -> Outcome:
+    if folder.exists():
+        shutil.rmtree(folder)
+    # Each its own model: LoRA stays on a model that it was put on.
+    generator = Generator.from_pretrained(base.model, dtype=base.dtype or None)
+    train(_chosen(base, name, seed), folder, generator=generator, on_event=on_event)
+    history = json.loads((folder / HISTORY).read_text())
+    steps = history["steps"]
+    last = history["validations"][-1] if history["validations"] else {"step": 0}
+    if last["step"] < len(steps):
+        # The trainer saves after Ctrl-C, and returns; only a run that had its time is validated.
+        raise KeyboardInterrupt
+    return Outcome(
+        choice=name,
+        seed=seed,
+        steps=len(steps),
+        tokens=sum(step["tokens"] for step in steps),
+        **{k: last[k] for k in ("ratio", "loss", "accuracy", "first_accuracy", "content")},
+    )
 
 
 def _chosen(base: TrainConfig, name: str, seed: int) -> TrainConfig:
-    overrides = dict(CHOICES[name])
     values = base.to_dict()
-    for setting, value in overrides.items():
+    for setting, value in CHOICES[name].items():
         table, _, inner = setting.rpartition(".")
         (values[table] if table else values)[inner or setting] = value
     return replace(TrainConfig.from_dict(values), seed=seed)

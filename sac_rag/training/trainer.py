@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,11 +67,11 @@ def train(
     """
     out = Path(out)
     tell = on_event or (lambda event: None)
-    _claim(out, config)
+    claim(out, config)
     examples, held = split_examples(config)
     if generator is None:
         generator = Generator.from_pretrained(config.model, dtype=config.dtype or None)
-    compressor = _compressor(config, generator)
+    compressor = new_compressor(config, generator)
     maker = RowMaker(generator, config.format)
     objective = Objective(
         compressor, maker.prefix_ids, match=config.match, match_weight=config.match_weight
@@ -289,8 +289,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._trainer.tell({"event": "interrupted", "step": state.global_step})
 
 
-def _claim(out: Path, config: TrainConfig) -> None:
-    """Makes the folder this run's, or finds that it is."""
+def claim(out: Path, config: TrainConfig, *, free: Set[str] = WATCHING) -> None:
+    """Makes the folder this run's, or finds that it is.
+
+    Raises:
+        ValueError: if it is a run's with other settings than these, those in `free` aside.
+    """
     wanted = config.to_dict()
     path = out / CONFIG
     if path.is_file():
@@ -299,7 +303,7 @@ def _claim(out: Path, config: TrainConfig) -> None:
         differing = sorted(
             name
             for name in wanted.keys() | found.keys()
-            if wanted.get(name) != found.get(name) and name not in WATCHING
+            if wanted.get(name) != found.get(name) and name not in free
         )
         if differing:
             raise ValueError(
@@ -312,8 +316,12 @@ def _claim(out: Path, config: TrainConfig) -> None:
     part.replace(path)
 
 
-def _compressor(config: TrainConfig, generator: Generator) -> Compressor:
-    """The compressor to train; keys and values are not rounded while it learns."""
+def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
+    """The compressor to train; keys and values are not rounded while it learns.
+
+    Raises:
+        ValueError: if it has nothing to train, or `init_from` is not of its kind.
+    """
     made = replace(config.compressor, stored_dtype="float32")
     if config.sink and not made.sink:
         made = replace(made, sink=config.format.opening(generator.tokenizer))

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -464,8 +465,6 @@ def test_data_that_leaves_nothing_is_refused(questions: Path, held_out: int, mes
 def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
     llama: Generator, config: TrainConfig
 ) -> None:
-    from itertools import islice
-
     examples, _ = split_examples(config)
     maker = RowMaker(llama, config.format)
 
@@ -485,13 +484,41 @@ def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
 
 
 def test_a_curriculum_lets_higher_ratios_join_later(llama: Generator, config: TrainConfig) -> None:
-    from itertools import islice
-
     slow = replace(config, curriculum=1.0, steps=40)
     examples, _ = split_examples(slow)
     batches = list(islice(BatchStream(slow, RowMaker(llama, slow.format), examples), 80))
     assert {batch.ratio for batch in batches[:39]} == {2}
     assert {batch.ratio for batch in batches[40:]} == {2, 5}
+
+
+def test_prose_may_come_before_all_questions(
+    llama: Generator, config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "prose.txt").write_text(" ".join(PROSE))
+    staged = replace(config, text=(str(tmp_path / "prose.txt"),), text_first=3)
+    examples, _ = split_examples(staged)
+    batches = list(islice(BatchStream(staged, RowMaker(llama, staged.format), examples), 8))
+    targets = [[target for row in batch.rows for target in row.targets] for batch in batches]
+    # Of prose everything is predicted, of questions the answer.
+    is_prose = [all(t.predicted == len(t.ids) - 1 for t in of_batch) for of_batch in targets]
+    assert is_prose == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_share": 1.0}, "no document of .* has 32 tokens"),
+        ({"longest_chunk": 3}, r"no passage of .* fits into longest_chunk \(3 tokens\)"),
+    ],
+)
+def test_data_of_which_nothing_can_be_learned_is_refused(
+    llama: Generator, config: TrainConfig, tmp_path: Path, changes: Any, message: str
+) -> None:
+    (tmp_path / "prose.txt").write_text("Too short.\n\nThis too.\n")
+    config = replace(config, text=(str(tmp_path / "prose.txt"),), **changes)
+    examples, _ = split_examples(config)
+    with pytest.raises(ValueError, match=message):
+        next(iter(BatchStream(config, RowMaker(llama, config.format), examples)))
 
 
 def test_documents_are_paragraphs_between_blank_lines(tmp_path: Path) -> None:
@@ -521,6 +548,8 @@ def test_a_config_survives_json_and_names_what_it_does_not_know(config: TrainCon
         ({"data": []}, "data must be question files"),
         ({"text_share": 0.5}, "text must be files of prose"),
         ({"text_share": 2}, "text_share must be from 0 to 1, was: 2"),
+        ({"text_first": 3}, "text must be files of prose, or text_first 0"),
+        ({"text_first": -1, "text": ["a"]}, "text_first must be at least 0, was: -1"),
         ({"steps": 0}, "steps must be at least 1, was: 0"),
         ({"learning_rate": 0}, "learning_rate must be above 0"),
         ({"schedule": "step"}, "schedule must be one of cosine, .*was: 'step'"),

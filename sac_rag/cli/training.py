@@ -103,7 +103,6 @@ def steps(
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Of the run's first.")] = 6,
     repeats: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 3,
-    compiled: Annotated[bool, typer.Option(help="Also with layers compiled by torch.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Times steps of training, by turns with the bare model over the same tokens."""
@@ -116,7 +115,7 @@ def steps(
     if run.model in all_models():
         pull_missing([run.model])
     with loading():
-        rows = measure(run, batches=batches, repeats=repeats, compiled=compiled)
+        rows = measure(run, batches=batches, repeats=repeats)
     if as_json:
         print_json({"rows": [{**asdict(row), "tokens_per_s": row.tokens_per_s} for row in rows]})
     else:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from sac_rag.passages import PassagePool
 from sac_rag.questions import QAExample, read_questions
 from sac_rag.training.config import TrainConfig
-from sac_rag.training.rows import Row, RowMaker, batched
+from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker, batched
 
 # Documents of prose shuffled together; more would only cost memory.
 _SHUFFLED = 4096
@@ -105,7 +105,8 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         }
         step = 0
         while True:
-            kind = "text" if random_batch.random() < config.text_share else "questions"
+            is_prose = step < config.text_first or random_batch.random() < config.text_share
+            kind = "text" if is_prose else "questions"
             ratio = random_batch.choice(self._ratios(step))
             yield Batch(tuple(next(streams[kind])), ratio)
             step += 1
@@ -123,7 +124,9 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         config = self._config
         rng = random.Random(f"{config.seed} examples")
         pool = PassagePool(self._examples) if max(config.chunks) > 1 else None
-        while True:
+        found = True
+        while found:
+            found = False
             for example in rng.sample(self._examples, len(self._examples)):
                 chunks = list(example.gold)
                 k = rng.choice(config.chunks)
@@ -137,19 +140,31 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
                     learns=[config.distractors_learn or c.text in gold for c in chunks],
                 )
                 if all(len(source.ids) <= config.longest_chunk for source in row.sources):
+                    found = True
                     yield row
+        raise ValueError(
+            f"no passage of {', '.join(config.data)} fits into longest_chunk "
+            f"({config.longest_chunk} tokens)"
+        )
 
     def _prose(self) -> Iterator[Row]:
         config = self._config
         rng = random.Random(f"{config.seed} prose")
-        while True:
+        found = True
+        while found:
+            found = False
             documents = read_documents(config.text)
             while group := list(islice(documents, _SHUFFLED)):
                 rng.shuffle(group)
                 for text in group:
                     row = self._maker.continue_text(text, config.text_tokens, repeat=config.repeat)
                     if row is not None:
+                        found = True
                         yield row
+        raise ValueError(
+            f"no document of {', '.join(config.text)} has {SHORTEST_TEXT} tokens; "
+            "a blank line ends a document"
+        )
 
 
 def read_documents(paths: Sequence[str]) -> Iterator[str]:

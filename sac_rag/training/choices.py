@@ -45,9 +45,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "generator adapter, rank 16": {"compressor.generator_adapter_rank": 16},
     "match hidden states": {"match": "hidden"},
     "match logits": {"match": "logits"},
+    "prose alone for 9 steps, then questions": {"text_first": 9},
     "half prose": {"text_share": 0.5},
     "half prose, also repeated": {"text_share": 0.5, "repeat": True},
 }
+_OF_PROSE = {"text_share", "text_first"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def compare(
     """
     if not base.max_minutes:
         raise ValueError("max_minutes must be the time each choice has, was: 0")
-    chosen = list(names) or [n for n, c in CHOICES.items() if base.text or "text_share" not in c]
+    feasible = (n for n, c in CHOICES.items() if base.text or not c.keys() & _OF_PROSE)
+    chosen = list(names) or list(feasible)
     if unknown := sorted(set(chosen) - set(CHOICES)):
         raise ValueError(f"choices must be among {', '.join(CHOICES)}; unknown: {unknown}")
     claim(out, base, free=frozenset())

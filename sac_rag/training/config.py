@@ -66,6 +66,7 @@ class TrainConfig:
 
     # What a step learns from
     text_share: float = 0.0  # share of batches that are prose (stage 1 is 1.0, stage 2 is 0.0)
+    text_first: int = 0  # steps of prose alone before all others: stage 1, then what comes
     repeat: bool = False  # whether prose is also to be repeated (a reconstruction term)
     text_tokens: int = 256  # longest compressed part of prose, and longest continuation, in tokens
     ratios: tuple[int, ...] = (2, 3, 5, 15)  # one of them is drawn for each step
@@ -118,6 +119,7 @@ class TrainConfig:
             ("curriculum", 0 <= self.curriculum <= 1, "from 0 to 1"),
             ("data", bool(self.data) or self.text_share == 1, "question files, or text_share 1"),
             ("text", bool(self.text) or self.text_share == 0, "files of prose, or text_share 0"),
+            ("text", bool(self.text) or self.text_first == 0, "files of prose, or text_first 0"),
             *(
                 (name, getattr(self, name) >= 1, "at least 1")
                 for name in (
@@ -137,6 +139,7 @@ class TrainConfig:
                 for name in (
                     "held_out_articles",
                     "scorer_texts",
+                    "text_first",
                     "warmup_steps",
                     "eval_answers",
                     "weight_decay",

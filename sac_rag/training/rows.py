@@ -13,6 +13,8 @@ from sac_rag.generator import Generator
 from sac_rag.questions import Question
 from sac_rag.template import Markup, Piece, PromptFormat, leading
 
+# Of prose, in tokens.
+SHORTEST_TEXT = 32
 # What stands before a text that is to be repeated.
 _AGAIN = "\n\nRepeat the text:\n"
 
@@ -136,10 +138,10 @@ class RowMaker:
             repeat: Whether the compressed part itself is to be predicted, too.
 
         Returns:
-            None for a text of fewer than 32 tokens.
+            None for a text of fewer than SHORTEST_TEXT tokens.
         """
         ids = tuple(self._generator.tokenize(text))[: 2 * chunk_tokens]
-        if len(ids) < 32:
+        if len(ids) < SHORTEST_TEXT:
             return None
         half = min(len(ids) // 2, chunk_tokens)
         targets = [Target(ids[half:], len(ids) - half - 1)]

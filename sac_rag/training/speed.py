@@ -26,7 +26,7 @@ class StepSpeed:
     Attributes:
         what: "model, forward" or "model, forward and backward", where each row is one plain
             sequence in a padded batch and there is no LM head; "step", which is what training
-            does, without the optimizer; "step, layers compiled", by torch.compile.
+            does, without the optimizer.
         tokens: Of all batches, pads and sinks not counted.
         seconds: The median over repeats.
     """
@@ -41,16 +41,13 @@ class StepSpeed:
         return self.tokens / self.seconds
 
 
-def measure(
-    config: TrainConfig, *, batches: int = 6, repeats: int = 3, compiled: bool = False
-) -> list[StepSpeed]:
+def measure(config: TrainConfig, *, batches: int = 6, repeats: int = 3) -> list[StepSpeed]:
     """Times steps of a run in this one process, by turns with the model alone.
 
     Args:
         config: Of the run; its scorer stays as it begins, since speed does not depend on it.
         batches: How many of the run's first batches.
         repeats: Times that all are measured; the median counts.
-        compiled: Also with decoder layers compiled for any shape; compiling itself is not counted.
 
     Raises:
         ValueError: as for `train`.
@@ -65,12 +62,7 @@ def measure(
         "model, forward and backward": lambda batch: _backward(generator, batch.rows),
         "step": lambda batch: _step(learner, batch),
     }
-    speeds = _timed(ways, drawn, repeats)
-    if compiled:
-        for layer in generator.model.base_model.layers:
-            layer.compile(dynamic=True)
-        speeds += _timed({"step, layers compiled": ways["step"]}, drawn, repeats)
-    return speeds
+    return _timed(ways, drawn, repeats)
 
 
 def _timed(

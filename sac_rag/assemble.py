@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from sac_rag import rope
+from sac_rag.attention import Masks
 from sac_rag.errors import PromptTooLong
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
@@ -46,12 +47,13 @@ class Prompt:
     """What one forward pass of the generator needs; rows may hold different chunks.
 
     Plain text is padded on the left, so that the last token of every row is the last column;
-    anchors are padded on the right.
+    entries are padded on the right, in each layer to its longest head's.
 
     Attributes:
         embeds: Plain text of all rows. Shape: (rows, tokens, hidden)
         position_ids: Shape: (rows, tokens)
-        mask: True = attend. Shape: (rows, 1, tokens, entries + tokens)
+        masks: What each layer adds to attention scores so that a token attends to just what it may.
+            One for all layers and heads where all of them have the same entries.
         cache: All anchors, moved to their places; the pass adds the plain text to it.
         next_positions: Position of the first token of each answer. Shape: (rows,)
         adapter: Name of the LoRA to read it and to answer with; None for the frozen LM.
@@ -61,12 +63,22 @@ class Prompt:
 
     embeds: Tensor
     position_ids: Tensor
-    mask: Tensor
+    masks: Masks
     cache: DynamicCache
     next_positions: Tensor
     adapter: str | None
     num_anchors: tuple[int, ...]
     num_tokens: tuple[int, ...]
+
+    def inputs(self) -> dict[str, Any]:
+        """Keywords of the model's forward, to read the prompt."""
+        return {
+            "inputs_embeds": self.embeds,
+            "position_ids": self.position_ids,
+            **self.masks.inputs(),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
 
 
 @dataclass
@@ -123,10 +135,11 @@ def assemble(
     placed = [_place(row, generator, prefix, cue, first_position) for row in rows]
     cache, entry_turns = _cache(placed, generator)
     embeds, position_ids, token_turns = _plain_text(placed, generator)
+    last_shared = torch.tensor([row.last_shared_turn for row in placed], device=generator.device)
     return Prompt(
         embeds=embeds,
         position_ids=position_ids,
-        mask=_mask(entry_turns, token_turns, [row.last_shared_turn for row in placed]),
+        masks=Masks(entry_turns, token_turns, last_shared, generator.dtype),
         cache=cache,
         next_positions=torch.tensor([row.end for row in placed], device=generator.device),
         adapter=adapter,
@@ -176,11 +189,10 @@ def _place(
             row.end += len(part)
             row.last_shared_turn = turn
         else:
-            layers, heads, _, head_dim = part.shape
-            if (layers, heads, head_dim) != generator.kv_shape:
+            if part.kv_shape != generator.kv_shape:
                 raise ValueError(
                     "a chunk's KV must be of this model's (layers, kv_heads, head_dim) = "
-                    f"{generator.kv_shape}, was: {(layers, heads, head_dim)}"
+                    f"{generator.kv_shape}, was: {part.kv_shape}"
                 )
             row.chunks.append((turn, row.end, part))
             row.end += part.num_tokens
@@ -201,50 +213,88 @@ def _place_branches(
     row.end += len(branches)
 
 
-def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, Tensor]:
-    """Moves all chunks into one HF cache.
+def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, list[Tensor]]:
+    """Moves all chunks into one HF cache, each layer of it as long as its longest head.
 
     Returns:
-        The cache, and each entry's turn, -1 for padding. Shape: (rows, entries)
+        The cache; and the turn of each entry of each layer, -1 for padding, one with a single head
+        for all layers where they are the same. Shape of each: (rows, kv_heads, entries)
     """
     device = generator.device
-    entries = max(row.num_anchors for row in rows)
-    turns = torch.full((len(rows), entries), -1, device=device)
     cache = DynamicCache()
-    if not entries:
-        return cache, turns
-    keys, values = [], []
-    for number, row in enumerate(rows):
-        # What is kept in fewer bits travels in fewer bits.
-        chunks = [(start, kv.to(device)) for _, start, kv in row.chunks]
-        moved = [rope.move(kv.keys, start, generator.frequencies) for start, kv in chunks]
-        keys.append(_joined(moved, entries, generator))
-        values.append(_joined([kv.values for _, kv in chunks], entries, generator))
-        own = [turn for turn, _, kv in row.chunks for _ in range(kv.num_anchors)]
-        turns[number, : len(own)] = torch.tensor(own, device=device)
-    # One unbind, not a selection a layer: the gradient of each selection is as large as them all.
-    by_layer = (
-        (of_rows[0][:, None] if len(rows) == 1 else torch.stack(of_rows, dim=1)).unbind(0)
-        for of_rows in (keys, values)
-    )
-    for layer, (of_keys, of_values) in enumerate(zip(*by_layer, strict=True)):
+    # What is kept in fewer bits travels in fewer bits.
+    chunks = [
+        (number, turn, start, kv.to(device))
+        for number, row in enumerate(rows)
+        for turn, start, kv in row.chunks
+    ]
+    if not chunks:
+        return cache, [torch.full((len(rows), 1, 0), -1, device=device)]
+    slots = _slots([(number, kv) for number, _, _, kv in chunks], len(rows), generator)
+    keys = [rope.move(kv.keys, start, generator.frequencies) for _, _, start, kv in chunks]
+    values = [kv.values for _, _, _, kv in chunks]
+    turns = [torch.full((kv.num_entries,), turn, device=device) for _, turn, _, kv in chunks]
+    # Zeros for padding: NaN would spread even at weight 0.
+    of_layers = (slots.lay_out(parts, 0, generator.dtype) for parts in (keys, values))
+    for layer, (of_keys, of_values) in enumerate(zip(*of_layers, strict=True)):
         cache.update(of_keys, of_values, layer)
-    return cache, turns
+    entry_turns = slots.lay_out(turns, -1, torch.long)
+    first = entry_turns[0][:, :1]
+    if all(t.shape[2] == first.shape[2] and bool((t == first).all()) for t in entry_turns):
+        return cache, [first]
+    return cache, entry_turns
 
 
-def _joined(parts: list[Tensor], entries: int, generator: Generator) -> Tensor:
-    """One row's keys or values, padded with zeros, for NaN would spread even at weight 0.
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """Where entries of all rows lie: row by row, in each layer by layer, in each head by head.
 
-    Returns:
-        Shape: (layers, kv_heads, entries, head_dim)
+    Attributes:
+        index: The slot of each entry. Shape: (entries,)
+        rows: Of the batch.
+        kv_heads: Of each layer.
+        widths: Slots of each head, by layer.
     """
-    layers, heads, head_dim = generator.kv_shape
-    padding = entries - sum(part.shape[2] for part in parts)
-    dtype, device = generator.dtype, generator.device
-    parts = [part.to(device, dtype) for part in parts]
-    if padding:
-        parts.append(torch.zeros(layers, heads, padding, head_dim, dtype=dtype, device=device))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    index: Tensor
+    rows: int
+    kv_heads: int
+    widths: list[int]
+
+    def lay_out(self, parts: list[Tensor], padding: int, dtype: torch.dtype) -> list[Tensor]:
+        """Something of each entry, by layer. Shape of each: (rows, kv_heads, slots, …)."""
+        sizes = [self.kv_heads * width for width in self.widths]
+        inner = parts[0].shape[1:]
+        shape = (self.rows * sum(sizes), *inner)
+        empty = torch.full(shape, padding, dtype=dtype, device=self.index.device)
+        laid_out = empty.index_copy(0, self.index, torch.cat([part.to(dtype) for part in parts]))
+        # One split, not a selection a layer: each one's gradient would be as large as them all.
+        by_layer = torch.split(laid_out.view(self.rows, -1, *inner), sizes, dim=1)
+        return [t.view(self.rows, self.kv_heads, -1, *inner) for t in by_layer]
+
+
+def _slots(chunks: Sequence[tuple[int, AnchorKV]], rows: int, generator: Generator) -> _Slots:
+    """Gives every entry a slot; those of one head and row follow one another.
+
+    Args:
+        chunks: Each with the number of its row.
+        rows: Of the batch.
+        generator: Of whose shape the chunks are.
+    """
+    layers, kv_heads, _ = generator.kv_shape
+    device = generator.device
+    # Rows are one more level of heads.
+    heads = torch.cat([kv.heads.int() + number * layers * kv_heads for number, kv in chunks])
+    counts = torch.bincount(heads, minlength=rows * layers * kv_heads)
+    widths = counts.view(rows, layers, kv_heads).amax(dim=(0, 2))
+    before = torch.arange(rows, device=device)[:, None] * widths.sum()
+    before = (before + widths.cumsum(0) - widths)[:, :, None] * kv_heads
+    begins = before + torch.arange(kv_heads, device=device) * widths[:, None]
+    in_order, by_head = heads.sort(stable=True)
+    rank = torch.arange(len(heads), device=device) - (counts.cumsum(0) - counts)[in_order]
+    index = torch.empty_like(by_head)
+    index[by_head] = begins.flatten()[in_order] + rank
+    return _Slots(index, rows, kv_heads, widths.tolist())
 
 
 def _plain_text(rows: list[_Row], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,29 +320,3 @@ def _plain_text(rows: list[_Row], generator: Generator) -> tuple[Tensor, Tensor,
             turns[number, begin:end] = turn
             begin = end
     return embeds, positions, turns
-
-
-def _mask(entry_turns: Tensor, token_turns: Tensor, last_shared: list[int]) -> Tensor:
-    """A token sees the anchors of earlier turns and the plain text before it; nobody sees padding.
-
-    A cue has its chunk's own turn and sees that chunk. A branch sees no other branch.
-
-    Args:
-        entry_turns: Shape: (rows, entries)
-        token_turns: Shape: (rows, tokens)
-        last_shared: The turn of each row after which branches begin.
-
-    Returns:
-        Shape: (rows, 1, tokens, entries + tokens)
-    """
-    tokens, device = token_turns.shape[1], token_turns.device
-    entries_seen = (entry_turns[:, None, :] >= 0) & (
-        entry_turns[:, None, :] <= token_turns[:, :, None]
-    )
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    shared = token_turns <= torch.tensor(last_shared, device=device)[:, None]
-    own = token_turns[:, None, :] == token_turns[:, :, None]
-    tokens_seen = causal & (token_turns[:, None, :] >= 0) & (shared[:, None, :] | own)
-    # A padding token sees itself: attention over nothing would be NaN.
-    tokens_seen = tokens_seen | torch.eye(tokens, dtype=torch.bool, device=device)
-    return torch.cat([entries_seen, tokens_seen], dim=-1)[:, None]

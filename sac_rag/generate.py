@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sac_rag.assemble import Prompt
+from sac_rag.attention import as_inputs
 from sac_rag.generator import Generator
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -128,25 +129,21 @@ def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Ite
         The next token of every row. Shape: (rows,)
     """
     choose = _chooser(decoding, generator.device)
-    embeds, positions, mask = prompt.embeds, prompt.position_ids, prompt.mask
+    inputs = prompt.inputs()
     next_positions = prompt.next_positions[:, None]
-    for _ in range(decoding.max_new_tokens):
+    masks = prompt.masks.of_next(decoding.max_new_tokens)
+    for step in range(decoding.max_new_tokens):
         # The model is taken for each step alone: between two steps the caller may do as it likes.
         with generator.running(prompt.adapter) as model, torch.no_grad():
-            logits: Tensor = model(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                attention_mask=generator.attention_mask(mask),
-                past_key_values=prompt.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            logits: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]
         tokens = choose(logits)
         yield tokens
-        embeds = generator.embed(tokens[:, None])
-        positions = next_positions
-        next_positions = next_positions + 1
-        mask = torch.cat([mask[:, :, -1:], mask.new_ones(len(mask), 1, 1, 1)], dim=-1)
+        not_yet = decoding.max_new_tokens - step - 1
+        inputs |= {
+            "inputs_embeds": generator.embed(tokens[:, None]),
+            "position_ids": next_positions + step,
+            **as_inputs([mask[..., : mask.shape[-1] - not_yet] for mask in masks]),
+        }
 
 
 def _chooser(decoding: Decoding, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sac_rag import models, rope
+from sac_rag import attention, models, rope
 from sac_rag.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.encoder import merged, without_last_mlp
 from sac_rag.errors import UnsupportedModel
@@ -49,7 +49,8 @@ class Generator:
     The weights are read and hashed once, at construction; changing them afterwards is not seen.
 
     Attributes:
-        model: The HF causal LM, in evaluation mode, no parameter trainable.
+        model: The HF causal LM, in evaluation mode, no parameter trainable. Its attention is that
+            of `sac_rag.attention`, which without our masks is the one it came with.
         encoder: Its decoder stack without what keys and values do not need; weights are shared.
         tokenizer: Its HF tokenizer.
         frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
@@ -61,11 +62,13 @@ class Generator:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        attention = model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        usual = model.config._attn_implementation
+        if usual in attention.NAMES:
+            model.set_attn_implementation(attention.NAMES[usual])
+        elif usual not in attention.NAMES.values():
             raise UnsupportedModel(
                 "attention must take a mask over single entries: load the model with "
-                f"attn_implementation='sdpa' or 'eager', was: {attention!r}"
+                f"attn_implementation='sdpa' or 'eager', was: {usual!r}"
             )
         self.frequencies = rope.frequencies_of(model)
         self.model = model.eval().requires_grad_(False)

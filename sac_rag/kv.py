@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_LARGEST_HEAD = torch.iinfo(torch.int16).max
 
 
 @dataclass(frozen=True, eq=False)
 class AnchorKV:
     """What the generator attends to in place of a chunk of text.
 
+    Each entry is the key and the value that one KV head of one layer keeps of one token; heads may
+    keep different tokens, and different numbers of them. Entries stand in order of importance
+    where the compressor knows one: the first of them are then the same chunk at a higher ratio.
+
     Keys are stored as computed at position 0 and are never stored moved; `rope.move` takes them
     to their place in a prompt.
 
     Attributes:
         keys: Rotated for positions counted from the chunk's first token.
-            Shape: (layers, kv_heads, anchors, head_dim).
-        values: Shape: (layers, kv_heads, anchors, head_dim).
-        positions: Where in the chunk each anchor sits, in source tokens, int32.
-            Shape: (anchors,), or (layers, kv_heads, anchors) where heads keep different tokens.
+            Shape: (entries, head_dim).
+        values: Shape: (entries, head_dim).
+        positions: Where in the chunk each entry's token sits, in source tokens, int32.
+            Shape: (entries,).
+        heads: Which head each entry belongs to, layer * kv_heads + head, int16. Shape: (entries,).
+        num_layers: Layers of the generator.
+        num_kv_heads: KV heads of each layer.
         num_tokens: Source tokens in the chunk, so that the next text knows where it starts.
 
     Raises:
@@ -31,47 +41,85 @@ class AnchorKV:
     keys: Tensor
     values: Tensor
     positions: Tensor
+    heads: Tensor
+    num_layers: int
+    num_kv_heads: int
     num_tokens: int
 
     def __post_init__(self) -> None:
-        shape = self.shape
-        if len(shape) != 4 or tuple(self.values.shape) != shape:
+        keys, values = self.keys, self.values
+        if keys.ndim != 2 or values.shape != keys.shape:
             raise ValueError(
-                "keys and values must both have shape (layers, kv_heads, anchors, head_dim), "
-                f"were: {shape} and {tuple(self.values.shape)}"
+                "keys and values must both have shape (entries, head_dim), "
+                f"were: {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        if not self.keys.is_floating_point() or self.keys.dtype != self.values.dtype:
+        if not keys.is_floating_point() or keys.dtype != values.dtype:
             raise ValueError(
                 "keys and values must share one floating dtype, "
-                f"were: {self.keys.dtype} and {self.values.dtype}"
+                f"were: {keys.dtype} and {values.dtype}"
             )
-        self._require_places()
+        self._require_places(len(keys))
 
-    def _require_places(self) -> None:
-        """Refuses positions or counts that do not fit the anchors."""
-        shape = self.shape
-        if tuple(self.positions.shape) not in {shape[2:3], shape[:3]}:
+    def _require_places(self, num_entries: int) -> None:
+        """Refuses positions, heads or counts that do not fit the entries."""
+        entries = (num_entries,)
+        for name, tensor, dtype in (
+            ("positions", self.positions, torch.int32),
+            ("heads", self.heads, torch.int16),
+        ):
+            if tuple(tensor.shape) != entries or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {entries}, "
+                    f"were: {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+        heads = self.num_layers * self.num_kv_heads
+        if self.num_layers < 1 or self.num_kv_heads < 1 or heads > _LARGEST_HEAD + 1:
             raise ValueError(
-                f"positions must have shape {shape[2:3]} or {shape[:3]}, "
-                f"was: {tuple(self.positions.shape)}"
+                f"a generator must have from 1 to {_LARGEST_HEAD + 1} KV heads in all, "
+                f"were: {self.num_layers} layers of {self.num_kv_heads}"
             )
-        if self.positions.dtype != torch.int32:
-            raise ValueError(f"positions must be int32, were: {self.positions.dtype}")
-        if not 1 <= shape[2] <= self.num_tokens:
+        if not 1 <= self.num_entries <= heads * self.num_tokens:
             raise ValueError(
-                "a chunk must have at least 1 anchor and no more than it has tokens, "
-                f"was: {shape[2]} anchors for {self.num_tokens} tokens"
+                "a chunk must have at least 1 entry and at most one for each token and head, "
+                f"were: {self.num_entries} for {self.num_tokens} tokens and {heads} heads"
             )
+        # On other devices it would make the host wait, and nothing untrusted is made there.
+        if self.heads.device.type == "cpu":
+            least, most = map(int, torch.aminmax(self.heads))
+            if least < 0 or most >= heads:
+                raise ValueError(f"heads must be from 0 to {heads - 1}, were: {least} to {most}")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of keys, and of values: (layers, kv_heads, anchors, head_dim)."""
-        return tuple(self.keys.shape)
+    def num_entries(self) -> int:
+        """Entries of all layers and heads together."""
+        return len(self.positions)
 
     @property
     def num_anchors(self) -> int:
-        """Entries each head keeps for this chunk."""
-        return self.shape[2]
+        """Entries per layer and KV head: their mean, rounded, at least 1."""
+        return max(1, round(self.num_entries / (self.num_layers * self.num_kv_heads)))
+
+    @property
+    def ratio(self) -> float:
+        """Source tokens per entry, mean over layers and heads."""
+        return self.num_tokens * self.num_layers * self.num_kv_heads / self.num_entries
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a key, and of a value."""
+        return self.keys.shape[-1]
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(layers, kv_heads, head_dim), as a generator has it."""
+        return self.num_layers, self.num_kv_heads, self.head_dim
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each head, int64. Shape: (layers, kv_heads)."""
+        heads = self.num_layers * self.num_kv_heads
+        counted = torch.bincount(self.heads.long(), minlength=heads)
+        return counted.view(self.num_layers, self.num_kv_heads)
 
     @property
     def nbytes(self) -> int:
@@ -84,13 +132,18 @@ class AnchorKV:
         return self.keys.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is kept as, by name."""
-        return {"keys": self.keys, "values": self.values, "positions": self.positions}
+        """What it is kept as, by name; the first dimension of each counts entries."""
+        return {
+            "keys": self.keys,
+            "values": self.values,
+            "positions": self.positions,
+            "heads": self.heads,
+        }
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AnchorKV:
         """The same value of other tensors: copies, or those on another device."""
-        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return AnchorKV(**changed, num_tokens=self.num_tokens)
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -103,14 +156,53 @@ class AnchorKV:
             keys=moved.keys.to(dtype),
             values=moved.values.to(dtype),
             positions=moved.positions,
+            heads=moved.heads,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
             num_tokens=self.num_tokens,
         )
 
+    def first(self, entries: int) -> AnchorKV:
+        """The first entries alone, as views: the same chunk at a higher ratio.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if not 1 <= entries <= self.num_entries:
+            raise ValueError(f"entries must be from 1 to {self.num_entries}, was: {entries}")
+        return self if entries == self.num_entries else self.map(lambda tensor: tensor[:entries])
+
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions as one rectangle, the entries of each head in text order.
+
+        Returns:
+            Keys and values, Shape: (layers, kv_heads, anchors, head_dim); positions, Shape:
+            (layers, kv_heads, anchors)
+
+        Raises:
+            ValueError: if heads keep different numbers of entries.
+        """
+        counts = self.counts
+        if not bool((counts == counts[0, 0]).all()):
+            raise ValueError(
+                "only where every head keeps the same number of entries do they make a rectangle, "
+                f"were: {int(counts.min())} to {int(counts.max())}"
+            )
+        by_position = self.positions.argsort(stable=True)
+        order = by_position[self.heads[by_position].argsort(stable=True)]
+        heads = (self.num_layers, self.num_kv_heads, -1)
+        return (
+            self.keys[order].view(*heads, self.head_dim),
+            self.values[order].view(*heads, self.head_dim),
+            self.positions[order].view(heads),
+        )
+
     def bit_equal(self, other: AnchorKV) -> bool:
-        """Whether both hold the same bits in the same shapes and dtypes."""
+        """Whether both hold the same bits in the same order, shapes and dtypes."""
         mine, theirs = self.tensors(), other.tensors()
         return (
-            self.num_tokens == other.num_tokens
+            (self.num_layers, self.num_kv_heads, self.num_tokens)
+            == (other.num_layers, other.num_kv_heads, other.num_tokens)
             and mine.keys() == theirs.keys()
             and all(
                 tensor.shape == theirs[name].shape
@@ -121,22 +213,65 @@ class AnchorKV:
         )
 
     @classmethod
-    def join(cls, segments: Sequence[AnchorKV]) -> AnchorKV:
+    def uniform(cls, keys: Tensor, values: Tensor, positions: Tensor, num_tokens: int) -> AnchorKV:
+        """Makes one in which every head keeps the same number of tokens, anchor after anchor.
+
+        Args:
+            keys: Shape: (layers, kv_heads, anchors, head_dim).
+            values: Shape: (layers, kv_heads, anchors, head_dim).
+            positions: Shape: (anchors,), or (layers, kv_heads, anchors).
+            num_tokens: Source tokens in the chunk.
+
+        Raises:
+            ValueError: if the shapes, dtypes or counts do not fit together.
+        """
+        if keys.ndim != 4 or values.shape != keys.shape:
+            raise ValueError(
+                "keys and values must both have shape (layers, kv_heads, anchors, head_dim), "
+                f"were: {tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        layers, kv_heads, anchors, _ = keys.shape
+        if tuple(positions.shape) not in {(anchors,), (layers, kv_heads, anchors)}:
+            raise ValueError(
+                f"positions must have shape {(anchors,)} or {(layers, kv_heads, anchors)}, "
+                f"was: {tuple(positions.shape)}"
+            )
+        heads = torch.arange(layers * kv_heads, dtype=torch.int16, device=keys.device)
+        return cls(
+            keys=keys.permute(2, 0, 1, 3).flatten(0, 2),
+            values=values.permute(2, 0, 1, 3).flatten(0, 2),
+            positions=positions.expand(layers, kv_heads, anchors).permute(2, 0, 1).flatten(),
+            heads=heads.repeat(anchors),
+            num_layers=layers,
+            num_kv_heads=kv_heads,
+            num_tokens=num_tokens,
+        )
+
+    @classmethod
+    def join(cls, segments: Sequence[AnchorKV], order: Tensor | None = None) -> AnchorKV:
         """Makes one value of a chunk's segments, each encoded at its own place in the chunk.
 
         The segments' keys must already be rotated for, and their positions counted from, the
         chunk's first token.
+
+        Args:
+            segments: In the chunk's order.
+            order: Which of their entries, counted through all segments, stands where in the joint
+                order of importance. Default: those of the first segment, then the second's.
+                Shape: (entries,)
         """
         if not segments:
             raise ValueError("a chunk has at least one segment, got none")
         if len(segments) == 1:
             return segments[0]
-        return cls(
-            keys=torch.cat([s.keys for s in segments], dim=2),
-            values=torch.cat([s.values for s in segments], dim=2),
-            positions=torch.cat([s.positions for s in segments], dim=-1),
-            num_tokens=sum(s.num_tokens for s in segments),
-        )
+        joined: dict[str, Any] = {
+            name: torch.cat([segment.tensors()[name] for segment in segments])
+            for name in segments[0].tensors()
+        }
+        if order is not None:
+            joined = {name: tensor[order] for name, tensor in joined.items()}
+        num_tokens = sum(segment.num_tokens for segment in segments)
+        return replace(segments[0], **joined, num_tokens=num_tokens)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from sac_rag.assemble import Part
@@ -62,12 +62,8 @@ class Prefixes:
             return Split(None, [list(row) for row in rows], reused=0)
         kv, was_there = self._read(tuple(beginning))
         # Tokens see only those before them: the first so many are a prefix of their own.
-        prefix = AnchorKV(
-            keys=kv.keys[:, :, :common],
-            values=kv.values[:, :, :common],
-            positions=kv.positions[:common],
-            num_tokens=common,
-        )
+        of_token = kv.num_entries // kv.num_tokens
+        prefix = replace(kv.first(common * of_token), num_tokens=common)
         rest = [_without(row, common) for row in rows]
         return Split(prefix, rest, reused=common if was_there else 0)
 

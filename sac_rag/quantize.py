@@ -19,6 +19,7 @@ from sac_rag.kv import AnchorKV
 
 _LARGEST = 127  # -128 is left out: codes reach as far to either side
 _TINY = torch.finfo(torch.bfloat16).tiny
+_PER_CHANNEL = frozenset({"key_scales", "key_offsets"})  # the other tensors are of entries
 
 
 class QuantizedKV(AnchorKV):
@@ -28,11 +29,11 @@ class QuantizedKV(AnchorKV):
     has 15 binary digits, so they are the same bits on every device.
 
     Args:
-        tensors: What it is kept as, with (layers, kv_heads, anchors, head_dim) for the shape S:
-            key_codes, value_codes: int8. Shape: S
-            key_scales, key_offsets: bfloat16. Shape: S with one anchor
-            value_scales: bfloat16. Shape: S with one head_dim
-            positions: As AnchorKV has them.
+        tensors: What it is kept as:
+            key_codes, value_codes: int8. Shape: (entries, head_dim)
+            value_scales: bfloat16. Shape: (entries,)
+            key_scales, key_offsets: bfloat16. Shape: (layers, kv_heads, head_dim)
+            positions, heads: As AnchorKV has them.
         num_tokens: Source tokens in the chunk.
 
     Raises:
@@ -42,29 +43,37 @@ class QuantizedKV(AnchorKV):
     _tensors: dict[str, Tensor]
 
     def __init__(self, tensors: Mapping[str, Tensor], num_tokens: int) -> None:
-        _require_fitting(tensors)
+        num_layers, num_kv_heads = _require_fitting(tensors)
         # Past the frozen class's own __setattr__, as its own __init__ does.
-        object.__setattr__(self, "_tensors", dict(tensors))
-        object.__setattr__(self, "positions", tensors["positions"])
-        object.__setattr__(self, "num_tokens", num_tokens)
-        self._require_places()
+        for name, value in (
+            ("_tensors", dict(tensors)),
+            ("positions", tensors["positions"]),
+            ("heads", tensors["heads"]),
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("num_tokens", num_tokens),
+        ):
+            object.__setattr__(self, name, value)
+        self._require_places(len(tensors["key_codes"]))
 
     @property
     def keys(self) -> Tensor:
-        """Float32. Shape: (layers, kv_heads, anchors, head_dim)."""
+        """Float32. Shape: (entries, head_dim)."""
         codes, scales, offsets = (self._tensors[f"key_{n}"] for n in ("codes", "scales", "offsets"))
-        return codes.float().mul_(scales.float()).add_(offsets.float())
+        heads = self.heads.int()
+        scale = scales.flatten(0, 1).float().index_select(0, heads)
+        return codes.float().mul_(scale).add_(offsets.flatten(0, 1).float().index_select(0, heads))
 
     @property
     def values(self) -> Tensor:
-        """Float32. Shape: (layers, kv_heads, anchors, head_dim)."""
+        """Float32. Shape: (entries, head_dim)."""
         codes, scales = self._tensors["value_codes"], self._tensors["value_scales"]
-        return codes.float().mul_(scales.float())
+        return codes.float().mul_(scales.float()[:, None])
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of keys, and of values: (layers, kv_heads, anchors, head_dim)."""
-        return tuple(self._tensors["key_codes"].shape)
+    def head_dim(self) -> int:
+        """Width of a key, and of a value."""
+        return self._tensors["key_codes"].shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +89,20 @@ class QuantizedKV(AnchorKV):
         changed = {name: change(tensor) for name, tensor in self._tensors.items()}
         return QuantizedKV(changed, self.num_tokens)
 
+    def first(self, entries: int) -> QuantizedKV:
+        """The first entries alone, as views: the same chunk at a higher ratio.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if not 1 <= entries <= self.num_entries:
+            raise ValueError(f"entries must be from 1 to {self.num_entries}, was: {entries}")
+        cut = {
+            name: tensor if name in _PER_CHANNEL else tensor[:entries]
+            for name, tensor in self._tensors.items()
+        }
+        return QuantizedKV(cut, self.num_tokens)
+
 
 def quantize(kv: AnchorKV) -> QuantizedKV:
     """Rounds keys and values to 8 bits, each to half a step or less.
@@ -93,17 +116,22 @@ def quantize(kv: AnchorKV) -> QuantizedKV:
             "keys and values must be finite to be stored in int8, were not; the model overflows: "
             "compute in bfloat16 or float32"
         )
+    heads = kv.heads.long()
+    highest, lowest = (_of_channels(keys, heads, kv, reduce) for reduce in ("amax", "amin"))
     # Halved first: the sum of the two could be too large.
-    offsets = (keys.amax(2, keepdim=True) / 2 + keys.amin(2, keepdim=True) / 2).bfloat16()
-    key_codes, key_scales = _codes(keys - offsets.float(), over=2)
-    value_codes, value_scales = _codes(values, over=3)
+    offsets = (highest / 2 + lowest / 2).bfloat16()
+    centred = keys - offsets.float()[heads]
+    key_scales = _scales(_of_channels(centred.abs(), heads, kv, "amax"))
+    value_scales = _scales(values.abs().amax(1))
+    by_head = (kv.num_layers, kv.num_kv_heads, kv.head_dim)
     tensors = {
-        "key_codes": key_codes,
-        "key_scales": key_scales,
-        "key_offsets": offsets,
-        "value_codes": value_codes,
+        "key_codes": _codes(centred, key_scales[heads]),
+        "key_scales": key_scales.view(by_head),
+        "key_offsets": offsets.view(by_head),
+        "value_codes": _codes(values, value_scales[:, None]),
         "value_scales": value_scales,
         "positions": kv.positions,
+        "heads": kv.heads,
     }
     return QuantizedKV(tensors, kv.num_tokens)
 
@@ -113,32 +141,48 @@ def as_stored(kv: AnchorKV, dtype: str) -> AnchorKV:
     return quantize(kv) if dtype == "int8" else kv.to(dtype=getattr(torch, dtype))
 
 
-def _codes(numbers: Tensor, over: int) -> tuple[Tensor, Tensor]:
-    """Numbers as multiples of scales, one scale for all along a dimension."""
-    scales = numbers.abs().amax(over, keepdim=True) / _LARGEST
-    scales = scales.clamp_min(_TINY).bfloat16()
+def _of_channels(numbers: Tensor, heads: Tensor, kv: AnchorKV, reduce: str) -> Tensor:
+    """The largest or smallest number of each head's channels, 0 for a head without entries.
+
+    Returns:
+        Shape: (layers * kv_heads, head_dim)
+    """
+    none = numbers.new_zeros(kv.num_layers * kv.num_kv_heads, kv.head_dim)
+    return none.scatter_reduce(
+        0, heads[:, None].expand_as(numbers), numbers, reduce, include_self=False
+    )
+
+
+def _scales(largest: Tensor) -> Tensor:
+    return (largest / _LARGEST).clamp_min(_TINY).bfloat16()
+
+
+def _codes(numbers: Tensor, scales: Tensor) -> Tensor:
+    """Numbers as multiples of their scales."""
     # Where the scale was rounded down, the largest are cut off, by a quarter of a step at most.
-    codes = (numbers / scales.float()).round_().clamp_(-_LARGEST, _LARGEST)
-    return codes.to(torch.int8), scales
+    return (numbers / scales.float()).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
 
 
-def _require_fitting(tensors: Mapping[str, Tensor]) -> None:
+def _require_fitting(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Layers and KV heads of tensors that fit together."""
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    _, shape = found.get("key_codes", (None, ()))
-    if len(shape) != 4:
+    _, codes = found.get("key_codes", (None, ()))
+    _, channels = found.get("key_scales", (None, ()))
+    if len(codes) != 2 or len(channels) != 3:
         raise ValueError(
-            "key_codes must have shape (layers, kv_heads, anchors, head_dim), "
-            f"was: {found.get('key_codes')}"
+            "key_codes must have shape (entries, head_dim) and key_scales (layers, kv_heads, "
+            f"head_dim), were: {codes} and {channels}"
         )
-    codes = (torch.int8, shape)
-    per_channel = (torch.bfloat16, (*shape[:2], 1, shape[3]))
+    per_channel = (torch.bfloat16, (*channels[:2], codes[1]))
     expected = {
-        "key_codes": codes,
+        "key_codes": (torch.int8, codes),
         "key_scales": per_channel,
         "key_offsets": per_channel,
-        "value_codes": codes,
-        "value_scales": (torch.bfloat16, (*shape[:3], 1)),
+        "value_codes": (torch.int8, codes),
+        "value_scales": (torch.bfloat16, codes[:1]),
         "positions": found.get("positions"),
+        "heads": found.get("heads"),
     }
     if found != expected:
         raise ValueError(f"expected {expected}, got {found}")
+    return channels[0], channels[1]

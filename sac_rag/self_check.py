@@ -7,13 +7,16 @@ import os
 
 import torch
 import transformers
+from torch import Tensor
 
 from sac_rag import models
 from sac_rag.assemble import assemble
+from sac_rag.attention import as_inputs
 from sac_rag.compressors.full import Full
 from sac_rag.digests import digest_json
 from sac_rag.errors import UnsupportedModel
 from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
 from sac_rag.rope import relocation_error
 
 # Largest relative error that is still rounding. Measured on 2 to 30 layers: at most 1e-5 in
@@ -22,11 +25,15 @@ _ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 _OFFSETS = (1, 509, 1777)
 
 
-def self_check(generator: Generator) -> float:
+def self_check(generator: Generator, *, ragged: bool = False) -> float:
     """Compares moved with unmoved reading, and remembers a success.
 
     Done once for a model on a version of torch and transformers; then the record in the package's
     cache folder answers.
+
+    Args:
+        generator: The loaded model.
+        ragged: Whether its heads must be able to keep different numbers of entries too.
 
     Returns:
         The largest relative error seen, now or when it was measured.
@@ -40,6 +47,7 @@ def self_check(generator: Generator) -> float:
         "attention": generator.model.config._attn_implementation,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "ragged": ragged,
     }
     record = models.home() / "self_checks" / f"{digest_json(about)}.json"
     try:
@@ -53,13 +61,19 @@ def self_check(generator: Generator) -> float:
             if offset + 24 <= generator.max_positions
         ]
     errors.append(_reading_error(generator))
+    if ragged:
+        errors.append(_ragged_error(generator))
     error = float(torch.tensor(errors).max())  # NaN if any is, which Python's max would lose
     allowed = _ROUNDING[generator.dtype]
     if not error <= allowed:
         raise UnsupportedModel(
             f"{generator.model.config.model_type}: a moved chunk must read like plain text "
             f"(relative error at most {allowed} in {generator.dtype}), was: {error:.3g}; "
-            "this model's chunks cannot be cached"
+            + (
+                "if it passes without shared budgets, use compressor='full' or budget='uniform'"
+                if ragged
+                else "this model's chunks cannot be cached"
+            )
         )
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +88,50 @@ def self_check(generator: Generator) -> float:
 @torch.no_grad()
 def _reading_error(generator: Generator) -> float:
     """Relative error of the logits behind one whole chunk, against plain reading."""
+    kv, question, ids = _read_chunk(generator)
+    prompt = assemble([[kv, question]], generator)
+    with generator.running() as model:
+        got = model(**prompt.inputs()).logits[0]
+        plain = model(torch.tensor([ids], device=generator.device)).logits[0]
+    return _relative(got, plain[-len(question) :])
+
+
+@torch.no_grad()
+def _ragged_error(generator: Generator) -> float:
+    """Relative error of the logits behind a chunk of which heads keep different tokens.
+
+    Against a chunk of which they keep all, what the first lacks blocked in every head's mask.
+    """
+    whole, question, _ = _read_chunk(generator)
+    kept = torch.arange(whole.num_entries, device=generator.device) * 7919 % 13 < 6
+    ragged = assemble([[whole.map(lambda tensor: tensor[kept]), question]], generator)
+    full = assemble([[whole, question]], generator)
+    # Entries of a whole chunk stand token after token.
+    by_layer = (~kept).view(whole.num_tokens, whole.num_layers, whole.num_kv_heads).permute(1, 2, 0)
+    masks = []
+    for dropped in by_layer:
+        mask = full.masks[0].repeat(1, whole.num_kv_heads, 1, 1)
+        blocked = torch.finfo(mask.dtype).min
+        mask[..., : whole.num_tokens].masked_fill_(dropped[None, :, None], blocked)
+        masks.append(mask)
+    try:
+        with generator.running() as model:
+            got = model(**ragged.inputs()).logits[0]
+            expected = model(**{**full.inputs(), **as_inputs(masks)}).logits[0]
+    except RuntimeError:  # of shapes: some models hand no masks of our own to their layers
+        return float("inf")
+    return _relative(got, expected)
+
+
+def _read_chunk(generator: Generator) -> tuple[AnchorKV, list[int], list[int]]:
+    """A chunk of a few fixed tokens, every token kept; a question; both as one text."""
     vocabulary = generator.model.get_input_embeddings().weight.shape[0]
     ids = ((torch.arange(40) * 7919 + 13) % vocabulary).tolist()
-    chunk, question = ids[:32], ids[32:]
     config = Full.default_config(stored_dtype=generator.dtype_name)
-    kvs = Full(generator, config).compress_tokens([chunk])
-    prompt = assemble([[*kvs, question]], generator)
-    with generator.running() as model:
-        got = model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
-        ).logits[0]
-        expected = model(torch.tensor([ids], device=generator.device)).logits[0, len(chunk) :]
+    (kv,) = Full(generator, config).compress_tokens([ids[:32]])
+    return kv, ids[32:], ids
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
     difference = (got.float() - expected.float()).norm()
     return float(difference / expected.float().norm().clamp_min(1e-12))

@@ -173,8 +173,11 @@ def make_compressor(generator: Generator, method: str, **changes: Any) -> Compre
     """A compressor in float32 whose weights, if it has any, are random instead of untrained.
 
     Args:
-        method: A method's name, or "learned" for SAC with learned anchors.
+        method: A method's name; "learned" for SAC with learned anchors; "shared" for that with a
+            budget for each head.
     """
+    if method == "shared":
+        method, changes = "learned", {"budget": "shared", **changes}
     if method == "learned":
         method, changes = "sac", {**LEARNED, **changes}
     sink = changes.pop("sink", opening(generator.tokenizer))
@@ -208,12 +211,7 @@ def passes_of(generator: Generator) -> Iterator[list[int]]:
 def logits_of(generator: Generator, prompt: Prompt) -> Tensor:
     """What is predicted behind each plain token. Shape: (rows, tokens, vocabulary)."""
     with generator.running(prompt.adapter) as model, torch.no_grad():
-        logits: Tensor = model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
-        ).logits
+        logits: Tensor = model(**prompt.inputs()).logits
     return logits
 
 

@@ -22,7 +22,7 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("method", ["sac", "full"])
+@pytest.mark.parametrize("method", ["sac", "full", "shared"])
 def test_fewer_bits_are_fewer_bytes_and_more_error(llama: Generator, method: str) -> None:
     compressor = make_compressor(llama, method)
     rag = SacRAG(CachedCompressor(compressor, {}))

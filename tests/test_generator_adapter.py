@@ -42,10 +42,10 @@ def own(make_generator: Callable[..., Generator]) -> Generator:
     return make_generator("llama")
 
 
-@pytest.fixture
-def adapted(own: Generator) -> Compressor:
+@pytest.fixture(params=["learned", "shared"])
+def adapted(own: Generator, request: pytest.FixtureRequest) -> Compressor:
     """With a generator adapter that makes a difference."""
-    return make_compressor(own, "learned", generator_adapter_rank=2)
+    return make_compressor(own, request.param, generator_adapter_rank=2)
 
 
 def prompt_of(compressor: Compressor) -> Prompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -23,16 +23,29 @@ KEY = "ab" * 32
 
 
 def make_kv(seed: int = 0, dtype: torch.dtype = torch.float32, anchors: int = 40) -> AnchorKV:
-    """Channels of means and spreads of their own, tokens of sizes of their own."""
+    """Channels of means and spreads of their own, entries of sizes of their own.
+
+    Heads keep different numbers of tokens, `anchors` on the average; the second one keeps none.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random)
 
-    keys = normal(2, 3, anchors, 8) * normal(2, 3, 1, 8).exp() + 10 * normal(2, 3, 1, 8)
-    values = normal(2, 3, anchors, 8) * normal(2, 3, anchors, 1).exp()
-    positions = torch.arange(anchors, dtype=torch.int32) * 5
-    return AnchorKV(keys.to(dtype), values.to(dtype), positions, anchors * 5)
+    counts = torch.tensor([2 * anchors, 0, anchors, anchors + 1, anchors, anchors - 1])
+    entries = 6 * anchors
+    heads = torch.arange(6).repeat_interleave(counts)[torch.randperm(entries, generator=random)]
+    keys = normal(entries, 8) * normal(6, 8).exp()[heads] + 10 * normal(6, 8)[heads]
+    values = normal(entries, 8) * normal(entries, 1).exp()
+    return AnchorKV(
+        keys=keys.to(dtype),
+        values=values.to(dtype),
+        positions=torch.randint(5 * anchors, (entries,), generator=random, dtype=torch.int32),
+        heads=heads.short(),
+        num_layers=2,
+        num_kv_heads=3,
+        num_tokens=5 * anchors,
+    )
 
 
 def half_a_step_off(exact: torch.Tensor, rounded: torch.Tensor, scales: torch.Tensor) -> bool:
@@ -52,22 +65,16 @@ def test_every_number_is_rounded_by_half_a_step_at_most(
     seed: int, size: float, mean: float, anchors: int
 ) -> None:
     drawn = make_kv(seed, anchors=anchors)
-    kv = AnchorKV(
-        (drawn.keys + mean) * size, drawn.values * size, drawn.positions, drawn.num_tokens
-    )
+    kv = replace(drawn, keys=(drawn.keys + mean) * size, values=drawn.values * size)
     quantized = quantize(kv)
     kept = quantized.tensors()
-    assert half_a_step_off(kv.keys, quantized.keys, kept["key_scales"])
-    assert half_a_step_off(kv.values, quantized.values, kept["value_scales"])
+    scales = kept["key_scales"].flatten(0, 1)[kv.heads.long()]
+    assert half_a_step_off(kv.keys, quantized.keys, scales)
+    assert half_a_step_off(kv.values, quantized.values, kept["value_scales"][:, None])
 
 
 def test_equal_numbers_stay_exact_to_the_precision_of_their_offset() -> None:
-    kv = AnchorKV(
-        torch.full((1, 1, 3, 4), 1.5),
-        torch.zeros(1, 1, 3, 4),
-        torch.arange(3, dtype=torch.int32),
-        3,
-    )
+    kv = replace(make_kv(), keys=torch.full((240, 8), 1.5), values=torch.zeros(240, 8))
     assert torch.equal(quantize(kv).keys, kv.keys)
     assert torch.equal(quantize(kv).values, kv.values)
 
@@ -77,12 +84,14 @@ def test_it_is_an_anchor_kv_of_float32_in_half_the_bytes_of_bfloat16() -> None:
     quantized = quantize(kv)
     assert isinstance(quantized, AnchorKV)
     assert quantized.dtype == quantized.keys.dtype == quantized.values.dtype == torch.float32
-    assert quantized.shape == quantized.keys.shape == quantized.values.shape == kv.shape
-    assert (quantized.num_anchors, quantized.num_tokens) == (200, 1000)
+    assert quantized.keys.shape == quantized.values.shape == kv.keys.shape
+    assert quantized.kv_shape == kv.kv_shape == (2, 3, 8)
+    assert (quantized.num_entries, quantized.num_tokens) == (1200, 1000)
     assert torch.equal(quantized.positions, kv.positions)
+    assert torch.equal(quantized.heads, kv.heads)
     assert quantized.nbytes == sum(t.nbytes for t in quantized.tensors().values())
-    codes = 2 * 2 * 3 * 200 * 8
-    assert codes < quantized.nbytes < 0.65 * kv.nbytes  # heads of 8 numbers are small for scales
+    codes = 2 * 1200 * 8
+    assert codes < quantized.nbytes < 0.68 * kv.nbytes  # 8 numbers are few for a scale and a place
 
 
 def test_quantizing_is_repeatable_and_what_is_quantized_is_worked_out_to_the_same_bits() -> None:
@@ -118,7 +127,7 @@ def test_another_dtype_is_a_plain_value_and_another_device_is_not() -> None:
 @pytest.mark.parametrize("name", ["keys", "values"])
 def test_what_is_not_finite_is_refused(bad: float, name: str) -> None:
     kv = make_kv()
-    getattr(kv, name)[0, 0, 0, 0] = bad
+    getattr(kv, name)[0, 0] = bad
     with pytest.raises(ValueError, match="must be finite to be stored in int8"):
         quantize(kv)
 
@@ -126,15 +135,22 @@ def test_what_is_not_finite_is_refused(bad: float, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "num_tokens", "message"),
     [
-        ({"key_codes": torch.zeros(2, 3, 40, 8)}, 200, "expected .* got"),
-        ({"key_codes": torch.zeros(3, 40, 8, dtype=torch.int8)}, 200, "key_codes must have shape"),
-        ({"value_codes": torch.zeros(2, 3, 39, 8, dtype=torch.int8)}, 200, "expected .* got"),
-        ({"key_scales": torch.zeros(2, 3, 40, 1).bfloat16()}, 200, "expected .* got"),
-        ({"key_offsets": torch.zeros(2, 3, 1, 8)}, 200, "expected .* got"),
-        ({"value_scales": torch.zeros(2, 3, 1, 8).bfloat16()}, 200, "expected .* got"),
+        ({"key_codes": torch.zeros(240, 8)}, 200, "expected .* got"),
+        ({"key_codes": torch.zeros(6, 40, 8).char()}, 200, "key_codes must have shape"),
+        ({"key_scales": torch.zeros(6, 8).bfloat16()}, 200, "key_codes must have shape"),
+        ({"value_codes": torch.zeros(239, 8).char()}, 200, "expected .* got"),
+        ({"key_scales": torch.zeros(2, 3, 7).bfloat16()}, 200, "expected .* got"),
+        ({"key_offsets": torch.zeros(2, 3, 8)}, 200, "expected .* got"),
+        ({"value_scales": torch.zeros(239).bfloat16()}, 200, "expected .* got"),
         ({"more": torch.zeros(1)}, 200, "expected .* got"),
-        ({"positions": torch.zeros(3, dtype=torch.int32)}, 200, "positions must have shape"),
-        ({}, 39, "no more than it has tokens"),
+        ({"positions": torch.zeros(239).int()}, 200, "positions must be"),
+        (
+            {"positions": torch.zeros(239).int(), "heads": torch.zeros(239).short()},
+            200,
+            "positions must be",
+        ),
+        ({"heads": torch.full((240,), 6).short()}, 200, "heads must be from 0 to 5"),
+        ({}, 39, "at most one for each token and head"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -152,6 +168,20 @@ def test_every_tensor_is_needed(name: str) -> None:
         QuantizedKV(tensors, 200)
 
 
+def test_the_first_entries_of_what_is_quantized_are_worked_out_to_the_same_bits() -> None:
+    quantized = quantize(make_kv())
+    part = quantized.first(7)
+    assert type(part) is QuantizedKV
+    assert torch.equal(part.keys, quantized.keys[:7])
+    assert torch.equal(part.values, quantized.values[:7])
+    assert torch.equal(part.heads, quantized.heads[:7])
+    assert (part.kv_shape, part.num_tokens) == (quantized.kv_shape, 200)
+    assert quantized.first(240).bit_equal(quantized)
+    for entries in (0, 241):
+        with pytest.raises(ValueError, match=f"from 1 to 240, was: {entries}"):
+            quantized.first(entries)
+
+
 def test_every_store_gives_back_the_codes_themselves(store: AnchorStore) -> None:
     quantized = quantize(make_kv())
     store[KEY] = quantized
@@ -162,7 +192,7 @@ def test_every_store_gives_back_the_codes_themselves(store: AnchorStore) -> None
 
 def test_memory_counts_the_codes_and_keeps_no_batch_alive() -> None:
     store, quantized = MemoryStore(), quantize(make_kv())
-    batch = torch.zeros(64, *quantized.shape, dtype=torch.int8)
+    batch = torch.zeros(64, 240, 8, dtype=torch.int8)
     batch[3] = quantized.tensors()["key_codes"]
     store[KEY] = QuantizedKV({**quantized.tensors(), "key_codes": batch[3]}, quantized.num_tokens)
     assert store[KEY].bit_equal(quantized)
@@ -198,18 +228,13 @@ def test_it_reads_like_the_value_it_was_made_of(llama: Generator) -> None:
     def logits(kv: AnchorKV) -> torch.Tensor:
         prompt = assemble([[llama.tokenize("a"), kv, question]], llama)
         with llama.running() as model, torch.inference_mode():
-            out: torch.Tensor = model(
-                inputs_embeds=prompt.embeds,
-                position_ids=prompt.position_ids,
-                attention_mask=llama.attention_mask(prompt.mask),
-                past_key_values=prompt.cache,
-            ).logits
+            out: torch.Tensor = model(**prompt.inputs()).logits
         return out[0, -len(question) :]
 
     plain, rounded = logits(exact), logits(quantize(exact))
     assert not torch.equal(plain, rounded)
     # Rounding alone: without any anchors the logits are another text's.
-    without = logits(AnchorKV(exact.keys * 0, exact.values * 0, exact.positions, exact.num_tokens))
+    without = logits(replace(exact, keys=exact.keys * 0, values=exact.values * 0))
     assert (plain - rounded).norm() < 0.05 * (plain - without).norm()
 
 

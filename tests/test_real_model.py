@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice, permutations
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_compressor
+from conftest import logits_of, make_compressor
+from slow_reading import read_slowly
 
 from sac_rag.assemble import assemble
 from sac_rag.cached import CachedCompressor
@@ -55,8 +57,8 @@ def test_moved_chunks_read_like_chunks_computed_in_place(smollm: Generator) -> N
             placed += full.compress_tokens([chunks[i]], start=position)
             position += len(chunks[i])
         in_place = assemble([[before, *(cached[i] for i in order), after]], smollm)
-        keys = torch.cat([kv.keys for kv in placed], dim=2)
-        values = torch.cat([kv.values for kv in placed], dim=2)
+        keys = torch.cat([kv.by_head()[0] for kv in placed], dim=2)
+        values = torch.cat([kv.by_head()[1] for kv in placed], dim=2)
         for layer, own in enumerate(in_place.cache.layers):
             own.keys, own.values = keys[layer][None], values[layer][None]
         texts = []
@@ -67,6 +69,20 @@ def test_moved_chunks_read_like_chunks_computed_in_place(smollm: Generator) -> N
             texts += generation.texts
         assert texts[0] == texts[1]
         assert texts[0].strip()
+
+
+@torch.no_grad()
+def test_what_each_head_keeps_of_its_own_reads_like_all_entries_with_the_rest_masked(
+    smollm: Generator,
+) -> None:
+    compressor = make_compressor(smollm, "shared", lora_targets=(), ratio=5)
+    kvs = compressor.compress(FACTS[:3])
+    assert all(int(kv.counts.min()) < int(kv.counts.max()) for kv in kvs)
+    question = smollm.tokenize("\nHow tall is the lighthouse?")
+    parts: list[Any] = [smollm.tokenize("Read: "), *kvs, question]
+    got = logits_of(smollm, assemble([parts], smollm, cue=compressor.cue))[0]
+    expected = read_slowly(smollm, parts, compressor.cue)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_one_chunk_behind_its_whole_prefix_gives_the_text_of_plain_generate(

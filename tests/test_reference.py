@@ -255,15 +255,10 @@ def test_keys_and_values_are_theirs(ours: SAC, theirs: Theirs, context: str) -> 
 def test_logits_are_theirs(ours: SAC, theirs: Theirs, context: str, home: Path) -> None:
     text = CONTEXTS[context]
     rag = SacRAG(CachedCompressor(ours, {}), format=reference.FORMAT)
-    run = rag._start([(QUESTION, [text])], Decoding(max_new_tokens=1))
+    run = rag._start([(QUESTION, [text])], Decoding(max_new_tokens=1), None)
     prompt, generator = run.prompt, ours.generator
     with torch.no_grad():
-        got = generator.model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
-        ).logits[0]
+        got = generator.model(**prompt.inputs()).logits[0]
     ids, asked = theirs.context(text), theirs.question(QUESTION)
     assert prompt.position_ids[0].tolist() == list(range(len(ids), len(ids) + len(asked) + 1))
     expected = theirs.logits(ids, asked)
@@ -376,7 +371,7 @@ def test_the_command_converts(
     ids = theirs.context(PROSE[3])
     (kv,) = loaded.compress([PROSE[3]])
     values = torch.stack([value[0] for _, value in theirs.compress(ids)])
-    torch.testing.assert_close(kv.values, values, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(kv.by_head()[1], values, atol=TOLERANCE, rtol=0)
 
 
 def test_the_command_says_what_is_wrong_in_a_sentence(base: Path, tmp_path: Path) -> None:
@@ -549,12 +544,7 @@ def test_where_a_prompt_starts_changes_positions_and_no_logits(
             first_position=first,
         )
         with torch.no_grad():
-            out = tiny.model(
-                inputs_embeds=prompt.embeds,
-                position_ids=prompt.position_ids,
-                attention_mask=tiny.attention_mask(prompt.mask),
-                past_key_values=prompt.cache,
-            ).logits
+            out = tiny.model(**prompt.inputs()).logits
         return out, torch.cat([prompt.position_ids[0], prompt.next_positions])
 
     at_zero, positions = logits(0)
@@ -590,7 +580,7 @@ def test_training_compresses_and_reads_the_heading_too(ours: SAC, theirs: Theirs
     (source,) = row.sources
     ids = [*theirs.context(""), *source.ids]
     values = torch.stack([value[0] for _, value in theirs.compress(ids)])
-    torch.testing.assert_close(kv.values.detach(), values, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(kv.by_head()[1].detach(), values, atol=TOLERANCE, rtol=0)
     (target,) = row.targets
     plain = theirs.decoder(torch.tensor([[*ids, *target.ids[:-1]]])).logits[0, -target.predicted :]
     predicted = objective.predict([row], 15, read_as="text")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import PROSE, make_compressor, make_model, passes_of
+from conftest import ARCHITECTURES, PROSE, make_compressor, make_model, passes_of
 from transformers import PreTrainedTokenizerFast
 
 from sac_rag.assemble import assemble
@@ -89,12 +89,7 @@ def test_what_passes_reads_a_moved_chunk_like_plain_text(
     chunk, after = generator.tokenize(PROSE[0]), generator.tokenize(" Who counted?")
     kvs = make_compressor(generator, "full", sink=prefix).compress_tokens([chunk])
     prompt = assemble([[before, *kvs, after]], generator)
-    got = generator.model(
-        inputs_embeds=prompt.embeds,
-        position_ids=prompt.position_ids,
-        attention_mask=generator.attention_mask(prompt.mask),
-        past_key_values=prompt.cache,
-    ).logits[0, -1]
+    got = generator.model(**prompt.inputs()).logits[0, -1]
     expected = generator.model(torch.tensor([[*before, *chunk, *after]])).logits[0, -1]
     assert (got - expected).norm() < 1e-3 * expected.norm()
 
@@ -221,3 +216,21 @@ def test_a_model_of_few_positions_can_be_checked(
 ) -> None:
     generator = generator_of("Llama", tokenizer, max_position_embeddings=max_positions)
     assert self_check(generator) < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_heads_that_keep_different_tokens_are_checked_where_budgets_are_shared(
+    make_generator: Any, architecture: str, attention: str, home: Path
+) -> None:
+    assert 0 < self_check(make_generator(architecture, attention), ragged=True) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["StableLm", "DiffLlama"])
+def test_models_whose_layers_know_no_masks_of_each_head_are_refused_for_shared_budgets_alone(
+    name: str, tokenizer: PreTrainedTokenizerFast, home: Path
+) -> None:
+    generator = generator_of(name, tokenizer)
+    assert self_check(generator) < 1e-3
+    with pytest.raises(UnsupportedModel, match="use compressor='full' or budget='uniform'"):
+        self_check(generator, ragged=True)

@@ -148,10 +148,7 @@ def _logits_of_gold(rag: SacRAG, trial: Trial, kvs: dict[str, AnchorKV]) -> Tens
     )
     with generator.running(prompt.adapter) as model:
         output: Any = model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
+            **prompt.inputs(),
             logits_to_keep=len(gold) + 1,
         )
     logits: Tensor = output.logits[0, :-1].float()

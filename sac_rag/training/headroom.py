@@ -91,13 +91,17 @@ def _scores(compressor: SAC, row: Row, kv: AnchorKV, attention: Tensor) -> dict[
     tokens = torch.tensor(row.sources[0].ids, device=kv.keys.device)
     positions = torch.arange(kv.num_tokens, device=kv.keys.device)
     again = attention_when_read_again(compressor.generator, compressor.sink_ids, tokens)
+    keys, values, _ = kv.by_head()
     return {
-        "scorer": compressor.scores(positions, kv.keys, kv.values).detach(),
+        "scorer": compressor.scores(positions, keys, values).detach(),
         "read again": again,
         _BEST: attention,
     }
 
 
 def _only(kv: AnchorKV, kept: Tensor) -> AnchorKV:
-    index = kept[..., None].expand(-1, -1, -1, kv.keys.shape[-1])
-    return AnchorKV(kv.keys.gather(2, index), kv.values.gather(2, index), kept.int(), kv.num_tokens)
+    keys, values, _ = kv.by_head()
+    index = kept[..., None].expand(-1, -1, -1, kv.head_dim)
+    return AnchorKV.uniform(
+        keys.gather(2, index), values.gather(2, index), kept.int(), kv.num_tokens
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -135,11 +135,13 @@ class Objective:
             Shape of the latter: (layers, kv_heads, tokens)
         """
         generator = self.compressor.generator
-        kvs = self.encode(self.compressor.at_ratio(1), [row])
+        ranked = self.encode(self.compressor.at_ratio(1), [row])
+        # In text order, so that what an entry receives is what its token does.
+        kvs = [AnchorKV.uniform(*kv.by_head(), kv.num_tokens) for kv in ranked]
         prompt = self.prompt([row], kvs)
         before = prompt.cache.get_seq_length() - sum(kv.num_tokens for kv in kvs)
         with generator.running(prompt.adapter) as model, showing_attention(model):
-            attentions = model.base_model(**self._inputs(prompt), output_attentions=True).attentions
+            attentions = model.base_model(**prompt.inputs(), output_attentions=True).attentions
         received = most_received(attentions, generator.kv_shape[1])
         seen = []
         for kv in kvs:
@@ -201,17 +203,8 @@ class Objective:
     def _read(self, prompt: Prompt) -> Tensor:
         """Last hidden states of the plain text. Shape: (rows, tokens, hidden)."""
         with self.compressor.generator.running(prompt.adapter) as model:
-            hidden: Tensor = model.base_model(**self._inputs(prompt)).last_hidden_state
+            hidden: Tensor = model.base_model(**prompt.inputs()).last_hidden_state
         return hidden
-
-    def _inputs(self, prompt: Prompt) -> dict[str, Any]:
-        return {
-            "inputs_embeds": prompt.embeds,
-            "position_ids": prompt.position_ids,
-            "attention_mask": self.compressor.generator.attention_mask(prompt.mask),
-            "past_key_values": prompt.cache,
-            "use_cache": True,
-        }
 
 
 def target_places(rows: Sequence[Row], columns: int) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -1,0 +1,187 @@
+"""Attention to entries of which each head has its own. Knows nothing of chunks or prompts.
+
+HF's models give one mask to all layers, and caches of one length. Where heads keep different
+numbers of entries, each layer's cache is as long as its longest head, and each head has a mask of
+its own. Those come as a keyword of the model's forward, `entry_masks`, to the attention functions
+that are registered here with transformers; without the keyword they are transformers' own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from copy import copy
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+# What a model's attention is called with these functions in place of transformers' own.
+NAMES = {"sdpa": "sac_rag_sdpa", "eager": "sac_rag_eager"}
+
+
+class LayerMasks(Protocol):
+    """A mask for each layer."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, layer: int, /) -> Tensor: ...
+
+
+def sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    entry_masks: LayerMasks | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention by torch's own kernels.
+
+    Args:
+        module: The attention layer; it has a `layer_idx`.
+        query: Shape: (rows, query_heads, tokens, head_dim)
+        key: Shape: (rows, kv_heads, entries, head_dim)
+        value: Shape: (rows, kv_heads, entries, head_dim)
+        attention_mask: Of all layers; counts only without entry_masks.
+        entry_masks: What is added to each layer's scores. Shape of each: (rows, kv_heads, tokens,
+            entries)
+        scaling: Of the scores.
+        **kwargs: Of transformers' function.
+
+    Returns:
+        Shape: (rows, tokens, query_heads, head_dim); and None, for it has no weights to show.
+    """
+    if entry_masks is None:
+        usual: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return usual
+    mask = entry_masks[module.layer_idx]
+    rows, heads, tokens, width = query.shape
+    group = heads // key.shape[1]
+    # KV heads become rows: so all query heads of a group share one mask, and nothing is repeated.
+    output = functional.scaled_dot_product_attention(
+        query.reshape(-1, group, tokens, width),
+        key.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
+        value.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
+        attn_mask=mask.flatten(0, 1)[:, None],
+        scale=scaling,
+    )
+    return output.view(rows, heads, tokens, width).transpose(1, 2).contiguous(), None
+
+
+def eager(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    entry_masks: LayerMasks | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention spelt out, by the model's own function for it; see `sdpa`.
+
+    Shape of the weights: (rows, query_heads, tokens, entries).
+    """
+    if entry_masks is not None:
+        group = query.shape[1] // key.shape[1]
+        attention_mask = entry_masks[module.layer_idx].repeat_interleave(group, dim=1)
+    # Each of transformers' models has one beside its layers; some cap the scores.
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    output: tuple[Tensor, Tensor] = own(module, query, key, value, attention_mask, **kwargs)
+    return output
+
+
+for _usual, _function, _mask in (("sdpa", sdpa, sdpa_mask), ("eager", eager, eager_mask)):
+    AttentionInterface.register(NAMES[_usual], _function)
+    AttentionMaskInterface.register(NAMES[_usual], _mask)
+
+
+class Masks:
+    """What each layer adds to its attention scores, made when it is asked for.
+
+    A token attends to the entries of earlier turns and the plain text before it; nothing attends to
+    padding. A cue has its chunk's own turn and attends to that chunk. A branch attends to no other.
+
+    Additive, not boolean: eager attention adds whatever mask it gets, and would take True for a
+    score of 1.
+
+    Args:
+        entry_turns: The turn of each layer's entries, -1 for padding; one for all layers where they
+            are the same. Shape of each: (rows, kv_heads, entries)
+        token_turns: Shape: (rows, tokens)
+        last_shared: The turn of each row after which branches begin. Shape: (rows,)
+        dtype: Of the scores.
+    """
+
+    def __init__(
+        self,
+        entry_turns: Sequence[Tensor],
+        token_turns: Tensor,
+        last_shared: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        tokens, device = token_turns.shape[1], token_turns.device
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        shared = token_turns <= last_shared[:, None]
+        own = token_turns[:, None, :] == token_turns[:, :, None]
+        to_tokens = causal & (token_turns[:, None, :] >= 0) & (shared[:, None, :] | own)
+        # A padding token attends to itself: attention over nothing would be NaN.
+        to_tokens = to_tokens | torch.eye(tokens, dtype=torch.bool, device=device)
+        turns = torch.arange(-1, int(token_turns.max()) + 1, device=device)
+        to_turns = (turns >= 0) & (turns <= token_turns[:, :, None])
+        self._entry_turns = entry_turns
+        # Shape: (rows, tokens, tokens) and (rows, tokens, turns), turn -1 first
+        self._to_tokens = _added(to_tokens, dtype)
+        self._to_turns = _added(to_turns, dtype)
+
+    def __len__(self) -> int:
+        return len(self._entry_turns)
+
+    def __getitem__(self, layer: int, /) -> Tensor:
+        """Shape: (rows, kv_heads, tokens, entries + tokens); with one head if that is for all."""
+        turns = self._entry_turns[layer]
+        rows, heads, entries = turns.shape
+        tokens = self._to_tokens.shape[1]
+        index = (turns + 1).view(rows, 1, -1).expand(-1, tokens, -1)
+        to_entries = self._to_turns.gather(2, index).view(rows, tokens, heads, entries)
+        to_tokens = self._to_tokens[:, None].expand(-1, heads, -1, -1)
+        return torch.cat([to_entries.transpose(1, 2), to_tokens], dim=-1)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keywords of the model's forward, to read the prompt."""
+        return as_inputs([self[0]] if len(self) == 1 else self)
+
+    def of_next(self, count: int) -> list[Tensor]:
+        """Masks of the last token and of `count` that follow it, each of which sees those before.
+
+        Returns:
+            Those of one token at a time, to be cut to the length of the cache: one for each layer,
+            or one for all. Shape of each: (rows, kv_heads, 1, entries + tokens + count)
+        """
+        last = copy(self)
+        last._to_turns, last._to_tokens = self._to_turns[:, -1:], self._to_tokens[:, -1:]
+        return [functional.pad(last[layer], (0, count)) for layer in range(len(self))]
+
+
+def as_inputs(masks: LayerMasks) -> dict[str, Any]:
+    """Keywords of a model's forward: a mask for each layer, or one for all as usual."""
+    if len(masks) == 1 and masks[0].shape[1] == 1:
+        return {"attention_mask": masks[0]}
+    # Any mask of four dimensions keeps transformers from making its own. This one fits no scores:
+    # a model that does not hand `entry_masks` down to its layers fails, and does not answer wrong.
+    return {"attention_mask": masks[0].new_zeros(1, 1, 1, 0), "entry_masks": masks}
+
+
+def _added(attends_to: Tensor, dtype: torch.dtype) -> Tensor:
+    blocked = torch.finfo(dtype).min
+    return torch.zeros_like(attends_to, dtype=dtype).masked_fill_(~attends_to, blocked)

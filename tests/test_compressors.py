@@ -28,7 +28,7 @@ from sac_rag.compressors import base, checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
-from sac_rag.compressors.layout import after_sink, causal
+from sac_rag.compressors.layout import Layout, after_sink, causal
 from sac_rag.compressors.sac import SAC
 from sac_rag.errors import PromptTooLong
 from sac_rag.generator import Generator
@@ -42,6 +42,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "ratio": (4, set()),
     "heading": ("text: ", set()),
     "anchors": ("surprisal", set()),
+    "budget": ("shared", {"compressor_weights"}),
     "scorer_width": (16, set()),
     "anchor_embedding": ("none", {"compressor_weights"}),
     "first_position": (1, set()),
@@ -55,6 +56,10 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "generator_adapter_rank": (2, {"compressor_weights"}),
     "stored_dtype": ("float16", set()),
 }
+
+
+# A scorer and budgets leave no choice of these.
+UNLIKE_LEARNED = {"method", "ratio", "anchors", "anchor_embedding", "attention", "budget"}
 
 
 class Other(SAC):
@@ -111,6 +116,7 @@ def nudge(weight: Tensor) -> None:
         ("lora_rank", 0),
         ("lora_alpha", 0),
         ("generator_adapter_rank", -1),
+        ("budget", "even"),
         ("attention", "bidirectional"),
         ("attention", None),
         ("stored_dtype", "int4"),
@@ -181,16 +187,91 @@ def test_changing_a_config_field_changes_the_fingerprint_for_that_field(
     llama: Generator, sac: Compressor, field: str
 ) -> None:
     value, also = CHANGES[field]
-    assert asdict(sac.config)[field] != value
+    base = "learned" if field == "budget" else "sac"
+    before = make_compressor(llama, base) if field == "budget" else sac
+    assert asdict(before.config)[field] != value
     if field == "method":
         changed: Compressor = Other(llama, replace(sac.config, method="other"))
         changed.load_weights(sac.weights)
     else:
-        changed = make_compressor(llama, "sac", **{field: value})
-    one, other = sac.fingerprint_fields(), changed.fingerprint_fields()
-    assert one.keys() == other.keys()
-    assert {name for name in one if one[name] != other[name]} == {f"config.{field}", *also}
-    assert changed.fingerprint != sac.fingerprint
+        changed = make_compressor(llama, base, **{field: value})
+    assert difference(before, changed) == {f"config.{field}", *also}
+    assert changed.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("budget", "layers"),
+        ("anchors", "attention"),
+        ("attention", "full"),
+        *((f, v) for f, (v, _) in CHANGES.items() if f not in UNLIKE_LEARNED),
+    ],
+)
+def test_fields_of_nested_ratios_count_too(llama: Generator, field: str, value: Any) -> None:
+    before, changes = make_compressor(llama, "shared"), {field: value}
+    assert asdict(before.config)[field] != value
+    also = {"compressor_weights"}
+    if field == "anchors":
+        changes["budget"] = "uniform"
+        also |= {"config.budget", "config.ratio"}
+    found = difference(before, make_compressor(llama, "shared", **changes))
+    assert f"config.{field}" in found
+    assert found <= {f"config.{field}", *also}
+
+
+@pytest.mark.parametrize("budget", ["shared", "layers", "uniform"])
+def test_the_ratio_of_nested_ones_is_not_in_the_fingerprint(llama: Generator, budget: str) -> None:
+    compressor = make_compressor(llama, "learned", budget=budget)
+    assert compressor.is_nested
+    others = [compressor.at_ratio(15), make_compressor(llama, "learned", budget=budget, ratio=2)]
+    for other in others:
+        assert difference(compressor, other) == set()
+        assert other.fingerprint == compressor.fingerprint
+
+
+def test_only_fields_that_are_not_at_their_default_are_in_the_fingerprint() -> None:
+    """A field that comes later, at its default, changes no fingerprint that is in use."""
+    assert CompressorConfig().fingerprint_fields() == {}
+    for field, (value, _) in CHANGES.items():
+        if field not in ("budget", "anchor_embedding"):
+            told = CompressorConfig(**{field: value}).fingerprint_fields()
+            assert told.keys() == {f"config.{field}"}
+            assert told[f"config.{field}"] == repr(
+                list(value) if isinstance(value, tuple) else value
+            )
+
+
+def test_defaults_are_what_fingerprints_in_use_take_them_to_be() -> None:
+    """A field at its default is in no fingerprint: another default would change what they mean."""
+    assert asdict(CompressorConfig()) == {
+        "method": "sac",
+        "ratio": 5,
+        "anchors": "uniform",
+        "budget": "uniform",
+        "scorer_width": 0,
+        "segment_tokens": 510,
+        "sink": "",
+        "heading": "",
+        "attention": "full",
+        "anchor_embedding": "shared",
+        "first_position": 0,
+        "cue": True,
+        "lora_rank": 128,
+        "lora_alpha": 256,
+        "lora_targets": ("q_proj", "v_proj"),
+        "generator_adapter_rank": 0,
+        "stored_dtype": "bfloat16",
+    }
+
+
+@pytest.mark.parametrize("anchors", ["uniform", "surprisal", "attention"])
+@pytest.mark.parametrize("budget", ["shared", "layers"])
+def test_budgets_need_a_scorer_to_be_fitted_with(anchors: Any, budget: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"budget='{budget}' .* anchors='learned', was: '{anchors}'"
+    ):
+        CompressorConfig(anchors=anchors, budget=budget)
 
 
 def test_changing_any_weight_changes_the_fingerprint(own: Compressor) -> None:
@@ -466,8 +547,10 @@ def test_an_untrained_compressor_keeps_the_frozen_models_own_kv(
     (kv,) = untrained.compress_tokens([ids])
     with torch.no_grad():
         layers = generator.model(torch.tensor([ids]), use_cache=True).past_key_values.layers
+    keys, values, _ = kv.by_head()
     for layer, plain in enumerate(layers):
-        torch.testing.assert_close(kv.keys[layer], plain.keys[0, :, 1::3], atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(keys[layer], plain.keys[0, :, 1::3], atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(values[layer], plain.values[0, :, 1::3], atol=ROUNDING, rtol=0)
 
 
 def test_lora_is_on_while_encoding_and_off_afterwards(own: Compressor) -> None:
@@ -493,6 +576,26 @@ def test_what_is_stored_is_the_rounded_float32(
         assert kv.bit_equal(exact.to(dtype=getattr(torch, stored_dtype)))
 
 
+class EverySecond(SAC):
+    """A method that keeps as many tokens as it likes, whatever the ratio."""
+
+    method: ClassVar[str] = "every-second"
+
+    def layout(self, tokens: Tensor) -> Layout:
+        return replace(super().layout(tokens), kept=torch.arange(0, len(tokens), 2))
+
+
+def test_int8_keeps_all_that_a_method_keeps(llama: Generator, sac: Compressor) -> None:
+    config = replace(sac.config, method="every-second", ratio=5)
+    ids = llama.tokenize(PROSE[0])
+    exact, rounded = (
+        EverySecond(llama, replace(config, stored_dtype=dtype)).compress_tokens([ids])[0]
+        for dtype in ("float32", "int8")
+    )
+    assert torch.equal(rounded.positions, exact.positions)
+    assert rounded.num_entries == 6 * len(range(0, len(ids), 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_of_half_precision_encodes(dtype: torch.dtype) -> None:
     generator = Generator(make_model("llama").to(dtype), make_tokenizer())
@@ -511,7 +614,8 @@ def test_trained_weights_are_kept_in_float32_whatever_the_model(own: Compressor)
 
 def test_positions_count_source_tokens(sac: Compressor) -> None:
     (kv,) = sac.compress_tokens([list(range(3, 13))])
-    assert kv.positions.tolist() == [1, 4, 7]
+    _, _, positions = kv.by_head()
+    assert positions.tolist() == [[[1, 4, 7]] * 2] * 3
     assert kv.num_tokens == 10
 
 
@@ -576,12 +680,7 @@ def loss_of(compressor: Compressor) -> Tensor:
     rows: list[list[Part]] = [[before, kvs[0], target], [before, kvs[1], kvs[0], target]]
     prompt = assemble(rows, generator, cue=compressor.cue)
     with generator.running() as model:
-        logits = model(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.position_ids,
-            attention_mask=generator.attention_mask(prompt.mask),
-            past_key_values=prompt.cache,
-        ).logits
+        logits = model(**prompt.inputs()).logits
     of_target = logits[:, -len(target) - 1 : -1].float()
     return torch.nn.functional.cross_entropy(of_target.transpose(1, 2), torch.tensor([target] * 2))
 

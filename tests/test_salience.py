@@ -59,8 +59,9 @@ def test_measuring_leaves_the_model_as_it_was(make_generator: Any) -> None:
     generator = make_generator("llama")
     ids = torch.tensor([generator.tokenize(PROSE[2])])
     before = generator.model(ids).logits
+    usual = generator.model.config._attn_implementation
     attention_when_read_again(generator, [], ids[0])
-    assert generator.model.config._attn_implementation == "sdpa"
+    assert generator.model.config._attn_implementation == usual
     assert torch.equal(generator.model(ids).logits, before)
 
 
@@ -74,22 +75,41 @@ def test_anchors_are_the_most_salient_tokens(llama: Generator, anchors: str, mea
     ids = llama.tokenize(PROSE[4])
     (kv,) = compressor.compress_tokens([ids])
     expected = top_anchors(measure(llama, compressor.sink_ids, torch.tensor(ids)), 3)
-    assert torch.equal(kv.positions, expected.int())
+    _, _, positions = kv.by_head()
+    assert torch.equal(positions, expected.int().expand_as(positions))
 
 
 def test_learned_anchors_are_the_tokens_of_the_highest_scores(llama: Generator) -> None:
     compressor = make_compressor(llama, "learned")
     ids = llama.tokenize(PROSE[3])
     (everything,) = compressor.at_ratio(1).compress_tokens([ids])
-    scores = compressor.scores(torch.arange(len(ids)), everything.keys, everything.values)  # type: ignore[attr-defined]
+    every_key, every_value, _ = everything.by_head()
+    scores = compressor.scores(torch.arange(len(ids)), every_key, every_value)  # type: ignore[attr-defined]
     (kv,) = compressor.compress_tokens([ids])
     # Of two equal scores, those of a word that comes twice, the later one counts.
-    kept = top_anchors(scores + 1e-5 * torch.arange(len(ids)), 3)
-    assert torch.equal(kv.positions, kept.int())
+    scores = scores + 1e-5 * torch.arange(len(ids))
+    kept = top_anchors(scores, 3)
+    keys, values, positions = kv.by_head()
+    assert torch.equal(positions, kept.int())
     assert kept.unique(dim=1).shape[1] > 1, "all heads chose alike: the test tells nothing"
-    index = kept[..., None].expand(-1, -1, -1, kv.keys.shape[-1])
-    assert torch.equal(kv.keys, everything.keys.gather(2, index))
-    assert torch.equal(kv.values, everything.values.gather(2, index))
+    index = kept[..., None].expand(-1, -1, -1, kv.head_dim)
+    assert torch.equal(keys, every_key.gather(2, index))
+    assert torch.equal(values, every_value.gather(2, index))
+    # And they stand in the order of their scores.
+    of_entry = scores.flatten(0, 1)[kv.heads.long(), kv.positions.long()]
+    for head in range(6):
+        assert of_entry[kv.heads == head].diff().max() < 0
+
+
+@pytest.mark.parametrize("budget", ["uniform", "layers", "shared"])
+def test_of_a_word_that_comes_again_the_later_one_is_kept_first(
+    llama: Generator, budget: str
+) -> None:
+    """To the first layer all of them are the same but for rounding, which must not decide."""
+    compressor = make_compressor(llama, "learned", scorer_width=0, budget=budget, ratio=1)
+    (kv,) = compressor.compress_tokens([[60] * 20])
+    for head in (0, 1):
+        assert kv.positions[kv.heads == head].tolist() == list(range(20))[::-1]
 
 
 @pytest.mark.parametrize("anchors", ["attention", "learned"])

@@ -190,8 +190,9 @@ def test_the_loss_through_moved_chunks_is_that_of_feeding_segment_by_segment(
         for part in parts:
             if isinstance(part, Source):
                 (kv,) = compressor.compress_tokens([part.ids], start=position)
+                keys, values, _ = kv.by_head()
                 for layer in range(len(cache.layers)):
-                    cache.update(kv.keys[layer][None], kv.values[layer][None], layer)
+                    cache.update(keys[layer][None], values[layer][None], layer)
                 position += len(part.ids)
                 feed(generator, cache, compressor.cue[None], position - 1)  # type: ignore[index]
             else:
@@ -369,7 +370,8 @@ def test_a_fitted_scorer_keeps_what_is_looked_at(own: Generator, width: int) -> 
     def share_kept() -> float:
         kept = best = 0.0
         for kv, attention in chunks[: len(ASKED)]:
-            chosen = compressor.scores(torch.arange(kv.num_tokens), kv.keys, kv.values).detach()
+            keys, values, _ = kv.by_head()
+            chosen = compressor.scores(torch.arange(kv.num_tokens), keys, values).detach()
             kept += float(attention.gather(2, top_anchors(chosen, 3)).sum())
             best += float(attention.gather(2, top_anchors(attention, 3)).sum())
         return kept / best
@@ -392,12 +394,12 @@ def test_a_scorer_goes_on_from_where_it_is(own: Generator) -> None:
     )
     mean, scale = torch.randn(features[:, 0].shape), torch.rand(features[:, 0].shape) + 0.5
     before = compressor.scorer(features).detach()
-    compressor.scorer.take_in(-mean / scale, 1 / scale)
+    compressor.scorer.fold_normalization(-mean / scale, 1 / scale)
     inside = compressor.scorer((features - mean[:, None]) / scale[:, None]).detach()
     # A constant of each head chooses nothing.
     shift = (inside - before).mean(-1, keepdim=True)
     torch.testing.assert_close(inside - shift, before, atol=1e-4, rtol=1e-4)
-    compressor.scorer.take_in(mean, scale)
+    compressor.scorer.fold_normalization(mean, scale)
     torch.testing.assert_close(compressor.scorer(features).detach(), before, atol=1e-4, rtol=1e-4)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from sac_rag.anchors import segment_bounds
+from sac_rag.compressors.budget import heads_together, num_entries
 from sac_rag.compressors.config import CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
 from sac_rag.compressors.passes import Segment, padded_tokens, passes
@@ -81,6 +83,31 @@ class Compressor(ABC):
         return list(self._sink_ids)
 
     @property
+    def is_nested(self) -> bool:
+        """Whether one compression serves every higher ratio too, by its first entries."""
+        return self.config.is_nested
+
+    def num_entries(self, num_tokens: int, ratio: int | None = None) -> int:
+        """Entries that a chunk of so many tokens has, over all layers and heads.
+
+        Args:
+            num_tokens: Of the chunk.
+            ratio: Source tokens per entry. Default: the config's.
+        """
+        bounds = segment_bounds(num_tokens, self.config.segment_tokens)
+        return sum(self.num_segment_entries(end - start, ratio) for start, end in bounds)
+
+    def num_segment_entries(self, num_tokens: int, ratio: int | None = None) -> int:
+        """Entries that one segment has at a ratio; by default the config's."""
+        layers, kv_heads, _ = self.generator.kv_shape
+        step = heads_together(self.config.budget, layers, kv_heads)
+        return num_entries(num_tokens, ratio or self.config.ratio, layers * kv_heads, step)
+
+    def join(self, segments: Sequence[AnchorKV]) -> AnchorKV:
+        """One value of a chunk's segments, in order."""
+        return AnchorKV.join(segments)
+
+    @property
     def heading_ids(self) -> list[int]:
         """Token ids that stand before each chunk's own and are compressed with them."""
         return list(self._heading_ids)
@@ -133,9 +160,14 @@ class Compressor(ABC):
             values: Shape: (layers, kv_heads, slots, head_dim)
 
         Returns:
-            Shape: (anchors,), or (layers, kv_heads, anchors)
+            head * slots + slot of each entry to keep, in order of importance where there is one,
+            else anchor after anchor. Shape: (entries,)
         """
-        return layout.kept
+        layers, kv_heads, slots, _ = keys.shape
+        heads = torch.arange(layers * kv_heads, device=keys.device)
+        # (anchors,) or (anchors, heads)
+        kept = layout.kept[:, None] if layout.kept.ndim == 1 else layout.kept.flatten(0, 1).T
+        return (heads * slots + kept).flatten()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes over trained weights.
@@ -212,6 +244,9 @@ class Compressor(ABC):
             A chunk's number and its AnchorKV, about in the order of falling length.
         """
         counts = [len(ids) for ids in chunks]
+        is_int8 = self.config.stored_dtype == "int8"
+        # Where ratios are nested, every one of them has the same scales: those of all tokens.
+        encoder = self.at_ratio(1) if is_int8 and self.is_nested else self
         left = Counter(segment.chunk for batch in self._passes(counts) for segment in batch)
         encoded: defaultdict[int, list[tuple[int, AnchorKV]]] = defaultdict(list)
         for batch in self._passes(counts):
@@ -219,7 +254,7 @@ class Compressor(ABC):
                 torch.tensor(chunks[s.chunk][s.start : s.end], device=self.generator.device)
                 for s in batch
             ]
-            kvs = self.encode(tokens, [start + segment.start for segment in batch])
+            kvs = encoder.encode(tokens, [start + segment.start for segment in batch])
             for segment, kv in zip(batch, kvs, strict=True):
                 encoded[segment.chunk].append((segment.start, kv))
                 left[segment.chunk] -= 1
@@ -227,9 +262,14 @@ class Compressor(ABC):
                 if left[chunk]:
                     continue
                 parts = sorted(encoded.pop(chunk), key=lambda part: part[0])
-                whole = AnchorKV.join([kv for _, kv in parts])
-                # Rounded now as it would be on coming out of a store.
-                yield chunk, quantize(whole) if self.config.stored_dtype == "int8" else whole
+                whole = self.join([kv for _, kv in parts])
+                if is_int8:
+                    # Rounded now as it would be on coming out of a store.
+                    whole = quantize(whole)
+                    if self.is_nested:
+                        cut = whole.first(self.num_entries(whole.num_tokens))
+                        whole = cut.map(torch.clone)  # a view would keep all of it in memory
+                yield chunk, whole
 
     def tokens_read(self, counts: Sequence[int]) -> int:
         """Tokens that the encoder reads for chunks of so many, sinks and pads included."""
@@ -305,15 +345,14 @@ class Compressor(ABC):
         keys, values = keys[:, :, :slots], values[:, :, :slots]
         with torch.no_grad():
             kept = self.choose(replace(layout, positions=layout.positions + start), keys, values)
-        if kept.ndim == 1:
-            keys, values = keys[:, :, kept], values[:, :, kept]
-        else:
-            index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
-            keys, values = keys.gather(2, index), values.gather(2, index)
+        layers, kv_heads, _, _ = keys.shape
         return AnchorKV(
-            keys=keys.to(dtype),
-            values=values.to(dtype),
-            positions=(layout.positions[kept] + start).int(),
+            keys=keys.flatten(0, 2).index_select(0, kept).to(dtype),
+            values=values.flatten(0, 2).index_select(0, kept).to(dtype),
+            positions=(layout.positions[kept % slots] + start).int(),
+            heads=(kept // slots).short(),
+            num_layers=layers,
+            num_kv_heads=kv_heads,
             num_tokens=num_tokens,
         )
 
@@ -328,7 +367,7 @@ class Compressor(ABC):
             "kv_format": str(KV_FORMAT),
             "compressor_weights": tensors_digest(self.weights),
             **self.generator_fields(),
-            **{f"config.{name}": repr(value) for name, value in self.config.to_dict().items()},
+            **self.config.fingerprint_fields(),
         }
 
     def generator_fields(self) -> dict[str, str]:

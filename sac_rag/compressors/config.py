@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 Attention = Literal["causal", "anchors", "full"]
 Anchors = Literal["uniform", "surprisal", "attention", "learned"]
+Budget = Literal["shared", "layers", "uniform"]
 AnchorEmbedding = Literal["shared", "slot", "none"]
 StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -26,6 +27,10 @@ class CompressorConfig:
     # apart, those attended to most when the text is read again ("attention"), or those that a
     # fitted scorer foretells, from the chunk's keys and values, to be needed ("learned").
     anchors: Anchors = "uniform"
+    # How many entries each head keeps of a text: all the same ("uniform"), the same in a layer
+    # ("layers"), or what one ranking over all heads gives it ("shared"); the last two go with
+    # learned anchors alone.
+    budget: Budget = "uniform"
     scorer_width: int = 0  # of the network in a learned scorer; 0 = a linear function alone
     segment_tokens: int = 510  # longest text encoded in one forward pass, in tokens
     sink: str = ""  # opening of every prompt, read before each segment and dropped ("" = none)
@@ -67,6 +72,7 @@ class CompressorConfig:
         for name, choices in (
             ("attention", get_args(Attention)),
             ("anchors", get_args(Anchors)),
+            ("budget", get_args(Budget)),
             ("anchor_embedding", get_args(AnchorEmbedding)),
             ("stored_dtype", get_args(StoredDtype)),
         ):
@@ -82,6 +88,11 @@ class CompressorConfig:
         for name in ("sink", "heading"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a str, was: {getattr(self, name)!r}")
+        if self.budget != "uniform" and self.anchors != "learned":
+            raise ValueError(
+                f"budget={self.budget!r} is fitted together with a scorer: it needs "
+                f"anchors='learned', was: {self.anchors!r}"
+            )
         if self.anchors in ("attention", "learned") and (
             self.anchor_embedding != "none" or self.attention == "anchors"
         ):
@@ -90,6 +101,27 @@ class CompressorConfig:
                 "need anchor_embedding='none' and attention='causal' or 'full', were: "
                 f"{self.anchor_embedding!r} and {self.attention!r}"
             )
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether what is kept at a ratio contains what is kept at every higher one.
+
+        It does where the encoder reads the same whatever the ratio, and ranks what it has read.
+        """
+        return self.anchors == "learned"
+
+    def fingerprint_fields(self) -> dict[str, str]:
+        """What a fingerprint covers of it: fields that are not at their default, by name.
+
+        So a field that a later version adds changes no fingerprint until it is used; a default
+        must never change. Where ratios are nested, entries of all of them are the same, and the
+        ratio is left out.
+        """
+        return {
+            f"config.{f.name}": repr(self.to_dict()[f.name])
+            for f in fields(self)
+            if getattr(self, f.name) != f.default and not (f.name == "ratio" and self.is_nested)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 from uuid import uuid4
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from sac_rag import salience
 from sac_rag.anchors import num_anchors, strided_anchors, top_anchors
 from sac_rag.compressors.base import Compressor
-from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.budget import heads_together, joint_order, ranked_entries
+from sac_rag.compressors.config import Budget, CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
 from sac_rag.compressors.scorer import Scorer, token_features
 from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
 
 # In the first layer a word that comes twice has twice the same keys and values, and so the same
 # score but for rounding. So much more for each token further on, and it is never rounding that
@@ -45,8 +48,11 @@ class SAC(Compressor):
         if config.anchors == "learned":
             features = 2 * kv_heads * head_dim
             self.scorer = Scorer(layers, kv_heads, features, config.scorer_width).to(device)
-            self.fitted = frozenset(self.scorer.named_weights())
             self.weights |= self.scorer.named_weights()
+            if config.budget != "uniform":
+                # Before it is fitted, all heads pay as much attention to a text.
+                self.weights["budget"] = torch.zeros(layers, kv_heads, device=device)
+            self.fitted = frozenset(self.weights) - {"anchor_embedding"}
         if config.cue:
             self.cue = nn.Parameter(self._untrained_cue())
             self.weights["cue"] = self.cue
@@ -80,6 +86,19 @@ class SAC(Compressor):
             )
         return super().at_ratio(ratio)
 
+    def with_budget(self, budget: Budget) -> SAC:
+        """The same weights with entries given out to heads in another way.
+
+        Raises:
+            ValueError: if the weights have no budgets to go by, or the anchors are not learned.
+        """
+        if budget != "uniform" and "budget" not in self.weights:
+            raise ValueError(
+                f"budget={budget!r} needs fitted budgets, and these weights have none; fit them: "
+                "sac-rag fit, or sac-rag train with scorer_texts"
+            )
+        return self._with(budget=budget)
+
     def layout(self, tokens: Tensor) -> Layout:
         """Marks the anchors, where they are known before reading. Shape of `tokens`: (tokens,)."""
         config, count = self.config, len(tokens)
@@ -108,10 +127,32 @@ class SAC(Compressor):
     def choose(self, layout: Layout, keys: Tensor, values: Tensor) -> Tensor:
         """With anchors="learned", the tokens whose own keys and values say they will be needed."""
         if self.config.anchors != "learned":
-            return layout.kept
+            return super().choose(layout, keys, values)
         scores = self.scores(layout.positions, keys, values)
+        return self.entries_of(scores)[: self.num_segment_entries(scores.shape[-1])]
+
+    def entries_of(self, scores: Tensor) -> Tensor:
+        """All entries of a segment, the most important first.
+
+        Args:
+            scores: How much each token will be needed. Shape: (layers, kv_heads, tokens)
+
+        Returns:
+            head * tokens + token. Shape: (layers * kv_heads * tokens,)
+        """
         later = torch.arange(scores.shape[-1], device=scores.device)
-        return top_anchors(scores + _LATER * later, self.config.ratio)
+        mass = self.weights.get("budget", scores.new_zeros(scores.shape[:2])).detach()
+        return ranked_entries(scores + _LATER * later, mass, self.config.budget)
+
+    def join(self, segments: Sequence[AnchorKV]) -> AnchorKV:
+        """One value of a chunk's segments, in the joint order of importance if there is one."""
+        if not self.is_nested or len(segments) == 1:
+            return super().join(segments)
+        layers, kv_heads, _ = self.generator.kv_shape
+        tokens, entries = zip(*((kv.num_tokens, kv.num_entries) for kv in segments), strict=True)
+        step = heads_together(self.config.budget, layers, kv_heads)
+        order = joint_order(tokens, entries, layers * kv_heads, step)
+        return AnchorKV.join(segments, order.to(segments[0].heads.device))
 
     def scores(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """How much each token will be needed, from all tokens' keys and values.

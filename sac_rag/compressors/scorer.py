@@ -60,8 +60,8 @@ class Scorer(nn.Module):
         return scores + from_network
 
     @torch.no_grad()
-    def take_in(self, mean: Tensor, scale: Tensor) -> None:
-        """Makes it mean for features as they are what it meant for (features - mean) / scale.
+    def fold_normalization(self, mean: Tensor, scale: Tensor) -> None:
+        """Folds a normalization into the weights: they are then for features as they are.
 
         Args:
             mean: Shape: (layers, features)

@@ -17,13 +17,15 @@ from sac_rag.training.trainer import HISTORY, OnEvent, claim, train
 RESULTS = "results.json"
 
 # What is set otherwise than in the run that all are compared with.
-_MARKED = {"compressor.anchors": "uniform", "compressor.anchor_embedding": "shared"}
+# Only learned anchors have budgets of heads; the other choices have equal heads.
+_UNIFORM = {"compressor.anchors": "uniform", "compressor.budget": "uniform"}
+_MARKED = {**_UNIFORM, "compressor.anchor_embedding": "shared"}
 CHOICES: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "anchors: uniform": {**_MARKED},
-    "anchors: uniform, not marked": {"compressor.anchors": "uniform"},
+    "anchors: uniform, not marked": {**_UNIFORM},
     "anchors: surprisal": {**_MARKED, "compressor.anchors": "surprisal"},
-    "anchors: attention when read again": {"compressor.anchors": "attention"},
+    "anchors: attention when read again": {**_UNIFORM, "compressor.anchors": "attention"},
     "scorer: linear": {"compressor.scorer_width": 0},
     "mask: anchors see all": {**_MARKED, "compressor.attention": "anchors"},
     "mask: all see all": {"compressor.attention": "full"},

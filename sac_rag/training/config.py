@@ -9,11 +9,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.template import SPANS, PromptFormat
 from sac_rag.training.objective import Match
@@ -35,6 +30,7 @@ Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 
 _COMPRESSOR: dict[str, Any] = {
     "anchors": "learned",
+    "budget": "shared",
     "scorer_width": 128,
     "anchor_embedding": "none",
     "attention": "causal",
@@ -219,6 +215,10 @@ class TrainConfig:
         path = Path(path)
         try:
             if path.suffix == ".toml":
+                if sys.version_info >= (3, 11):
+                    import tomllib
+                else:  # of the extra "train"
+                    import tomli as tomllib
                 return tomllib.loads(path.read_text(encoding="utf-8"))
             if path.suffix == ".json":
                 values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ would take the model from, and guard them as you do the text, for an archive is 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -32,11 +33,11 @@ from safetensors.torch import load, save
 from sac_rag.errors import CorruptEntry
 from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
-from sac_rag.stores.abilities import DocumentStore, ExplainingStore
-from sac_rag.stores.entry import decode, encode, is_key
+from sac_rag.stores.abilities import DocumentStore, ExplainingStore, PartialStore, Wanted
+from sac_rag.stores.entry import decode, decode_first, encode, is_key
 
 MAGIC = "sac_rag.archive"
-FORMAT = 1
+FORMAT = 2
 
 _MANIFEST, _CUE = "manifest.json", "cue.safetensors"
 _NAME_LENGTH_AT = 26  # in a ZIP file's header of a member: lengths of its name and extra field
@@ -53,11 +54,15 @@ class Record:
 
     Attributes:
         sha256: Of its bytes in the archive.
+        num_tokens: Source tokens in the chunk.
+        num_entries: Its KV entries.
         documents: Ids of the documents that have its text.
         text_id: See `keys.Namespace.text_id`; None if the store did not know it.
     """
 
     sha256: str
+    num_tokens: int
+    num_entries: int
     documents: tuple[str, ...] = ()
     text_id: str | None = None
 
@@ -88,7 +93,13 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
                 for key, kv, documents, text_id in entries:
                     data = encode(key, kv, fingerprint=fingerprint)
                     archive.writestr(_member(_place(key)), data)
-                    records[key] = Record(_sha256(data), tuple(sorted(documents)), text_id)
+                    records[key] = Record(
+                        _sha256(data),
+                        kv.num_tokens,
+                        kv.num_entries,
+                        tuple(sorted(documents)),
+                        text_id,
+                    )
                 cue = None
                 if origin.cue is not None:
                     cue = save({"cue": origin.cue.detach().cpu().float().contiguous()})
@@ -137,6 +148,24 @@ class Archive(MutableMapping[str, AnchorKV]):
             raise KeyError(key)
         return decode(key, self._read(_place(key)))
 
+    def read(self, key: str, wanted: Wanted) -> AnchorKV:
+        """Reads an entry's first KV entries and little else; see `abilities.PartialStore`.
+
+        Raises:
+            KeyError: if there is none; a `CorruptEntry` if what was read of it is damaged.
+            OSError: if the file cannot be read.
+            ValueError: if fewer than 1 are wanted.
+        """
+        if key not in self.records:
+            raise KeyError(key)
+        with self._opened(_place(key)) as (first, nbytes):
+            return decode_first(key, first, nbytes, wanted)
+
+    def extent(self, key: str) -> tuple[int, int]:
+        """Source tokens and KV entries of a chunk, as the manifest says."""
+        record = self.records[key]
+        return record.num_tokens, record.num_entries
+
     def __setitem__(self, key: str, kv: AnchorKV) -> None:
         self._refuse()
 
@@ -171,7 +200,8 @@ class Archive(MutableMapping[str, AnchorKV]):
     ) -> int:
         """Copies into a store what it does not have, each entry verified before.
 
-        May be interrupted and done again: what is there with its documents is not read.
+        An entry of which the store has fewer KV entries replaces the one there. May be interrupted
+        and done again: what is there with its documents is not read.
 
         Returns:
             How many entries were copied, or got documents.
@@ -200,7 +230,7 @@ class Archive(MutableMapping[str, AnchorKV]):
 
     def _open(self) -> tuple[Origin, dict[str, Record]]:
         try:
-            return self._parse(json.loads(self._read(_MANIFEST)))
+            return self._parse(json.loads(bytes(self._read(_MANIFEST))))
         except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise ValueError(
                 f"{self.path} is no archive of sac_rag, or is damaged: {error!r:.200}"
@@ -221,10 +251,10 @@ class Archive(MutableMapping[str, AnchorKV]):
             data = self._read(_CUE)
             if _sha256(data) != about["cue"]:
                 raise ValueError("the cue is not the one that was written")
-            cue = load(data)["cue"]
+            cue = load(bytes(data))["cue"]
         origin = Origin.from_dict(about["origin"], cue)
         records = {
-            key: Record(record["sha256"], tuple(record["documents"]), record["text_id"])
+            key: Record(**{**record, "documents": tuple(record["documents"])})
             for key, record in about["records"].items()
         }
         there = self._members.keys() - {_MANIFEST, _CUE}
@@ -238,9 +268,21 @@ class Archive(MutableMapping[str, AnchorKV]):
         data = self._read(_place(key))
         if _sha256(data) != record.sha256:
             raise CorruptEntry("its bytes are not the ones that were written")
-        return decode(key, data)
+        kv = decode(key, data)
+        if (kv.num_tokens, kv.num_entries) != self.extent(key):
+            raise CorruptEntry("it is not as large as the manifest says")
+        return kv
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str) -> memoryview:
+        with self._opened(name) as (first, nbytes):
+            data = first(nbytes)
+        if zlib.crc32(data) != self._members[name].CRC:
+            raise CorruptEntry(f"the bytes of {name} are not the ones that were written")
+        return data
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[Callable[[int], memoryview], int]]:
+        """Gives what reads the first bytes of a file in the archive, and how many it has."""
         member = self._members[name]
         if member.compress_type != zipfile.ZIP_STORED:
             raise CorruptEntry(f"{name} is compressed")
@@ -252,11 +294,13 @@ class Archive(MutableMapping[str, AnchorKV]):
             # Asked before reading: room is made for as many bytes as are said to be there.
             if begin + member.file_size > os.fstat(file.fileno()).st_size:
                 raise CorruptEntry(f"{name} ends too early")
-            file.seek(begin)
-            data = file.read(member.file_size)
-        if zlib.crc32(data) != member.CRC:
-            raise CorruptEntry(f"the bytes of {name} are not the ones that were written")
-        return data
+
+            def first(nbytes: int) -> memoryview:
+                data = memoryview(bytearray(nbytes))
+                file.seek(begin)
+                return data[: file.readinto(data)]
+
+            yield first, member.file_size
 
     def _refuse(self) -> NoReturn:
         raise OSError(errno.EROFS, "an archive can only be read", os.fspath(self.path))
@@ -275,15 +319,24 @@ def _manifest(origin: Origin, cue: bytes | None, records: Mapping[str, Record]) 
 
 
 def _has(store: MutableMapping[str, AnchorKV], key: str, record: Record) -> bool:
-    if key not in store or not isinstance(store, DocumentStore):
-        return key in store
-    return set(record.documents) <= set(store.documents(key))
+    """Whether a store has as much of a chunk as an archive, and its documents."""
+    try:
+        if isinstance(store, PartialStore):
+            _, num_entries = store.extent(key)
+        else:
+            num_entries = store[key].num_entries
+        documents = store.documents(key) if isinstance(store, DocumentStore) else record.documents
+    except KeyError:
+        return False
+    return num_entries >= record.num_entries and set(record.documents) <= set(documents)
 
 
 def _is_record(record: Record) -> bool:
     texts = (*record.documents, "" if record.text_id is None else record.text_id)
     return (
-        isinstance(record.sha256, str)
+        type(record.num_tokens) is int
+        and type(record.num_entries) is int
+        and isinstance(record.sha256, str)
         and _DIGEST.fullmatch(record.sha256) is not None
         and all(isinstance(text, str) for text in texts)
     )
@@ -299,7 +352,7 @@ def _place(key: str) -> str:
     return f"entries/{key}.kv"
 
 
-def _sha256(data: bytes) -> str:
+def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

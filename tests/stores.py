@@ -13,14 +13,20 @@ from sac_rag.kv import AnchorKV
 from sac_rag.stores import DiskStore
 
 
-def make_kv(seed: int = 0, anchors: int = 4) -> AnchorKV:
+def make_kv(seed: int = 0, dtype: torch.dtype = torch.bfloat16, *, anchors: int = 4) -> AnchorKV:
+    """A value whose heads keep different numbers of tokens, about `anchors`; one keeps none."""
     random = torch.Generator().manual_seed(seed)
-    shape = (2, 3, anchors, 8)
+    counts = torch.tensor([2 * anchors, 0, anchors, anchors * 3 // 2, anchors, anchors // 2])
+    heads = torch.arange(6, dtype=torch.int16).repeat_interleave(counts)
+    entries = len(heads)
     return AnchorKV(
-        keys=torch.randn(shape, generator=random).to(torch.bfloat16),
-        values=torch.randn(shape, generator=random).to(torch.bfloat16),
-        positions=torch.arange(anchors, dtype=torch.int32) * 5,
-        num_tokens=anchors * 5,
+        keys=torch.randn(entries, 8, generator=random).to(dtype),
+        values=torch.randn(entries, 8, generator=random).to(dtype),
+        positions=torch.randint(5 * anchors, (entries,), generator=random, dtype=torch.int32),
+        heads=heads[torch.randperm(entries, generator=random)],
+        num_layers=2,
+        num_kv_heads=3,
+        num_tokens=5 * anchors,
     )
 
 

@@ -10,11 +10,15 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
+from stores import make_kv
 from typer.testing import CliRunner
 
 from sac_rag import SacRAG, archive
@@ -34,6 +38,7 @@ from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
 from sac_rag.questions import QAExample, Question
 from sac_rag.stores import DiskStore, MemoryStore
+from sac_rag.stores.abilities import PartialStore
 from sac_rag.stores.cipher import Cipher
 from sac_rag.template import SPANS
 
@@ -455,6 +460,70 @@ def test_documents_of_an_entry_that_is_there_are_added(
     assert disk.documents(cached.key(PROSE[0])) == ("document 0", "own")
 
 
+@pytest.mark.parametrize("kind", ["dict", "memory", "disk"])
+def test_an_import_replaces_entries_that_hold_less_and_no_others(
+    carried: Path, sac: Compressor, disk: DiskStore, kind: str
+) -> None:
+    store: Any = {"dict": {}, "memory": MemoryStore(), "disk": disk}[kind]
+    cached = CachedCompressor(sac, store)
+    keys = [cached.key(text) for text in PROSE]
+    opened = Archive(carried)
+    less = opened[keys[0]].first(5)
+    more = replace(opened[keys[1]], num_tokens=1000)
+    more = replace(more.map(lambda tensor: torch.cat([tensor, tensor])), num_tokens=more.num_tokens)
+    store[keys[0]], store[keys[1]] = less, more
+    assert opened.copy_to(store) == (8 if kind == "disk" else 7)  # one got its document
+    assert store[keys[0]].bit_equal(opened[keys[0]])
+    assert store[keys[1]].bit_equal(more)
+    assert opened.copy_to(store) == 0
+
+
+def test_the_first_entries_of_a_chunk_are_read_alone(carried: Path) -> None:
+    opened = Archive(carried)
+    assert isinstance(opened, PartialStore)
+    for key, kv in opened.items():
+        assert opened.extent(key) == (kv.num_tokens, kv.num_entries)
+        for entries in (1, 7, 10**9):
+            found = opened.read(key, lambda _, n=entries: n)  # type: ignore[misc]
+            assert found.bit_equal(kv.first(min(entries, kv.num_entries)))
+    for read in (opened.extent, lambda key: opened.read(key, lambda _: 1)):
+        with pytest.raises(KeyError):
+            read("ab")
+
+
+def test_damage_behind_the_first_entries_is_found_when_all_are_read(
+    sac: Compressor, tmp_path: Path
+) -> None:
+    path, key = tmp_path / "corpus", "ab" * 32
+    kv = make_kv(anchors=4000)
+    archive.write(path, Origin.of(sac, SPANS), [(key, kv, (), None)])
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(f"entries/{key}.kv")
+    data = bytearray(path.read_bytes())
+    data[info.header_offset + info.file_size] ^= 1
+    path.write_bytes(data)
+    opened = Archive(path)
+    assert opened.read(key, lambda _: 6000).bit_equal(kv.first(6000))
+    for read in (opened.__getitem__, lambda key: opened.read(key, lambda _: 24_000)):
+        with pytest.raises(CorruptEntry):
+            read(key)
+    data[info.header_offset + 100_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptEntry, match="checksum"):
+        Archive(path).read(key, lambda _: 6000)
+
+
+def test_an_entry_of_another_size_than_the_manifest_says_is_not_imported(carried: Path) -> None:
+    def change(about: dict[str, Any]) -> None:
+        next(iter(about["records"].values()))["num_entries"] -= 1
+
+    opened = Archive(rewrite(carried, change))
+    (problem,) = opened.verify()
+    assert "not as large as the manifest says" in problem
+    with pytest.raises(CorruptEntry):
+        opened.copy_to({})
+
+
 def test_imported_chunks_are_served_from_the_store(
     carried: Path, saved: Path, disk: DiskStore
 ) -> None:
@@ -501,9 +570,11 @@ def test_threads_and_forked_processes_read_one_archive(carried: Path) -> None:
 # --- damage and malice
 
 
-def test_a_later_format_is_refused_by_name(carried: Path) -> None:
-    with pytest.raises(ValueError, match="is of format 2, this version of sac_rag reads format 1"):
-        Archive(rewrite(carried, lambda about: about.update(format=2)))
+@pytest.mark.parametrize("format", [1, 3])
+def test_another_format_is_refused_by_name(carried: Path, format: int) -> None:
+    expected = f"is of format {format}, this version of sac_rag reads format 2"
+    with pytest.raises(ValueError, match=expected):
+        Archive(rewrite(carried, lambda about: about.update(format=format)))
 
 
 @pytest.mark.parametrize(
@@ -524,6 +595,9 @@ def test_a_later_format_is_refused_by_name(carried: Path) -> None:
         lambda about: about.update(cue="0" * 64),
         lambda about: next(iter(about["records"].values())).update(documents=[3]),
         lambda about: next(iter(about["records"].values())).update(sha256="short"),
+        lambda about: next(iter(about["records"].values())).update(num_entries="5"),
+        lambda about: next(iter(about["records"].values())).pop("num_tokens"),
+        lambda about: next(iter(about["records"].values())).update(more=1),
     ],
 )
 def test_a_manifest_that_contradicts_the_rest_is_refused(carried: Path, change: Any) -> None:
@@ -642,4 +716,6 @@ def test_random_damage_is_an_error_or_a_miss_and_never_other_numbers(
                 missed += 1
             else:
                 assert kv.bit_equal(expected[key])
+            with suppress(CorruptEntry):
+                assert opened.read(key, lambda _: 5).bit_equal(expected[key].first(5))
     assert refused > 100 and missed > 50

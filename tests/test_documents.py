@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import bytes_in, flip, index_of, key_of, make_kv
+from stores import bytes_in, file_of, flip, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntry
 from sac_rag.stores import DiskStore
+from sac_rag.stores.entries import Extent
 
 TEXT_ID = "5e" * 32
 FINGERPRINT = "f1" * 32
@@ -26,7 +27,7 @@ def traces(folder: Path, *needles: bytes) -> list[Path]:
 
 def kv_bytes(seed: int) -> bytes:
     """Bytes that are in the entry of `make_kv(seed)` and in no other."""
-    return make_kv(seed).keys.flatten()[:32].view(torch.uint8).numpy().tobytes()
+    return make_kv(seed).keys[0].view(torch.uint8).numpy().tobytes()
 
 
 def test_forgetting_a_document_deletes_what_only_it_uses(disk: DiskStore) -> None:
@@ -120,7 +121,8 @@ def test_no_byte_stays_where_thousands_are_forgotten_among_thousands(tmp_path: P
     with DiskStore(tmp_path) as store, store._entries.index.transaction():
         for i, name in names.items():
             store._entries.documents.add(key_of(i), [name])
-            store._entries.note_origin(key_of(i), key_of(10_000 + i), FINGERPRINT)
+            extent = Extent(num_tokens=20, num_entries=24, num_heads=6)
+            store._entries.note_origin(key_of(i), extent, key_of(10_000 + i), FINGERPRINT)
     gone = order.sample(sorted(names), 400)
     with DiskStore(tmp_path) as store:
         for start in range(0, 400, 50):
@@ -193,4 +195,52 @@ def test_a_store_of_format_1_keeps_its_documents(tmp_path: Path) -> None:
             assert store.documents(key_of(1)) == ()
             assert store.stats().pinned == 0
             assert store.check() == []
-    assert '"format": 2' in (tmp_path / "store.json").read_text()
+    assert '"format": 3' in (tmp_path / "store.json").read_text()
+
+
+def test_a_store_of_format_2_keeps_everything_but_its_entries_bytes(tmp_path: Path) -> None:
+    old = (Path(__file__).parent / "data" / "entry-2-bfloat16.kv").read_bytes()
+    key = "ab" * 32
+    with DiskStore(tmp_path) as store:
+        store.put(key, make_kv(), ["a"], text_id=TEXT_ID, fingerprint=FINGERPRINT)
+        store.pin([key])
+        path = file_of(store, key)
+    path.write_bytes(old)
+    with index_of(store) as index:  # as format 2 had it
+        for column in ("num_tokens", "num_entries", "num_heads"):
+            index.execute(f"ALTER TABLE Origin DROP COLUMN {column}")
+        index.execute("UPDATE Cache SET size = ?", (len(old),))
+        index.execute("UPDATE Settings SET value = ? WHERE key = 'size'", (len(old),))
+        index.execute("PRAGMA user_version = 2")
+    (tmp_path / "store.json").write_text('{"magic": "sac_rag.DiskStore", "format": 2}')
+    with pytest.raises(ValueError, match=r"format 2, .* open it once with write permission"):
+        DiskStore(tmp_path, read_only=True)
+    for _ in range(2):
+        with DiskStore(tmp_path) as store:
+            stats = store.stats()
+            assert (stats.entries, stats.pinned, stats.ratio) == (1, 1, None)
+            assert store.documents(key) == ("a",)
+            assert store.origin(key) == (TEXT_ID, FINGERPRINT)
+            assert key in store
+            with pytest.raises(KeyError):
+                store.extent(key)
+    with DiskStore(tmp_path) as store:
+        with pytest.raises(CorruptEntry) as error:
+            store.read(key, lambda _: 1)
+        assert error.value.reason == "format"
+        assert store.why_absent(key) == "format"
+        store.put(key, make_kv())
+        assert store.documents(key) == ("a",)
+        assert store.extent(key) == (20, 24)
+        assert store.check() == []
+
+
+def test_an_entry_of_format_2_is_replaced_by_the_next_that_is_put(tmp_path: Path) -> None:
+    with DiskStore(tmp_path) as store:
+        store.put(key_of(0), make_kv(0), ["a"])
+        with index_of(store) as index:
+            index.execute("UPDATE Origin SET num_entries = NULL")
+        store.put(key_of(0), make_kv(1).first(3), ["b"])
+        assert store[key_of(0)].bit_equal(make_kv(1).first(3))
+        assert store.documents(key_of(0)) == ("a", "b")
+        assert store.check() == []

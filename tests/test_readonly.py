@@ -51,6 +51,8 @@ def require_readable(folder: Path) -> None:
     with DiskStore(folder, read_only=True) as store:
         assert store[key_of(0)].bit_equal(make_kv(0))
         assert store.documents(key_of(0)) == ("a",)
+        assert store.read(key_of(1), lambda _: 5).bit_equal(make_kv(1).first(5))
+        assert store.extent(key_of(1)) == (20, 24)
         assert sorted(store) == sorted([key_of(0), key_of(1)])
         assert (len(store), store.stats().entries) == (2, 2)
         assert store.why_absent(key_of(7)) == "absent"
@@ -126,6 +128,7 @@ def test_whatever_would_change_it_is_a_clear_error(folder: Path) -> None:
             lambda: store.__delitem__(key_of(0)),
             lambda: store.put(key_of(5), make_kv()),
             lambda: store.put(key_of(0), make_kv(), ["b"]),
+            lambda: store.put(key_of(0), make_kv(anchors=5)),
             lambda: store.pop(key_of(0)),
             lambda: store.forget("a"),
             lambda: store.replace_document("a", []),
@@ -176,7 +179,7 @@ def test_a_store_that_lacks_its_index_is_not_given_one(folder: Path) -> None:
 def test_an_index_of_other_tables_is_refused_by_name(folder: Path) -> None:
     with DiskStore(folder) as store, index_of(store) as index:
         index.execute("PRAGMA user_version = 9")
-    with pytest.raises(OSError, match="its tables are of version 9, expected 2"):
+    with pytest.raises(OSError, match="its tables are of version 9, expected 3"):
         DiskStore(folder, read_only=True)
 
 

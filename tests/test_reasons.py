@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ from sac_rag.keys import Namespace
 from sac_rag.kv import AnchorKV
 from sac_rag.misses import REASONS, name_of
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.stores.abilities import DocumentStore, ExplainingStore, ForgettingStore
+from sac_rag.stores.abilities import (
+    DocumentStore,
+    ExplainingStore,
+    ForgettingStore,
+    PartialStore,
+)
 from sac_rag.stores.cipher import Cipher
 
 QUESTION = "Who counted the ships?"
@@ -81,6 +87,12 @@ def test_a_store_on_disk_can_do_everything_and_a_dict_is_a_store_too(disk: DiskS
         assert isinstance(disk, ability)
         assert not isinstance({}, ability)
         assert not isinstance(MemoryStore(), ability)
+
+
+def test_a_store_that_can_read_in_part_says_so(disk: DiskStore) -> None:
+    assert isinstance(disk, PartialStore)
+    assert isinstance(MemoryStore(), PartialStore)
+    assert not isinstance({}, PartialStore)
 
 
 # --- what the store is told
@@ -375,7 +387,7 @@ class Torn(dict[str, AnchorKV]):
     """A store that keeps rubbish of an entry it could not write."""
 
     def __setitem__(self, key: str, kv: AnchorKV) -> None:
-        super().__setitem__(key, AnchorKV(kv.keys * 0, kv.values * 0, kv.positions, kv.num_tokens))
+        super().__setitem__(key, replace(kv, keys=kv.keys * 0, values=kv.values * 0))
         raise OSError(errno.ENOSPC, "no space left on device")
 
 

@@ -47,8 +47,9 @@ def test_stats_tell_sizes_hits_reasons_and_fingerprints(folder: Path) -> None:
     assert found["hit_rate"] == 0.5
     assert found["reasons"] == {"absent": 1}
     assert found["fingerprints"][0]["fields"] == {"config.ratio": "5"}
+    assert found["ratio"] == found["fingerprints"][0]["ratio"] == 5
     printed = run("stats", folder).stdout
-    for part in ("1 of 2 asked for (50.0%)", "missed, absent", FIRST, "config.ratio = 5"):
+    for part in ("1 of 2 asked for (50.0%)", "missed, absent", FIRST, "config.ratio = 5", "5.0x"):
         assert part in printed
     assert bytes_in(folder) == before
 

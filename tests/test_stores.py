@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -14,17 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diskcache
 import pytest
 import torch
-import xxhash
+from stores import file_of, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntry
-from sac_rag.kv import AnchorKV
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
 from sac_rag.stores.entry import decode, encode
 from sac_rag.stores.files import Files
@@ -34,53 +33,17 @@ KEY = "ab" * 32
 OTHER = "cd" * 32
 
 
-def make_kv(
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    anchors: int = 4,
-    per_head: bool = False,
-) -> AnchorKV:
-    random = torch.Generator().manual_seed(seed)
-    shape = (2, 3, anchors, 8)
-    positions = torch.arange(anchors, dtype=torch.int32) * 5
-    return AnchorKV(
-        keys=torch.randn(shape, generator=random).to(dtype),
-        values=torch.randn(shape, generator=random).to(dtype),
-        positions=positions.expand(shape[:3]).contiguous() if per_head else positions,
-        num_tokens=anchors * 5,
-    )
-
-
-def key_of(number: int) -> str:
-    return xxhash.xxh3_128_hexdigest(str(number).encode())
-
-
 def entry_files(store: DiskStore) -> list[Path]:
     return sorted((store.folder / "entries").glob("*/*"))
-
-
-def file_of(store: DiskStore, key: str) -> Path:
-    (path,) = (store.folder / "entries").glob(f"*/{key}-*.kv")
-    return path
-
-
-def index_of(store: DiskStore) -> closing[sqlite3.Connection]:
-    """The store's index, as anybody who can write the folder gets at it."""
-    path = store.folder / "entries" / "cache.db"
-    return closing(sqlite3.connect(path, isolation_level=None))
 
 
 # What every store does.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("per_head", [False, True], ids=["shared positions", "own positions"])
-def test_what_was_put_in_comes_out_bit_for_bit(
-    store: AnchorStore, dtype: torch.dtype, per_head: bool
-) -> None:
-    kv = make_kv(1, dtype, per_head=per_head)
-    kv.keys[0, 0, 0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
+def test_what_was_put_in_comes_out_bit_for_bit(store: AnchorStore, dtype: torch.dtype) -> None:
+    kv = make_kv(1, dtype)
+    kv.keys[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     store[KEY] = kv
     assert store[KEY].bit_equal(kv)
 
@@ -121,15 +84,16 @@ def test_iterating_gives_every_key_once(store: AnchorStore) -> None:
 
 
 def test_a_strided_view_of_a_batch_is_stored_as_the_chunk_it_shows(store: AnchorStore) -> None:
-    batch = torch.randn(2, 3, 4, 8, 7)
-    kv = AnchorKV(batch[..., 2], batch[..., 3], torch.arange(4, dtype=torch.int32), 9)
+    kv = make_kv(dtype=torch.float32)
+    batch = torch.randn(*kv.keys.shape, 7)
+    kv = replace(kv, keys=batch[..., 2], values=batch[..., 3], positions=kv.positions[0].expand(24))
     store[KEY] = kv
     assert store[KEY].bit_equal(kv)
 
 
 def test_keys_and_values_may_be_one_tensor(store: AnchorStore) -> None:
-    same = torch.randn(2, 3, 4, 8)
-    store[KEY] = AnchorKV(same, same, torch.arange(4, dtype=torch.int32), 9)
+    same = make_kv().keys
+    store[KEY] = replace(make_kv(), values=same, keys=same)
     assert torch.equal(store[KEY].values, same)
 
 
@@ -194,10 +158,10 @@ def test_the_memory_store_counts_bytes_through_overwriting_and_deleting() -> Non
 
 
 def test_a_chunk_cut_from_a_batch_does_not_keep_the_batch_in_memory() -> None:
-    batch = torch.zeros(64, 2, 3, 64, 8)
-    positions = torch.arange(64, dtype=torch.int32)
+    kv = make_kv(dtype=torch.float32, anchors=64)
+    batch = torch.zeros(64, *kv.keys.shape)
     store = MemoryStore()
-    store[KEY] = AnchorKV(batch[3], batch[4], positions, 64)
+    store[KEY] = replace(kv, keys=batch[3], values=batch[4])
     assert store[KEY].keys.untyped_storage().nbytes() == batch[3].nbytes
 
 
@@ -265,7 +229,7 @@ def flipped(place: int) -> Callable[[Path], None]:
 
 
 def future(data: bytearray) -> None:
-    data[:] = data.replace(b'"format":2', b'"format":9')
+    data[:] = data.replace(b'"format":3', b'"format":9')
 
 
 DAMAGE = {
@@ -434,7 +398,8 @@ def plant_tables(store: DiskStore, bomb: bytes) -> None:
     with index_of(store) as index:
         index.execute("INSERT INTO Owner VALUES (?, ?)", (bomb, KEY))
         index.execute("INSERT INTO Owner VALUES (?, ?)", (bomb, bomb))
-        index.execute("INSERT INTO Origin VALUES (?, ?, ?)", (bomb, bomb, bomb))
+        index.execute("INSERT INTO Origin VALUES (?, ?, ?, ?, ?, ?)", (bomb,) * 6)
+        index.execute("UPDATE Origin SET num_tokens = ?, num_entries = ?", (bomb, bomb))
         index.execute("INSERT INTO Departed (digest, reason) VALUES (?, ?)", (bomb, bomb))
         for name in ("salt", "count.hits", bomb):
             index.execute("INSERT OR REPLACE INTO Meta VALUES (?, ?)", (name, bomb))
@@ -697,7 +662,7 @@ def test_a_clock_that_was_set_back_does_not_drop_the_newest_entry(tmp_path: Path
 
 
 def test_an_entry_larger_than_the_disk_cap_is_not_kept(tmp_path: Path) -> None:
-    with DiskStore(tmp_path, max_bytes=2000) as store:
+    with DiskStore(tmp_path, max_bytes=2500) as store:
         store[KEY], store[OTHER] = make_kv(1, anchors=2), make_kv(2, anchors=2)
         store[KEY] = make_kv(1, anchors=64)
         assert list(store) == [OTHER]  # nor is the old value served in its place
@@ -867,8 +832,8 @@ def test_a_store_is_found_again_by_another_object(tmp_path: Path) -> None:
 def test_a_store_of_a_later_format_is_refused_by_name(tmp_path: Path) -> None:
     with DiskStore(tmp_path):
         pass
-    (tmp_path / "store.json").write_text('{"magic": "sac_rag.DiskStore", "format": 3}')
-    with pytest.raises(ValueError, match=r"is a store of format 3, .* reads format 2; upgrade"):
+    (tmp_path / "store.json").write_text('{"magic": "sac_rag.DiskStore", "format": 4}')
+    with pytest.raises(ValueError, match=r"is a store of format 4, .* reads format 3; upgrade"):
         DiskStore(tmp_path)
 
 
@@ -909,7 +874,7 @@ FILL = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from sac_rag.stores import DiskStore
-from test_stores import key_of, make_kv
+from stores import key_of, make_kv
 with DiskStore({folder!r}) as store:
     for i in range({count}):
         store.put(key_of(i), make_kv(i), documents=["child"])

@@ -45,7 +45,7 @@ def test_everything_that_is_wrong_is_repaired(tmp_path: Path) -> None:
         with index_of(store) as index:
             index.execute("INSERT INTO Owner VALUES (x'ff', ?)", (key_of(3),))
             index.execute("INSERT INTO Owner VALUES (x'61', ?)", (key_of(50),))
-            index.execute("INSERT INTO Origin VALUES (?, 'aa', 'bb')", (key_of(51),))
+            index.execute("INSERT INTO Origin (key, text_id) VALUES (?, 'aa')", (key_of(51),))
             index.execute("UPDATE Settings SET value = 7 WHERE key = 'count'")
             index.execute("UPDATE Settings SET value = 1e9 WHERE key = 'size'")
             index.execute(
@@ -182,6 +182,7 @@ def test_the_figures_of_a_store(tmp_path: Path) -> None:
         stats = store.stats()
         assert (stats.entries, stats.documents, stats.pinned) == (3, 2, 1)
         assert stats.nbytes == store.nbytes
+        assert stats.ratio == make_kv().ratio
         assert stats.index_nbytes > 10_000
         assert (stats.quarantined, stats.set_aside, stats.reasons) == (1, 1, {"corrupt": 1})
         assert stats.oldest_s is not None
@@ -191,6 +192,28 @@ def test_the_figures_of_a_store(tmp_path: Path) -> None:
             (SECOND, 1, None),
         ]
         assert stats.cipher is None
+
+
+def test_the_ratio_is_the_mean_of_what_is_stored(tmp_path: Path) -> None:
+    whole = make_kv()  # 20 tokens in 6 heads, 24 entries
+    with DiskStore(tmp_path) as store:
+        assert store.stats().ratio is None
+        store.put(key_of(0), whole, fingerprint=FIRST)
+        store.put(key_of(1), whole.first(6), fingerprint=FIRST)
+        store.put(key_of(2), whole.first(10), fingerprint=SECOND)
+        stats = store.stats()
+        assert stats.ratio == 3 * 120 / 40
+        assert [found.ratio for found in stats.fingerprints] == [240 / 30, 120 / 10]
+        store.put(key_of(1), whole)
+        assert [found.ratio for found in store.stats().fingerprints] == [5, 12]
+        with index_of(store) as index:  # as it is of entries that format 2 wrote
+            columns = "num_tokens = NULL, num_entries = NULL, num_heads = NULL"
+            update = f"UPDATE Origin SET {columns} WHERE fingerprint = ?"
+            index.execute(update, (SECOND,))
+            assert store.stats().ratio == 5
+            assert [found.ratio for found in store.stats().fingerprints] == [5, None]
+            index.execute("UPDATE Origin SET num_entries = 'many', num_tokens = x'ff'")
+            assert store.stats().ratio is None
 
 
 # Keys.
@@ -205,7 +228,7 @@ def test_an_encrypted_store_shows_neither_text_nor_documents(tmp_path: Path) -> 
         assert store.stats().cipher == OLD.id
         assert store.stats().documents == 2
         assert store.check() == []
-    kv = make_kv().keys.flatten()[:32].view(torch.uint8).numpy().tobytes()
+    kv = make_kv().keys[0].view(torch.uint8).numpy().tobytes()
     everything = b"".join(bytes_in(tmp_path).values())
     assert b"layoffs" not in everything
     assert kv not in everything

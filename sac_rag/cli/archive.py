@@ -24,11 +24,13 @@ def export(
     compressor: Annotated[
         str | None,
         typer.Option(
-            help="What compressed the chunks: 'full', 'shipped' or a folder. Default: a "
+            help="What compressed the chunks: 'full', 'shipped', 'fitted' or a folder. Default: a "
             "collection's own, else 'full'."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="What 'shipped' was for.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option(help="What 'shipped' or 'fitted' was for.")
+    ] = "smollm2-135m",
     fingerprint: Annotated[
         str | None,
         typer.Option(help="Whose chunks, where a store has those of several; may be shortened."),

@@ -106,4 +106,4 @@ def _key(number: int) -> str:
 def _small() -> AnchorKV:
     """So small that what is measured is not the disk."""
     tensor = torch.zeros(2, 2, 4, 16, dtype=torch.bfloat16)
-    return AnchorKV(tensor, tensor, torch.arange(4, dtype=torch.int32), 20)
+    return AnchorKV.uniform(tensor, tensor, torch.arange(4, dtype=torch.int32), 20)

@@ -37,6 +37,7 @@ class ReadSpeed:
         encrypted: Whether the store has a key.
         nbytes: Of its entry.
         store_s: Seconds to read it from the store, everything verified.
+        half_s: Seconds to read the first half of its KV entries from the store.
         safetensors_s: Seconds for safetensors to load the same tensors, nothing verified.
         unused_s: Seconds for safetensors to map them, and not use them.
         read_s: Seconds to read the entry's file at once and decode it.
@@ -47,6 +48,7 @@ class ReadSpeed:
     encrypted: bool
     nbytes: int
     store_s: float
+    half_s: float
     safetensors_s: float
     unused_s: float
     read_s: float
@@ -63,7 +65,7 @@ def chunk(shape: tuple[int, int, int, int] = _SHAPE) -> AnchorKV:
     random = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(shape, generator=random).bfloat16() for _ in range(2))
     positions = torch.arange(shape[2], dtype=torch.int32) * 5
-    return AnchorKV(keys, values, positions, 5 * shape[2])
+    return AnchorKV.uniform(keys, values, positions, 5 * shape[2])
 
 
 def measure_reads(
@@ -104,6 +106,7 @@ def _measure(folder: Path, kv: AnchorKV, encrypted: bool, repeats: int) -> ReadS
 
         ways: tuple[Callable[[], object], ...] = (
             lambda: _use(store[_KEY].tensors()),
+            lambda: _use(store.read(_KEY, lambda _: kv.num_entries // 2).tensors()),
             lambda: _use(load_file(bare)),
             lambda: load_file(bare),
             lambda: _use(read().tensors()),

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from sac_rag.kv import AnchorKV
+
+# How many of the first KV entries are wanted of a chunk of that many source tokens.
+Wanted: TypeAlias = Callable[[int], int]
+
+
+@runtime_checkable
+class PartialStore(Protocol):
+    """Can read a chunk at a higher ratio than it is stored at: the first of its KV entries."""
+
+    def read(self, key: str, wanted: Wanted) -> AnchorKV:
+        """Reads an entry's first KV entries.
+
+        Args:
+            key: As for `store[key]`, which raises the same errors.
+            wanted: Called with the chunk's source tokens, returns how many KV entries to read,
+                at least 1. All that are stored are read where it returns more.
+        """
+
+    def extent(self, key: str) -> tuple[int, int]:
+        """Source tokens and stored KV entries of a chunk, without reading them.
+
+        Raises:
+            KeyError: if there is no entry, or its extent is not known.
+        """
 
 
 @runtime_checkable

@@ -8,8 +8,8 @@ from pathlib import Path
 from sac_rag.stores.files import make_folder, write_whole
 
 MAGIC = "sac_rag.DiskStore"
-FORMAT = 2
-_UPGRADABLE = 1
+FORMAT = 3
+_UPGRADABLE = (1, 2)
 
 
 def claim(folder: Path, read_only: bool = False) -> int:
@@ -42,15 +42,15 @@ def claim(folder: Path, read_only: bool = False) -> int:
     if not isinstance(found, dict) or found.get("magic") != MAGIC:
         raise ValueError(f"{path} does not say {MAGIC!r}, was: {found!r:.100}")
     version = found.get("format")
-    if version == _UPGRADABLE and read_only:
-        raise ValueError(
-            f"{folder} is a store of format {version}, this version of sac_rag reads format "
-            f"{FORMAT}; open it once with write permission to upgrade it"
-        )
-    if type(version) is not int or version not in (_UPGRADABLE, FORMAT):
+    if type(version) is not int or version not in (*_UPGRADABLE, FORMAT):
         raise ValueError(
             f"{folder} is a store of format {version!r:.20}, this version of sac_rag "
             f"reads format {FORMAT}; upgrade sac_rag or give another folder"
+        )
+    if version != FORMAT and read_only:
+        raise ValueError(
+            f"{folder} is a store of format {version}, this version of sac_rag reads format "
+            f"{FORMAT}; open it once with write permission to upgrade it"
         )
     return version
 

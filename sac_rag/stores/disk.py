@@ -74,11 +74,11 @@ class DiskStore(DiskMapping):
         text_id: str | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        """Writes an entry if its key is not there yet, and notes whose text it holds.
+        """Writes an entry unless one with as many KV entries is there, and adds its documents.
 
         Args:
             key: A lower-case hex digest of at most 64 characters.
-            kv: Written only if the key is new.
+            kv: Replaces the entry that is there if it has more KV entries.
             documents: Ids to add to those noted for this key.
             text_id: The same for the same text whatever the fingerprint, to explain a miss.
             fingerprint: What made the KV, see `note`.
@@ -88,17 +88,24 @@ class DiskStore(DiskMapping):
             TypeError, ValueError: if it cannot be stored, see `entry.encode`.
         """
         ids = document_ids(documents)
-        with self._named():
+
+        def is_stored() -> bool:
             row = self._entries.index.row(key)
-            if row is not None and not self._is_expired(row):
+            if row is None or self._is_expired(row):
+                return False
+            extent = self._entries.extent(key)
+            return extent is not None and extent.num_entries >= kv.num_entries
+
+        with self._named():
+            if is_stored():
                 if ids <= self._entries.documents.of(key):
                     return
                 self._require_writable()
                 with self._entries.index.transaction():
-                    if self._entries.index.row(key) is not None:
+                    if is_stored():
                         self._entries.documents.add(key, ids)
                         return
-        self._write(key, kv, ids, text_id, fingerprint)
+        self._write(key, kv, ids, text_id, fingerprint, unless=is_stored)
 
     def documents(self, key: str) -> tuple[str, ...]:
         """Ids of the documents whose text an entry holds, sorted. Does not read the entry.
@@ -187,7 +194,7 @@ class DiskStore(DiskMapping):
         return self._manifests.fields(fingerprint)
 
     def origin(self, key: str) -> tuple[str | None, str | None]:
-        """The text id and the fingerprint that an entry was put with; None where not told."""
+        """The text id and the fingerprint that an entry was put with; None where not known."""
         with self._named():
             return self._entries.origin(key)
 

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sac_rag.stores.departed import Departed
 from sac_rag.stores.documents import Documents
@@ -18,6 +19,20 @@ from sac_rag.stores.readonly import ReadOnlyIndex
 from sac_rag.stores.tally import Tally
 
 logger = logging.getLogger(__name__)
+
+
+class Extent(NamedTuple):
+    """How much of a chunk an entry holds.
+
+    Attributes:
+        num_tokens: Source tokens in the chunk.
+        num_entries: KV entries of all heads together.
+        num_heads: KV heads of all layers together.
+    """
+
+    num_tokens: int
+    num_entries: int
+    num_heads: int
 
 
 class Entries:
@@ -49,25 +64,42 @@ class Entries:
         self,
         key: str,
         data: bytes,
+        extent: Extent,
         documents: Iterable[str] = (),
         text_id: str | None = None,
         fingerprint: str | None = None,
+        unless: Callable[[], bool] | None = None,
     ) -> list[Row]:
         """Writes an entry: the file first, and the row that makes it seen when it is on the disk.
 
         Others need not wait for its bytes, and until its row is there nobody sees it.
 
+        Args:
+            key: A lower-case hex digest.
+            data: The entry's bytes.
+            extent: How much of the chunk they hold.
+            documents: Ids to add to those of the key.
+            text_id: The same for the same text whatever the fingerprint.
+            fingerprint: What made the KV.
+            unless: Asked when no other can write: where it is true, only the documents are added.
+
         Returns:
             What was evicted for it; its own row among them if pinned entries leave no room.
         """
-        with self.files.written(key, data) as name, self.index.transaction():
-            replaced = self.index.insert(key, name, len(data))
-            self.documents.add(key, documents)
-            self.note_origin(key, text_id, fingerprint)
-            self.departed.returned(key)
-            evicted = self._make_room(key)
-        for row in replaced:
-            self.files.remove(row)
+        with self.files.written(key, data) as name:
+            with self.index.transaction():
+                self.documents.add(key, documents)
+                superseded = self.index.row(key)
+                if unless is not None and superseded is not None and unless():
+                    superseded = superseded._replace(filename=name.encode())
+                    evicted = []
+                else:
+                    self.index.insert(key, name, len(data))
+                    self.note_origin(key, extent, text_id, fingerprint)
+                    self.departed.returned(key)
+                    evicted = self._make_room(key)
+            if superseded is not None:
+                self.files.remove(superseded)
         self._remove(evicted)
         return evicted
 
@@ -193,17 +225,31 @@ class Entries:
         row = self.index.row(name.rpartition("/")[2].partition("-")[0])
         return row is not None and row.name == name
 
-    def note_origin(self, key: str, text_id: str | None, fingerprint: str | None) -> None:
-        """Remembers what text an entry is of, and as whose compression, if that is told."""
-        if text_id is not None or fingerprint is not None:
-            replace = "INSERT OR REPLACE INTO Origin VALUES (?, ?, ?)"
-            self.index.sql(replace, (key, text_id, fingerprint))
+    def note_origin(
+        self, key: str, extent: Extent, text_id: str | None, fingerprint: str | None
+    ) -> None:
+        """Remembers how much of what text an entry holds, and as whose compression, if known."""
+        self.index.sql(
+            "INSERT INTO Origin (key, num_tokens, num_entries, num_heads, text_id, fingerprint)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET"
+            " num_tokens = excluded.num_tokens, num_entries = excluded.num_entries,"
+            " num_heads = excluded.num_heads, text_id = IFNULL(excluded.text_id, text_id),"
+            " fingerprint = IFNULL(excluded.fingerprint, fingerprint)",
+            (key, *extent, text_id, fingerprint),
+        )
 
     def origin(self, key: str) -> tuple[str | None, str | None]:
         """The text id and the fingerprint noted for an entry."""
         select = "SELECT text_id, fingerprint FROM Origin WHERE key = ?"
         text_id, fingerprint = self.index.sql(select, (key,)).fetchone() or (None, None)
         return text_id, fingerprint
+
+    def extent(self, key: str) -> Extent | None:
+        """How much of a chunk an entry holds; None if there is none, or it is of an old format."""
+        columns = ", ".join(f"CAST({name} AS INTEGER)" for name in Extent._fields)
+        select = f"SELECT {columns} FROM Origin WHERE key = ?"  # noqa: S608 (names of our own)
+        found = self.index.sql(select, (key,)).fetchone() or (None,)
+        return None if None in found else Extent(*found)
 
     def other_fingerprints(self, text_id: str, but: str | None) -> list[str]:
         """Fingerprints under which a text is there, the last stored first."""

@@ -188,8 +188,8 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             yield from map(Row._make, found)
             last = found[-1][0]
 
-    def insert(self, key: str, name: str, size: int, stored: float | None = None) -> list[Row]:
-        """Writes a row, still pinned if it was; returns the one it replaces, if any."""
+    def insert(self, key: str, name: str, size: int, stored: float | None = None) -> None:
+        """Writes a row, in place of the key's if there is one; still pinned if that was."""
         old = self.row(key)
         now = time.time()
         stored = now if stored is None else stored
@@ -199,13 +199,12 @@ class Index(diskcache.Cache):  # type: ignore[misc]
                 " VALUES (?, 1, ?, ?, ?, ?, ?)",
                 (key, stored, now, size, MODE_BINARY, name),
             )
-            return []
+            return
         self.sql(
             "UPDATE Cache SET store_time = ?, access_time = ?, size = ?, mode = ?, filename = ?,"
             " value = NULL WHERE rowid = ?",
             (stored, now, size, MODE_BINARY, name, old.rowid),
         )
-        return [old]
 
     def delete(self, row: Row) -> bytes | None:
         """Deletes a row; returns what it held in place of a file, which no row of ours does."""

@@ -64,7 +64,7 @@ class Manifests:
             return []
         names = sorted(before.keys() | after.keys())
         return [
-            f"{name} was {_shown(before.get(name))}, is {_shown(after.get(name))}"
+            f"{name} was {_shown(name, before)}, is {_shown(name, after)}"
             for name in names
             if before.get(name) != after.get(name)
         ]
@@ -82,7 +82,9 @@ class Manifests:
         return found
 
 
-def _shown(value: str | None) -> str:
+def _shown(name: str, fields: Mapping[str, str]) -> str:
+    value = fields.get(name)
     if value is None:
-        return "not there"
+        # A compressor's fingerprint covers only those of its config that are not at their default.
+        return "its default" if name.startswith("config.") else "not there"
     return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from typing_extensions import Self
 from sac_rag.errors import CorruptEntry
 from sac_rag.kv import AnchorKV
 from sac_rag.stores import keyring
+from sac_rag.stores.abilities import Wanted
 from sac_rag.stores.claim import FORMAT, claim, state
-from sac_rag.stores.entries import Entries
-from sac_rag.stores.entry import decode, encode
+from sac_rag.stores.entries import Entries, Extent
+from sac_rag.stores.entry import decode, decode_first, encode
 from sac_rag.stores.index import Row
 
 if TYPE_CHECKING:
@@ -86,6 +87,38 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
             KeyError: if there is none; a `CorruptEntry` if there was one and it was bad.
             OSError: if the folder cannot be read.
         """
+        return self._get(key)
+
+    def read(self, key: str, wanted: Wanted) -> AnchorKV:
+        """Reads an entry's first KV entries, and little more of its file unless it is encrypted.
+
+        Args:
+            key: As for `store[key]`.
+            wanted: Called with the chunk's source tokens, returns how many KV entries to read,
+                at least 1. All that are stored are read where it returns more.
+
+        Raises:
+            KeyError: if there is none; a `CorruptEntry` if there was one and what was read of it
+                was bad.
+            OSError: if the folder cannot be read.
+            ValueError: if fewer than 1 are wanted.
+        """
+        return self._get(key, wanted)
+
+    def extent(self, key: str) -> tuple[int, int]:
+        """Source tokens and stored KV entries of a chunk, without reading its file.
+
+        Raises:
+            KeyError: if there is none, or an earlier version of sac_rag wrote it.
+            OSError: if the folder cannot be read.
+        """
+        with self._named():
+            extent = self._entries.extent(key) if key in self else None
+        if extent is None:
+            raise KeyError(key)
+        return extent.num_tokens, extent.num_entries
+
+    def _get(self, key: str, wanted: Wanted | None = None) -> AnchorKV:
         with self._named():
             while True:
                 row = self._entries.index.row(key)
@@ -95,7 +128,7 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
                     self._entries.tally.count("misses")
                     raise KeyError(key)
                 try:
-                    kv = self._read(row)
+                    kv = self._read(row, wanted)
                 except CorruptEntry as problem:
                     if not self._set_aside(row, problem):
                         continue  # written anew or dropped by another while we were reading
@@ -180,9 +213,13 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
         )
         return opened, (str(self.folder),)
 
-    def _read(self, row: Row) -> AnchorKV:
+    def _read(self, row: Row, wanted: Wanted | None = None) -> AnchorKV:
+        files = self._entries.files
         try:
-            return decode(row.key, self._entries.files.read(row), self._cipher)
+            if wanted is None:
+                return decode(row.key, files.read(row), self._cipher)
+            with files.opened(row) as first:
+                return decode_first(row.key, first, row.size or 0, wanted, self._cipher)
         except FileNotFoundError:
             raise CorruptEntry("its file is gone") from None
 
@@ -193,15 +230,19 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
         documents: frozenset[str] = frozenset(),
         text_id: str | None = None,
         fingerprint: str | None = None,
+        unless: Callable[[], bool] | None = None,
     ) -> None:
         self._require_writable()
         data = encode(key, kv, self._cipher, fingerprint or "")
+        extent = Extent(kv.num_tokens, kv.num_entries, kv.num_layers * kv.num_kv_heads)
         with self._named():
             if len(data) > self.max_bytes:
                 self._entries.refuse(key, len(data))
                 kept, evicted = False, 1
             else:
-                rows = self._entries.publish(key, data, documents, text_id, fingerprint)
+                rows = self._entries.publish(
+                    key, data, extent, documents, text_id, fingerprint, unless
+                )
                 kept, evicted = all(row.key != key for row in rows), len(rows)
         if not kept:
             logger.warning(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from sac_rag.kv import AnchorKV
+from sac_rag.stores.abilities import Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,17 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
             kv = self._entries[key]
             self._entries.move_to_end(key)
             return kv
+
+    def read(self, key: str, wanted: Wanted) -> AnchorKV:
+        """An entry's first KV entries, as views; see `abilities.PartialStore`."""
+        kv = self[key]
+        return kv.first(min(wanted(kv.num_tokens), kv.num_entries))
+
+    def extent(self, key: str) -> tuple[int, int]:
+        """Source tokens and KV entries of a chunk; does not make it the most recent."""
+        with self._lock:
+            kv = self._entries[key]
+        return kv.num_tokens, kv.num_entries
 
     def __setitem__(self, key: str, kv: AnchorKV) -> None:
         if not isinstance(kv, AnchorKV):

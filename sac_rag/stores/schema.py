@@ -6,7 +6,7 @@ import json
 import secrets
 import sqlite3
 
-VERSION = 2
+VERSION = 3
 
 # What diskcache's table says of an entry, and we use: key, size, filename, store_time,
 # access_time, and tag: not NULL where the entry is pinned.
@@ -20,7 +20,10 @@ CREATE INDEX IF NOT EXISTS Owner_key ON Owner (key);
 CREATE TABLE IF NOT EXISTS Origin (
     key TEXT PRIMARY KEY,
     text_id TEXT,                 -- the same for the text under every fingerprint
-    fingerprint TEXT
+    fingerprint TEXT,
+    num_tokens INTEGER,           -- of the chunk; NULL where format 2 wrote the entry
+    num_entries INTEGER,          -- of its KV, in all heads together
+    num_heads INTEGER             -- KV heads of all layers together
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS Origin_text_id ON Origin (text_id);
 CREATE TABLE IF NOT EXISTS Departed (
@@ -39,13 +42,18 @@ CREATE INDEX IF NOT EXISTS Cache_evictable ON Cache (access_time) WHERE tag IS N
 def prepare(connection: sqlite3.Connection) -> None:
     """Makes the tables, unless they are there; must be called outside of a transaction.
 
-    A store of format 1 kept an entry's documents as a JSON list in diskcache's tag.
+    A store of format 1 kept an entry's documents as a JSON list in diskcache's tag. One of format
+    2 did not say how much of a chunk an entry holds.
     """
     if _version(connection) == VERSION:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if _version(connection) != VERSION:  # another may have been faster
+        version = _version(connection)  # another may have been faster
+        if version == 2:
+            for column in ("num_tokens", "num_entries", "num_heads"):
+                connection.execute(f"ALTER TABLE Origin ADD COLUMN {column} INTEGER")
+        elif version != VERSION:
             for statement in _TABLES.split(";\n"):
                 connection.execute(statement)
             tagged = "SELECT CAST(key AS TEXT), CAST(tag AS TEXT) FROM Cache WHERE tag IS NOT NULL"
@@ -59,7 +67,7 @@ def prepare(connection: sqlite3.Connection) -> None:
             )
             salt = secrets.token_bytes(32)
             connection.execute("INSERT OR IGNORE INTO Meta VALUES ('salt', ?)", (salt,))
-            connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

@@ -17,12 +17,14 @@ class FingerprintStats:
         fingerprint: None for entries that were put without one.
         entries: How many.
         nbytes: Their bytes.
+        ratio: Source tokens per KV entry, mean over heads and chunks; None if not known.
         fields: What it is made of; None if that was not noted.
     """
 
     fingerprint: str | None
     entries: int
     nbytes: int
+    ratio: float | None
     fields: dict[str, str] | None
 
 
@@ -33,6 +35,7 @@ class StoreStats:
     Attributes:
         entries: How many there are.
         nbytes: Their bytes.
+        ratio: Source tokens per KV entry, mean over heads and chunks; None if not known.
         index_nbytes: Bytes of the index on top.
         pinned: Entries that are never evicted.
         documents: Documents that have entries.
@@ -53,6 +56,7 @@ class StoreStats:
 
     entries: int
     nbytes: int
+    ratio: float | None
     index_nbytes: int
     pinned: int
     documents: int
@@ -77,16 +81,21 @@ class StoreStats:
         return self.hits / asked if asked else None
 
 
+# Of the entries whose extent is known. A sum of integers could overflow, a TOTAL of floats cannot.
+_RATIO = "TOTAL(num_tokens * num_heads) / TOTAL(num_entries)"
+
+
 def collect(entries: Entries, manifests: Manifests) -> StoreStats:
     """Asks index and files."""
     index = entries.index
-    count, nbytes, pinned, oldest, newest, unused = index.sql(
-        "SELECT COUNT(*), SUM(size), SUM(tag IS NOT NULL), MIN(store_time), MAX(store_time),"
-        " MIN(CASE WHEN tag IS NULL THEN access_time END) FROM Cache"
+    count, nbytes, ratio, pinned, oldest, newest, unused = index.sql(
+        f"SELECT COUNT(*), SUM(size), {_RATIO}, SUM(tag IS NOT NULL), MIN(store_time),"  # noqa: S608
+        " MAX(store_time), MIN(CASE WHEN tag IS NULL THEN access_time END)"
+        " FROM Cache LEFT JOIN Origin USING (key)"
     ).fetchone()
     by_fingerprint = index.sql(
-        "SELECT fingerprint, COUNT(*), SUM(size) FROM Cache LEFT JOIN Origin USING (key)"
-        " GROUP BY fingerprint ORDER BY COUNT(*) DESC"
+        f"SELECT fingerprint, COUNT(*), SUM(size), {_RATIO} FROM Cache"  # noqa: S608
+        " LEFT JOIN Origin USING (key) GROUP BY fingerprint ORDER BY COUNT(*) DESC"
     ).fetchall()
     counts = entries.tally.totals()
     quarantined = entries.files.quarantined()
@@ -94,6 +103,7 @@ def collect(entries: Entries, manifests: Manifests) -> StoreStats:
     return StoreStats(
         entries=count,
         nbytes=nbytes or 0,
+        ratio=ratio,
         index_nbytes=sum(
             path.stat().st_size for path in index.path.parent.glob(f"{index.path.name}*")
         ),
@@ -116,7 +126,7 @@ def collect(entries: Entries, manifests: Manifests) -> StoreStats:
         set_aside=counts["quarantined"],
         cipher=index.meta("cipher") or None,
         fingerprints=tuple(
-            FingerprintStats(name, number, size or 0, manifests.fields(name) if name else None)
-            for name, number, size in by_fingerprint
+            FingerprintStats(name, n, size or 0, ratio, manifests.fields(name) if name else None)
+            for name, n, size, ratio in by_fingerprint
         ),
     )

@@ -16,7 +16,8 @@ from sac_rag.stores.entry import encode
 
 SIZE = len(encode(key_of(0), make_kv()))
 OLD, NEW = Cipher(b"o" * 32), Cipher(b"n" * 32)
-# Of the entries that every scene begins with: number, value, documents.
+# Of the entries that every scene begins with: number, value, documents. Values from 10 have more
+# KV entries.
 BEFORE = {0: (0, ("a",)), 1: (1, ("a", "b")), 2: (2, ())}
 
 State = dict[int, tuple[int, tuple[str, ...]]]
@@ -62,6 +63,10 @@ SCENES = {
         ),
         {**BEFORE, 5: (5, ("c",))},
     ),
+    "put more": Scene(
+        lambda store: store.put(key_of(1), make_value(11), ["c"]),
+        {**BEFORE, 1: (11, ("a", "b", "c"))},
+    ),
     "overwrite": Scene(
         lambda store: store.__setitem__(key_of(1), make_kv(7)), {**BEFORE, 1: (7, ("a", "b"))}
     ),
@@ -93,13 +98,17 @@ def make(folder: Path, scene: Scene) -> None:
     """The store that a scene begins with."""
     with DiskStore(folder, cipher=scene.cipher) as store:
         for number, (value, documents) in BEFORE.items():
-            store.put(key_of(number), make_kv(value), documents)
+            store.put(key_of(number), make_value(value), documents)
         scene.prepare(store)
+
+
+def make_value(seed: int) -> AnchorKV:
+    return make_kv(seed, anchors=4 if seed < 10 else 5)
 
 
 def value_of(kv: AnchorKV) -> int:
     """The seed that a value was made with."""
-    (seed,) = (seed for seed in range(10) if kv.bit_equal(make_kv(seed)))
+    (seed,) = (seed for seed in range(20) if kv.bit_equal(make_value(seed)))
     return seed
 
 
@@ -118,7 +127,10 @@ def require(folder: Path, name: str, done: bool) -> None:
         for key in list(store):
             with suppress(KeyError):
                 number = next(number for number in range(10) if key_of(number) == key)
-                found[number] = (value_of(store[key]), store.documents(key))
+                kv = store[key]
+                found[number] = (value_of(kv), store.documents(key))
+                assert store.extent(key) == (kv.num_tokens, kv.num_entries)
+                assert store.read(key, lambda _: 3).bit_equal(kv.first(3))
         before = dict(scene.after) if done else dict(BEFORE)
         if name == "set aside":
             before.pop(0, None)

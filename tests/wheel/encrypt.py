@@ -5,7 +5,8 @@ import torch
 from sac_rag import AnchorKV, DiskStore
 from sac_rag.stores.cipher import Cipher
 
-kv = AnchorKV(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), torch.arange(3, dtype=torch.int32), 3)
+ones = torch.ones(2, 1, 3, 4)
+kv = AnchorKV.uniform(ones, ones, torch.arange(3, dtype=torch.int32), num_tokens=3)
 with DiskStore("store", cipher=Cipher(bytes(32))) as store:
     store["ab"] = kv
     assert torch.equal(store["ab"].keys, kv.keys)

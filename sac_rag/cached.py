@@ -9,12 +9,19 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sac_rag.chunk import require_ratio
 from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.full import Full
 from sac_rag.errors import ChunkMiss
 from sac_rag.guard import Guard
 from sac_rag.keys import Namespace
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.abilities import DocumentStore, ExplainingStore, ForgettingStore
+from sac_rag.stores.abilities import (
+    DocumentStore,
+    ExplainingStore,
+    ForgettingStore,
+    PartialStore,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +39,12 @@ class Fetched:
     """What came of asking for chunks, one to one with them.
 
     Attributes:
-        kvs: None where a missing chunk was left to be read as text.
+        kvs: At the ratios asked for; None where a missing chunk was left to be read as text.
         misses: Why a chunk was not read from the store (see `misses.REASONS`); None for a hit.
         load_s: Seconds spent reading the store.
         compress_s: Seconds spent computing and storing what was missing.
-        loads: Entries read.
-        load_bytes: Bytes of their keys and values.
+        loads: Entries read that were hits.
+        load_bytes: Bytes of what was read of them.
         computed: Chunks computed.
         computed_tokens: Their source tokens.
         failed_writes: Those of them that could not be stored.
@@ -97,8 +104,62 @@ class CachedCompressor:
         """A document's id in the store: in a namespace, one that no other namespace uses."""
         return self._names.document_id(document)
 
+    def ratio_for(self, asked: int | None) -> int:
+        """The ratio to use chunks at: the one asked for, or else the compressor's own.
+
+        Raises:
+            ValueError: for what is no integer of at least 1, or not the compressor's own where one
+                compression does not serve several ratios.
+        """
+        require_ratio(asked)
+        own = self.compressor.config.ratio
+        if asked is None or asked == own:
+            return own
+        if self.compressor.is_nested:
+            return asked
+        if self.compressor.config.method == Full.method:
+            raise ValueError(
+                f"'full' keeps every token: ratio must be 1, was: {asked}; "
+                "load a trained compressor"
+            )
+        raise ValueError(
+            f"ratio must be {own}, the only one of this compressor, was: {asked}; it keeps other "
+            "entries at each ratio (only anchors='learned' ranks them), so load another one: "
+            f"SacRAG.from_pretrained(ratio={asked}), or compressor.at_ratio({asked})"
+        )
+
+    def kept_ratio(self, asked: int | None) -> int:
+        """The ratio to store a chunk at: the one asked for, or the compressor's own if lower."""
+        return min(self.ratio_for(asked), self.compressor.config.ratio)
+
+    def at_ratio(self, ratio: int) -> Compressor:
+        """The compressor at a ratio that `ratio_for` gave."""
+        compressor = self.compressor
+        return compressor if ratio == compressor.config.ratio else compressor.at_ratio(ratio)
+
+    def cut(self, kv: AnchorKV, ratio: int) -> AnchorKV:
+        """What a compressed chunk is at a ratio, which must not be lower than its own."""
+        if not self.compressor.is_nested:
+            return kv
+        return kv.first(self.compressor.num_entries(kv.num_tokens, ratio))
+
     def __contains__(self, text: str) -> bool:
-        return self.key(text) in self.store
+        return self.is_stored(text)
+
+    def is_stored(self, text: str, ratio: int | None = None) -> bool:
+        """Whether the store has as much of a text as a ratio needs. Default: the compressor's."""
+        key, ratio = self.key(text), self.ratio_for(ratio)
+        if not self.compressor.is_nested:
+            return key in self.store
+        try:
+            if isinstance(self.store, PartialStore):
+                num_tokens, num_entries = self.store.extent(key)
+            else:
+                kv = self.store[key]
+                num_tokens, num_entries = kv.num_tokens, kv.num_entries
+        except KeyError:
+            return False
+        return num_entries >= self.compressor.num_entries(num_tokens, ratio)
 
     def compress(self, texts: Sequence[str]) -> list[AnchorKV]:
         """The compressor's own `compress`, computing only what the store does not have."""
@@ -109,6 +170,7 @@ class CachedCompressor:
         self,
         texts: Sequence[str],
         *,
+        ratios: Sequence[int | None] | None = None,
         on_miss: OnMiss = "compress",
         documents: Sequence[str | None] | None = None,
         accept: Callable[[list[int]], None] | None = None,
@@ -117,6 +179,9 @@ class CachedCompressor:
 
         Args:
             texts: Chunks; equal ones are read or computed once.
+            ratios: Source tokens per KV entry of each. Default: the compressor's own. What is
+                computed is stored at the compressor's own ratio, or at the one asked for if that
+                is lower.
             on_miss: Compute the missing and store them, leave them out as None to be read as
                 text, or raise. Only where the missing are computed does the guard have a say.
             documents: The document each text belongs to, noted in a DocumentStore when the entry
@@ -127,27 +192,34 @@ class CachedCompressor:
         Raises:
             ChunkMiss: with on_miss="raise".
             PromptTooLong: for a text longer than the model's context.
-            ValueError: for an empty text or an unknown on_miss.
+            ValueError: for an empty text, an unknown on_miss, or a ratio that `ratio_for` refuses.
         """
         require_on_miss(on_miss)
+        asked = [self.ratio_for(ratio) for ratio in ratios or [None] * len(texts)]
         started = time.perf_counter()
         keys = [self.key(text) for text in texts]
         owned = list(zip(keys, documents or [None] * len(keys), strict=True))
+        lowest: dict[str, int] = {}
+        for key, ratio in zip(keys, asked, strict=True):
+            lowest[key] = min(ratio, lowest.get(key, ratio))
         found: dict[str, AnchorKV] = {}
         reasons: dict[str, str] = {}
         for key, text in dict(zip(keys, texts, strict=True)).items():
-            loaded = self._load(key, text, may_compute=on_miss == "compress")
+            loaded = self._load(key, text, lowest[key], may_compute=on_miss == "compress")
             if isinstance(loaded, AnchorKV):
                 found[key] = loaded
             else:
                 reasons[key] = loaded
         load_s = time.perf_counter() - started
-        loads, load_bytes = len(found), sum(kv.nbytes for kv in found.values())
-        misses = [reasons.get(key) for key in keys]
-        if reasons and on_miss == "raise":
+        misses = [
+            reasons[key] if key in reasons else self._shortage(found[key], ratio)
+            for key, ratio in zip(keys, asked, strict=True)
+        ]
+        hits = {key for key, miss in zip(keys, misses, strict=True) if miss is None}
+        missing = {k: t for k, t, miss in zip(keys, texts, misses, strict=True) if miss is not None}
+        if missing and on_miss == "raise":
             raise ChunkMiss(misses)
         started = time.perf_counter()
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key in reasons}
         computed: dict[str, AnchorKV] = {}
         failed = 0
         if on_miss == "compress" and missing:
@@ -155,18 +227,23 @@ class CachedCompressor:
                 lengths = {key: kv.num_tokens for key, kv in found.items()}
                 lengths |= {k: len(self.compressor.tokenize(t)) for k, t in missing.items()}
                 accept([lengths[key] for key in keys])
-            computed = self._compute(missing)
-            found |= computed
+            computed = self._compute(
+                missing, {key: self.kept_ratio(lowest[key]) for key in missing}
+            )
             for key, document in dict.fromkeys(owned):
-                if key in computed and reasons[key] != "slow":
+                if key in computed and reasons.get(key) != "slow":
                     failed += not self._put(key, missing[key], computed[key], document)
+        kvs: list[AnchorKV | None] = []
+        for key, ratio, miss in zip(keys, asked, misses, strict=True):
+            kv = found[key] if miss is None else computed.get(key)
+            kvs.append(None if kv is None else self.cut(kv, ratio))
         return Fetched(
-            kvs=[found.get(key) for key in keys],
+            kvs=kvs,
             misses=misses,
             load_s=load_s,
             compress_s=time.perf_counter() - started,
-            loads=loads,
-            load_bytes=load_bytes,
+            loads=len(hits),
+            load_bytes=sum(found[key].nbytes for key in hits),
             computed=len(computed),
             computed_tokens=sum(kv.num_tokens for kv in computed.values()),
             failed_writes=failed,
@@ -205,14 +282,14 @@ class CachedCompressor:
             )
         return self.store.forget(self.document_id(document))
 
-    def _load(self, key: str, text: str, may_compute: bool) -> AnchorKV | str:
-        """A stored chunk, or why it was not read."""
+    def _load(self, key: str, text: str, ratio: int, may_compute: bool) -> AnchorKV | str:
+        """A stored chunk, no more of it than a ratio needs if possible; or why it was not read."""
         guard = self.guard if may_compute else None
         try:
             if guard is not None and guard.prefers_computing(len(text)) and key in self.store:
                 return "slow"
             started = time.perf_counter()
-            kv = self.store[key]
+            kv = self._read(key, ratio)
             if guard is not None:
                 guard.loaded(len(text), kv.num_tokens, kv.nbytes, time.perf_counter() - started)
             return kv
@@ -223,6 +300,20 @@ class CachedCompressor:
         except OSError as error:
             log.warning("chunk %s could not be read: %s", key[:12], error)
             return "unreadable"
+
+    def _read(self, key: str, ratio: int) -> AnchorKV:
+        compressor, store = self.compressor, self.store
+        if compressor.is_nested and isinstance(store, PartialStore):
+            return store.read(key, lambda num_tokens: compressor.num_entries(num_tokens, ratio))
+        return store[key]
+
+    def _shortage(self, kv: AnchorKV, ratio: int) -> str | None:
+        """Why a stored chunk does not do at a ratio; None if it does."""
+        if not self.compressor.is_nested:
+            return None
+        if kv.num_entries >= self.compressor.num_entries(kv.num_tokens, ratio):
+            return None
+        return f"ratio: stored at {kv.ratio:.0f}x, asked for {ratio}x"
 
     def _why_absent(self, key: str, text: str) -> str:
         if not isinstance(self.store, ExplainingStore):
@@ -245,13 +336,16 @@ class CachedCompressor:
         except OSError as error:
             log.warning("what made the chunks was not stored: %s", error)
 
-    def _compute(self, missing: Mapping[str, str]) -> dict[str, AnchorKV]:
+    def _compute(
+        self, missing: Mapping[str, str], ratios: Mapping[str, int]
+    ) -> dict[str, AnchorKV]:
         started = time.perf_counter()
-        kvs = self.compressor.compress(list(missing.values()))
+        # All of them together at the lowest ratio: the encoder's work is the same at any.
+        kvs = self.at_ratio(min(ratios.values())).compress(list(missing.values()))
         if self.guard is not None:
             tokens = sum(kv.num_tokens for kv in kvs)
             self.guard.computed(tokens, time.perf_counter() - started)
-        return dict(zip(missing, kvs, strict=True))
+        return {key: self.cut(kv, ratios[key]) for key, kv in zip(missing, kvs, strict=True)}
 
     def keep(self, text: str, kv: AnchorKV, documents: Collection[str] = ()) -> None:
         """Stores a chunk that its compressor has computed.

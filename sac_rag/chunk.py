@@ -18,12 +18,21 @@ class Chunk:
         id: The document it belongs to, if the caller has a name for that.
         title: Shown before the passage, as plain text, where the prompt format asks for it.
         metadata: Anything JSON can hold.
+        ratio: Source tokens per KV entry, for this chunk alone. Default: that of the question, or
+            else the compressor's own.
+
+    Raises:
+        ValueError: if the ratio is not an integer of at least 1.
     """
 
     text: str
     id: str | None = None
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    ratio: int | None = None
+
+    def __post_init__(self) -> None:
+        require_ratio(self.ratio)
 
     @property
     def is_empty(self) -> bool:
@@ -49,3 +58,9 @@ class Chunk:
 
 
 ChunkLike: TypeAlias = str | tuple[str, str] | Chunk
+
+
+def require_ratio(ratio: object) -> None:
+    """Raises ValueError for what is neither None nor an integer of at least 1."""
+    if ratio is not None and (type(ratio) is not int or ratio < 1):
+        raise ValueError(f"ratio must be an integer of at least 1, was: {ratio!r}")

@@ -21,11 +21,11 @@ class Estimate:
 
     Attributes:
         chunks: All of them.
-        hits: Those whose text is in the store, or comes up twice.
+        hits: Those whose text is in the store at their ratio, or comes up twice.
         empty: Those without text.
         bad: Those longer than the model's context.
         source_tokens: Tokens of those to be computed.
-        nbytes: Bytes of their anchors.
+        nbytes: Bytes of their anchors, at the compressor's own ratio.
         seconds: Time to compute them, at the rate that was measured.
         tokens_per_s: That rate; None if there is nothing to compute.
         counted: Share of the text that was tokenized, by characters; counts are scaled up if it is
@@ -72,8 +72,8 @@ def estimate(
             if chunk.is_empty:
                 empty += 1
                 continue
-            key = compressor.key(chunk.text)
-            if key in seen or key in compressor.store:
+            key, ratio = compressor.key(chunk.text), compressor.kept_ratio(chunk.ratio)
+            if key in seen or compressor.is_stored(chunk.text, ratio):
                 hits += 1
                 continue
             ids = plain.tokenize(chunk.text)

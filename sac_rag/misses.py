@@ -10,6 +10,7 @@ REASONS = {
     "expired": "was older than the store's max_age_s",
     "forgotten": "was deleted with the last document that had this text",
     "fingerprint": "the text is there, but as another model or compressor made it",
+    "ratio": "is there, but with fewer entries than asked for",
     "corrupt": "was there, but its bytes were not the ones written",
     "format": "was written by another version of sac_rag",
     "key": "is encrypted, and not with the key that the store was opened with",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         told = {name: v for name, v in self.fields.items() if name.startswith("config.")}
-        own = {f"config.{name}": repr(value) for name, value in self.config.to_dict().items()}
+        own = self.config.fingerprint_fields()
         differing = sorted(n for n in told.keys() | own.keys() if told.get(n) != own.get(n))
         if differing:
             raise ValueError(f"the config is not the fingerprint's: {', '.join(differing)} differ")
@@ -75,7 +75,8 @@ class Origin:
 
         Args:
             fields: Of the fingerprint, as a store notes them.
-            folder: Of the compressor; None for one without weights.
+            folder: Of the compressor; None for one without weights. Where the fields are those of
+                every ratio, the folder's own is taken.
 
         Raises:
             ValueError: if the folder is not that of the compressor with this fingerprint.
@@ -86,11 +87,15 @@ class Origin:
             if name.startswith("config.")
         }
         config = CompressorConfig.from_json(json.dumps(values))
-        weights = checkpoint.read(folder)[1] if folder is not None else {}
+        weights: dict[str, Tensor] = {}
+        if folder is not None:
+            loaded, weights = checkpoint.read(folder)
+            if config.is_nested:  # then the fields are those of every ratio
+                config = replace(config, ratio=loaded.ratio)
         if tensors_digest(weights) != fields.get("compressor_weights"):
             raise ValueError(
-                f"the chunks were compressed by {config.method!r} at {config.ratio}x with other "
-                f"weights than {'none' if folder is None else f'those in {folder}'}; "
+                f"the chunks were compressed by {config.method!r} with other weights than "
+                f"{'none' if folder is None else f'those in {folder}'}; "
                 "give the folder of the compressor they were compressed with"
             )
         format = checkpoint.load_format(folder) if folder is not None else None

@@ -127,6 +127,7 @@ class SacRAG:
         store: MutableMapping[str, AnchorKV] | None = None,
         format: PromptFormat | None = None,
         namespace: str = "",
+        ratio: int | None = None,
         device: str | torch.device | None = None,
         on_miss: OnMiss = "text",
         **options: Any,
@@ -140,15 +141,20 @@ class SacRAG:
             format: Default: the format that the chunks were made for, if it is known.
             on_miss: "text" or "raise": what is not in the store cannot be compressed.
             namespace: The one that they were compressed in.
+            ratio: Source tokens per anchor, instead of that of the compressor that was exported;
+                another one is possible for learned anchors only.
             device: Default: CUDA if there is one, else CPU.
             **options: decoding: see the class.
 
         Raises:
-            ValueError: if the file is no archive, or the model is another one, naming what differs.
+            ValueError: if the file is no archive, the model is another one, naming what differs, or
+                there is no such ratio.
             ModelUnavailable: if a default model cannot be fetched.
         """
         opened = Archive(archive)
         stored = load_stored(model, opened.origin, device)
+        if ratio not in (None, stored.config.ratio):
+            stored = stored.at_ratio(ratio)
         kept = opened if store is None else store
         cached = CachedCompressor(stored, kept, namespace=namespace, guard=False)
         return cls(cached, format=format or opened.origin.format, on_miss=on_miss, **options)
@@ -164,7 +170,8 @@ class SacRAG:
         Done at construction, once for a model, and remembered. Returns the largest relative error;
         raises UnsupportedModel where it is more than rounding.
         """
-        return self_check(self.generator)
+        budget = self.compressor.compressor.config.budget
+        return self_check(self.generator, ragged=budget != "uniform")
 
     def precompress(
         self,
@@ -229,72 +236,112 @@ class SacRAG:
         return self._meter.snapshot()
 
     def answer(
-        self, question: str, chunks: Sequence[ChunkLike], decoding: Decoding | None = None
+        self,
+        question: str,
+        chunks: Sequence[ChunkLike],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> Answer:
         """Answers a question from chunks.
 
+        Args:
+            question: What to answer.
+            chunks: Texts, (document id, text) pairs or Chunks.
+            decoding: How to answer. Default: the pipeline's.
+            ratio: Source tokens per KV entry of chunks that have no ratio of their own. Default:
+                the compressor's. One store of learned anchors serves every ratio from the one it
+                was filled at; others have a single ratio.
+
         Raises:
-            ValueError: if the question is empty.
+            ValueError: if the question is empty, or the compressor has no such ratio.
             PromptTooLong: if question, chunks and answer pass the model's last position.
             ChunkMiss: with on_miss="raise", if a chunk is not in the store.
         """
-        return self.batch([(question, chunks)], decoding)[0]
+        return self.batch([(question, chunks)], decoding, ratio=ratio)[0]
 
     def stream(
-        self, question: str, chunks: Sequence[ChunkLike], decoding: Decoding | None = None
+        self,
+        question: str,
+        chunks: Sequence[ChunkLike],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> AnswerStream:
         """Answers a question piece by piece; leaving the loop ends the work.
 
         The joined pieces are what `answer` would give. Raises as `answer` does, at once.
         """
-        return AnswerStream(self._start([(question, chunks)], decoding))
+        return AnswerStream(self._start([(question, chunks)], decoding, ratio))
 
     def batch(
         self,
         questions: Sequence[tuple[str, Sequence[ChunkLike]]],
         decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> list[Answer]:
-        """Answers several questions in one padded batch, each from chunks of its own."""
+        """Answers several questions in one padded batch, each from chunks of its own.
+
+        For decoding and ratio see `answer`.
+        """
         if not questions:
             return []
-        return _finished(self._start(questions, decoding))
+        return _finished(self._start(questions, decoding, ratio))
 
     def chat(
-        self, conversations: Sequence[Sequence[Message]], decoding: Decoding | None = None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> list[Answer]:
-        """Writes the assistant's next turn of each conversation, chunks anywhere in them."""
+        """Writes the assistant's next turn of each conversation, chunks anywhere in them.
+
+        For decoding and ratio see `answer`.
+        """
         if not conversations:
             return []
-        return _finished(self._start_chat(conversations, decoding))
+        return _finished(self._start_chat(conversations, decoding, ratio))
 
     def stream_chat(
-        self, conversation: Sequence[Message], decoding: Decoding | None = None
+        self,
+        conversation: Sequence[Message],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> AnswerStream:
         """Writes the assistant's next turn piece by piece."""
-        return AnswerStream(self._start_chat([conversation], decoding))
+        return AnswerStream(self._start_chat([conversation], decoding, ratio))
 
     def complete(
         self,
         prompts: Sequence[Sequence[str | Chunk]],
         decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> list[Answer]:
         """Goes on with each plain prompt, chunks anywhere in it but at its end.
 
         Nothing is added but the tokenizer's BOS: no chat template, no words of `format`, none of
-        its stop texts.
+        its stop texts. For decoding and ratio see `answer`.
 
         Raises:
             ValueError: if a prompt does not end in text.
         """
         if not prompts:
             return []
-        return _finished(self._start_plain(prompts, decoding))
+        return _finished(self._start_plain(prompts, decoding, ratio))
 
     def stream_complete(
-        self, prompt: Sequence[str | Chunk], decoding: Decoding | None = None
+        self,
+        prompt: Sequence[str | Chunk],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
     ) -> AnswerStream:
         """Goes on with a plain prompt piece by piece."""
-        return AnswerStream(self._start_plain([prompt], decoding))
+        return AnswerStream(self._start_plain([prompt], decoding, ratio))
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
@@ -315,7 +362,10 @@ class SacRAG:
         return self.format.pieces(self.generator.tokenizer, question, given)
 
     def _start(
-        self, questions: Sequence[tuple[str, Sequence[ChunkLike]]], decoding: Decoding | None
+        self,
+        questions: Sequence[tuple[str, Sequence[ChunkLike]]],
+        decoding: Decoding | None,
+        ratio: int | None,
     ) -> Run:
         decoding = decoding or self.decoding
         stop = tuple(dict.fromkeys((*decoding.stop, *self.format.stop)))
@@ -323,20 +373,28 @@ class SacRAG:
             lambda: [self._ask(question, chunks) for question, chunks in questions],
             self.beginning_ids,
             replace(decoding, stop=stop),
+            ratio,
         )
 
     def _start_chat(
-        self, conversations: Sequence[Sequence[Message]], decoding: Decoding | None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        decoding: Decoding | None,
+        ratio: int | None,
     ) -> Run:
         tokenizer, first = self.generator.tokenizer, conversations[0]
         return self._run(
             lambda: [render(tokenizer, messages) for messages in conversations],
             lambda: token_ids(before_first_turn(tokenizer, first), self.compressor),
             decoding or self.decoding,
+            ratio,
         )
 
     def _start_plain(
-        self, prompts: Sequence[Sequence[str | Chunk]], decoding: Decoding | None
+        self,
+        prompts: Sequence[Sequence[str | Chunk]],
+        decoding: Decoding | None,
+        ratio: int | None,
     ) -> Run:
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -345,6 +403,7 @@ class SacRAG:
             lambda: [plain(self.generator.tokenizer, prompt) for prompt in prompts],
             self.beginning_ids,
             decoding or self.decoding,
+            ratio,
         )
 
     def _run(
@@ -352,6 +411,7 @@ class SacRAG:
         rows: Callable[[], list[list[Piece]]],
         beginning: Callable[[], list[int]],
         decoding: Decoding,
+        ratio: int | None,
     ) -> Run:
         trace = Trace("answer")  # the run ends it, or what is raised before there is one
         try:
@@ -359,6 +419,7 @@ class SacRAG:
                 rows(),
                 beginning(),
                 decoding,
+                ratio=ratio,
                 compressor=self.compressor,
                 on_miss=self.on_miss,
                 prefixes=self.prefixes,

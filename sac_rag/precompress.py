@@ -108,6 +108,7 @@ def compress_window(
     plain = compressor.compressor
     limit = plain.generator.max_positions
     tokens: dict[str, list[int]] = {}
+    ratios: dict[str, int] = {}
     owners: dict[str, set[str]] = {}
     hits = empty = 0
     bad: list[BadRecord] = []
@@ -129,18 +130,23 @@ def compress_window(
                 break
         else:
             tokens[text] = ids
-        if text in tokens and chunk.id is not None:
-            owners.setdefault(text, set()).add(chunk.id)
+        if text in tokens:
+            ratio = compressor.kept_ratio(chunk.ratio)
+            ratios[text] = min(ratio, ratios.get(text, ratio))
+            if chunk.id is not None:
+                owners.setdefault(text, set()).add(chunk.id)
     texts, ids_of_texts = list(tokens), list(tokens.values())
+    computing = compressor.at_ratio(min(ratios.values(), default=plain.config.ratio))
     read = plain.tokens_read([len(ids) for ids in ids_of_texts])
     seconds, started = 0.0, time.perf_counter()
     writes: deque[tuple[AnchorKV, Future[None]]] = deque()
     waiting = 0
     # One pass is written while the next is computed; no more, or a slow disk would fill the memory.
     with ThreadPoolExecutor(max_workers=1) as writer:
-        for number, kv in plain.compress_each(ids_of_texts):
+        for number, whole in computing.compress_each(ids_of_texts):
             seconds += time.perf_counter() - started
             text = texts[number]
+            kv = compressor.cut(whole, ratios[text])
             writes.append((kv, writer.submit(compressor.keep, text, kv, owners.get(text, ()))))
             waiting += kv.num_tokens
             while waiting > plain.batch_tokens:
@@ -179,4 +185,7 @@ def place_of(chunk: Chunk) -> str:
 
 
 def _is_stored(compressor: CachedCompressor, chunk: Chunk) -> bool:
-    return chunk.text in compressor and (chunk.id is None or compressor.claim(chunk.text, chunk.id))
+    text, document = chunk.text, chunk.id
+    if not compressor.is_stored(text, compressor.kept_ratio(chunk.ratio)):
+        return False
+    return document is None or compressor.claim(text, document)

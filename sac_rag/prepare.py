@@ -46,6 +46,7 @@ def prepare(
     beginning: list[int],
     decoding: Decoding,
     *,
+    ratio: int | None,
     compressor: CachedCompressor,
     on_miss: OnMiss,
     prefixes: Prefixes,
@@ -58,6 +59,7 @@ def prepare(
         rows: Prompts in reading order.
         beginning: Token ids that they are likely to begin with.
         decoding: How to answer.
+        ratio: Of chunks that have none of their own. Default: the compressor's own.
         compressor: Gives the chunks' KV.
         on_miss: What to do with a chunk that is not in the store.
         prefixes: Reads what the prompts begin with, once.
@@ -67,7 +69,9 @@ def prepare(
     Raises:
         PromptTooLong: if a prompt and its answer pass the model's last position.
         ChunkMiss: with on_miss="raise", if a chunk is not in the store.
+        ValueError: for a ratio that the compressor does not have.
     """
+    ratio = compressor.ratio_for(ratio)
     generator, config = compressor.compressor.generator, compressor.compressor.config
     # Text becomes token ids, chunks stay as they are until their KV is there.
     plain = [
@@ -88,6 +92,7 @@ def prepare(
     prepare_s = time.perf_counter() - trace.started
     fetched = compressor.fetch(
         [chunk.text for chunk in flat],
+        ratios=[ratio if chunk.ratio is None else chunk.ratio for chunk in flat],
         on_miss=on_miss,
         documents=[chunk.id for chunk in flat],
         accept=accept,
@@ -104,7 +109,7 @@ def prepare(
             if not isinstance(piece, Chunk):
                 parts[-1].append(piece)
             elif piece.is_empty:
-                reports[-1].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0))
+                reports[-1].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0, 0.0))
             else:
                 kv, miss = next(results)
                 part = kv if kv is not None else tokenize(piece, compressor)
@@ -164,5 +169,6 @@ def _count(fetched: Fetched, compressor: CachedCompressor, meter: Meter) -> None
 def _report(chunk: Chunk, part: Part, miss: str | None) -> ChunkReport:
     status = miss or "hit"
     if isinstance(part, AnchorKV):
-        return ChunkReport(chunk, status, "anchors", part.num_tokens, part.num_anchors, part.nbytes)
-    return ChunkReport(chunk, status, "text", len(part), len(part), 0)
+        tokens, anchors = part.num_tokens, part.num_anchors
+        return ChunkReport(chunk, status, "anchors", tokens, anchors, part.nbytes, part.ratio)
+    return ChunkReport(chunk, status, "text", len(part), len(part), 0, 1.0)

@@ -14,12 +14,14 @@ class ChunkReport:
 
     Attributes:
         chunk: As it was handed over.
-        status: "hit", or why it was not in the store: "absent", "corrupt", "format",
-            "unreadable"; or "empty" for a chunk without text, which was left out.
+        status: "hit", or why it was not read from the store (see `misses.REASONS`); or "empty" for
+            a chunk without text, which was left out.
         read_as: "anchors", "text" (with on_miss="text"), or "nothing" for an empty chunk.
         num_tokens: Source tokens.
-        num_anchors: KV entries that stand for them; the tokens themselves if read as text.
-        nbytes: Bytes of its keys and values in the store; 0 if read as text.
+        num_anchors: KV entries per layer and KV head that stand for them, their mean, rounded; the
+            tokens themselves if read as text.
+        nbytes: Bytes of the keys and values that were used of it; 0 if read as text.
+        ratio: Source tokens per KV entry; 1 if read as text, 0 if empty.
     """
 
     chunk: Chunk
@@ -28,11 +30,12 @@ class ChunkReport:
     num_tokens: int
     num_anchors: int
     nbytes: int
+    ratio: float
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one answer.
+    """Counts of one answer; KV entries are counted per layer and KV head, their mean, rounded.
 
     Attributes:
         positions_attended: KV entries the first answer token attends to: anchors and plain text.
@@ -41,7 +44,7 @@ class Usage:
         anchors_from_store: Anchors that were cached.
         anchors_computed: Anchors that were computed for this answer.
         source_tokens: Tokens of the text that the anchors stand for.
-        kv_bytes: Bytes of the anchors' keys and values as stored.
+        kv_bytes: Bytes of the anchors' keys and values as stored, as far as they were used.
         generated_tokens: Tokens of the answer, its end token included.
     """
 
@@ -118,7 +121,8 @@ class PrecompressReport:
 
     Attributes:
         computed: Chunks compressed now.
-        hits: Chunks whose text was in the store before, or came up earlier in the same run.
+        hits: Chunks whose text was in the store before, at their ratio or a lower one, or came up
+            earlier in the same run.
         empty: Chunks without text, left out.
         bad: Chunks that could not be compressed.
         source_tokens: Tokens of the computed chunks.

@@ -288,6 +288,7 @@ def _line(number: int, chunk: Chunk) -> str:
         "id": chunk.id,
         "title": chunk.title,
         "metadata": dict(chunk.metadata),
+        **({} if chunk.ratio is None else {"ratio": chunk.ratio}),
     }
     try:
         return json.dumps(fields) + "\n"

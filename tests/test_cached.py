@@ -12,18 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sac_rag.cached import CachedCompressor
+from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
 from sac_rag.generator import Generator
 from sac_rag.keys import Namespace
 from sac_rag.kv import AnchorKV
-from sac_rag.stores import DiskStore
-from sac_rag.stores.abilities import DocumentStore
+from sac_rag.misses import REASONS, name_of
+from sac_rag.stores import DiskStore, MemoryStore
+from sac_rag.stores.abilities import DocumentStore, PartialStore, Wanted
 
 
 @pytest.fixture(scope="module")
 def sac(llama: Generator) -> Compressor:
     return make_compressor(llama, "sac")
+
+
+@pytest.fixture(scope="module")
+def nested(llama: Generator) -> Compressor:
+    """At 2x, with chunks of several segments."""
+    return make_compressor(llama, "shared", ratio=2, segment_tokens=13).merged()
 
 
 class ReadOnly(dict[str, AnchorKV]):
@@ -137,6 +145,168 @@ def test_times_are_those_of_loading_and_of_computing(sac: Compressor) -> None:
     missed, hit = cached.fetch(PROSE), cached.fetch(PROSE)
     assert 0 < hit.compress_s < missed.compress_s
     assert missed.load_s > 0
+
+
+# --- one compression, every higher ratio
+
+
+def entries_at(compressor: Compressor, ratio: int, *texts: str) -> list[int]:
+    return [compressor.num_entries(len(compressor.tokenize(text)), ratio) for text in texts]
+
+
+@pytest.mark.parametrize("ratio", [2, 5, 15])
+@pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16", "int8"])
+def test_a_store_filled_at_2x_has_the_bits_of_compressing_at_any_higher_ratio(
+    nested: Compressor, store: MutableMapping[str, AnchorKV], stored_dtype: Any, ratio: int
+) -> None:
+    compressor = nested.storing(stored_dtype)
+    CachedCompressor(compressor, store).fetch(PROSE)
+    expected = compressor.at_ratio(ratio).compress(PROSE)
+    with passes_of(nested.generator) as passes:
+        asked = CachedCompressor(compressor, store).fetch(PROSE, ratios=[ratio] * 8)
+        own = CachedCompressor(compressor.at_ratio(ratio), store).fetch(PROSE)
+    assert passes == []
+    for fetched in (asked, own):
+        assert fetched.misses == [None] * 8
+        for kv, one in zip(fetched.kvs, expected, strict=True):
+            assert kv is not None and kv.bit_equal(one)
+
+
+def test_more_than_is_stored_is_a_named_miss_and_what_is_computed_replaces_it(
+    nested: Compressor, store: MutableMapping[str, AnchorKV]
+) -> None:
+    CachedCompressor(nested.at_ratio(5), store).compress(PROSE[:2])
+    cached = CachedCompressor(nested, store)
+    fetched = cached.fetch(PROSE[:2], ratios=[1, 5])
+    assert fetched.misses == ["ratio: stored at 5x, asked for 1x", None]
+    assert name_of(fetched.misses[0]) in REASONS
+    assert (fetched.loads, fetched.computed) == (1, 1)
+    (expected,) = nested.at_ratio(1).compress(PROSE[:1])
+    again = cached.fetch(PROSE[:2], ratios=[1, 5])
+    assert again.misses == [None, None]
+    for got in (fetched.kvs[0], again.kvs[0], store[cached.key(PROSE[0])]):
+        assert got is not None and got.bit_equal(expected)
+    stored = [store[cached.key(text)].num_entries for text in PROSE[:2]]
+    assert stored == [*entries_at(nested, 1, PROSE[0]), *entries_at(nested, 5, PROSE[1])]
+
+
+def test_more_than_is_stored_is_not_computed_unless_it_may_be(nested: Compressor) -> None:
+    cached = CachedCompressor(nested, {})
+    cached.compress(PROSE[:2])
+    with passes_of(nested.generator) as passes:
+        as_text = cached.fetch([PROSE[0], *PROSE[:2]], ratios=[1, 2, 15], on_miss="text")
+        with pytest.raises(ChunkMiss) as caught:
+            cached.fetch(PROSE[:2], ratios=[2, 1], on_miss="raise")
+    assert passes == []
+    assert [kv is None for kv in as_text.kvs] == [True, False, False]
+    assert as_text.misses == ["ratio: stored at 2x, asked for 1x", None, None]
+    assert caught.value.reasons == [None, "ratio: stored at 2x, asked for 1x"]
+
+
+def test_equal_texts_at_several_ratios_are_one_reading_or_one_computation(
+    nested: Compressor,
+) -> None:
+    store = Recording()
+    cached = CachedCompressor(nested, store)
+    for misses in (["absent"] * 3, [None] * 3):
+        store.calls.clear()
+        with passes_of(nested.generator) as passes:
+            fetched = cached.fetch([PROSE[0]] * 3, ratios=[5, 1, None])
+        assert fetched.misses == misses
+        assert [call for call, _ in store.calls] == (["get", "set"] if passes else ["get"])
+        assert [kv and kv.num_entries for kv in fetched.kvs] == [
+            entries_at(nested, ratio, PROSE[0])[0] for ratio in (5, 1, 2)
+        ]
+
+
+def test_one_chunks_ratio_changes_nothing_of_the_others(nested: Compressor) -> None:
+    for cached in (CachedCompressor(nested, {}), CachedCompressor(nested, MemoryStore())):
+        apart = nested.compress(PROSE[:3])
+        for _ in range(2):  # computed, and read
+            first, second, third = cached.fetch(PROSE[:3], ratios=[None, 1, None]).kvs
+            assert first is not None and first.bit_equal(apart[0])
+            assert third is not None and third.bit_equal(apart[2])
+            assert second is not None
+            assert second.num_entries == entries_at(nested, 1, PROSE[1])[0]
+        stored = [cached.store[cached.key(text)].num_entries for text in PROSE[:3]]
+        assert stored == [kv.num_entries for kv in (first, second, third)]
+
+
+def test_what_a_higher_ratio_computes_is_stored_at_the_compressors_own(nested: Compressor) -> None:
+    cached = CachedCompressor(nested, {})
+    (kv,) = cached.fetch(PROSE[:1], ratios=[15]).kvs
+    assert kv is not None and kv.num_entries == entries_at(nested, 15, PROSE[0])[0]
+    assert cached.fetch(PROSE[:1]).misses == [None]
+
+
+class Partial(dict[str, AnchorKV]):
+    """A store that notes how many entries are wanted of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_entries: list[int] = []
+
+    def read(self, key: str, wanted: Wanted) -> AnchorKV:
+        kv = super().__getitem__(key)
+        self.read_entries.append(wanted(kv.num_tokens))
+        return kv.first(min(wanted(kv.num_tokens), kv.num_entries))
+
+    def extent(self, key: str) -> tuple[int, int]:
+        kv = super().__getitem__(key)
+        return kv.num_tokens, kv.num_entries
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        raise AssertionError("it can be read in part")
+
+
+def test_no_more_is_read_than_the_lowest_ratio_needs(nested: Compressor) -> None:
+    store = Partial()
+    assert isinstance(store, PartialStore)
+    cached = CachedCompressor(nested, store)
+    for text, kv in zip(PROSE, nested.compress(PROSE), strict=True):
+        cached.keep(text, kv)
+    fetched = cached.fetch([*PROSE[:2], PROSE[0]], ratios=[15, None, 5])
+    assert fetched.misses == [None] * 3
+    assert store.read_entries == [
+        *entries_at(nested, 5, PROSE[0]),
+        *entries_at(nested, 2, PROSE[1]),
+    ]
+    read = [kv.nbytes for kv in fetched.kvs if kv is not None]
+    assert fetched.load_bytes == read[1] + read[2]
+    assert PROSE[0] in cached
+
+
+def test_too_few_entries_are_not_there(
+    nested: Compressor, store: MutableMapping[str, AnchorKV]
+) -> None:
+    CachedCompressor(nested.at_ratio(5), store).compress(PROSE[:1])
+    assert [PROSE[0] in CachedCompressor(nested.at_ratio(r), store) for r in (2, 5, 15)] == [
+        *(False, True, True),
+    ]
+    cached = CachedCompressor(nested, store)
+    assert [cached.is_stored(PROSE[0], ratio) for ratio in (None, 4, 6)] == [False, False, True]
+    assert not cached.is_stored(PROSE[1], 15)
+
+
+@pytest.mark.parametrize("method", ["sac", "full"])
+def test_a_compressor_that_ranks_nothing_has_one_ratio_and_says_what_to_do(
+    llama: Generator, sac: Compressor, method: str
+) -> None:
+    compressor = sac if method == "sac" else make_compressor(llama, "full")
+    cached, own = CachedCompressor(compressor, {}), compressor.config.ratio
+    assert cached.fetch(PROSE[:1], ratios=[own]).misses == ["absent"]
+    assert cached.fetch(PROSE[:1], ratios=[None]).misses == [None]
+    remedy = r"SacRAG.from_pretrained\(ratio=7\)" if method == "sac" else "trained compressor"
+    with pytest.raises(ValueError, match=f"ratio must be {own}, .*was: 7; .*{remedy}"):
+        cached.fetch(PROSE[:1], ratios=[7])
+    assert len(cached.store) == 1
+
+
+@pytest.mark.parametrize("ratio", [0, -1, True, "5", 2.0])
+def test_what_is_no_ratio_is_refused(nested: Compressor, ratio: Any) -> None:
+    for ask in (CachedCompressor(nested, {}).ratio_for, lambda ratio: Chunk("text", ratio=ratio)):
+        with pytest.raises(ValueError, match=f"an integer of at least 1, was: {ratio!r}"):
+            ask(ratio)
 
 
 # --- keys

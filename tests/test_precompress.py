@@ -138,6 +138,44 @@ def test_chunks_are_streamed_and_never_all_in_memory(cached: CachedCompressor) -
     assert most <= WINDOW
 
 
+# --- at other ratios
+
+
+@pytest.fixture(scope="module")
+def nested(llama: Generator) -> Compressor:
+    return make_compressor(llama, "shared", ratio=5).merged()
+
+
+def test_a_lower_ratio_computes_what_is_stored_again_and_a_higher_one_hits(
+    nested: Compressor, store: AnchorStore
+) -> None:
+    at = {ratio: CachedCompressor(nested.at_ratio(ratio), store) for ratio in (2, 5, 15)}
+    chunks = [(f"document {i}", text) for i, text in enumerate(PROSE)]
+    for ratio, computed in ((5, 8), (15, 0), (2, 8), (2, 0), (5, 0), (15, 0)):
+        expected = estimate(at[ratio], map(Chunk.of, chunks), lambda chunk: [chunk])
+        assert expected.hits == 8 - computed
+        report = precompress(at[ratio], chunks, whole_documents=True)
+        assert (report.computed, report.hits, report.deleted) == (computed, 8 - computed, 0)
+    for text, kv in zip(PROSE, at[2].compressor.compress(PROSE), strict=True):
+        assert store[at[2].key(text)].num_entries == kv.num_entries
+    if isinstance(store, DiskStore):
+        keys = [at[2].key(text) for text in PROSE]
+        assert [store.documents(key) for key in keys] == [(name,) for name, _ in chunks]
+
+
+def test_a_chunk_is_stored_at_its_own_ratio_if_that_is_lower(nested: Compressor) -> None:
+    cached = CachedCompressor(nested, {})
+    chunks = [Chunk(PROSE[0]), Chunk(PROSE[1], ratio=2), Chunk(PROSE[2], ratio=15)]
+    assert precompress(cached, [*chunks, Chunk(PROSE[0], ratio=1)]).computed == 3
+    stored = [round(cached.store[cached.key(text)].ratio) for text in PROSE[:3]]
+    assert stored == [1, 2, 5]
+    again = precompress(
+        cached, [Chunk(PROSE[0], ratio=2), Chunk(PROSE[1]), Chunk(PROSE[2], ratio=1)]
+    )
+    assert (again.computed, again.hits) == (1, 2)
+    assert estimate(cached, chunks, lambda chunk: [chunk]).hits == 3
+
+
 # --- interrupted, and bad
 
 

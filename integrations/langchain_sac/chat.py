@@ -40,8 +40,8 @@ _DECODING = {
 # What chains ask of models behind a network; there is nothing to do about it here.
 _IGNORED = {"stream", "stream_usage", "timeout", "max_retries"}
 
-# Turns or a plain prompt, and how to answer.
-_Row: TypeAlias = tuple[list[Any], Decoding]
+# Turns or a plain prompt, how to answer, and the ratio of chunks that have none of their own.
+_Row: TypeAlias = tuple[list[Any], Decoding, int | None]
 
 
 class ChatSAC(BaseChatModel):
@@ -82,11 +82,13 @@ class ChatSAC(BaseChatModel):
         top_k: Sample from this many likeliest tokens; 0 for no such limit.
         seed: Makes sampling repeatable.
         stop: Texts at which an answer ends. A `stop` given in a call takes their place.
+        ratio: Source tokens per KV entry of marked chunks, unless SACCompressor gave them one.
+            None for the compressor's own.
         batch_size: At most so many inputs of a `batch` are answered in one padded batch;
             `max_concurrency` of the config may make it fewer.
 
-    What is None is as `rag.decoding` says. All but the first three and the last can be given in a
-    call or by `bind`; other arguments are refused, tools too.
+    What else is None is as `rag.decoding` says. All but the first three and the last can be given
+    in a call or by `bind`; other arguments are refused, tools too.
     """
 
     rag: SacRAG = Field(repr=False, exclude=True)
@@ -98,6 +100,7 @@ class ChatSAC(BaseChatModel):
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = None
+    ratio: int | None = Field(default=None, strict=True)
     batch_size: int = Field(default=8, ge=1)
 
     def __init__(self, rag: SacRAG, **fields: Any) -> None:
@@ -113,16 +116,19 @@ class ChatSAC(BaseChatModel):
 
         Args:
             model: A default model's name, a local folder or a hub id.
-            **options: Fields of this class, and what `SacRAG.from_pretrained` takes.
+            **options: Fields of this class, and what `SacRAG.from_pretrained` takes; `ratio` is
+                the latter's.
 
         Raises as `SacRAG.from_pretrained` does.
         """
-        own = {name: options.pop(name) for name in [*options] if name in cls.model_fields}
+        names = cls.model_fields.keys() - {"ratio"}
+        own = {name: options.pop(name) for name in [*options] if name in names}
         return cls(SacRAG.from_pretrained(model, **options), model=_short(model), **own)
 
     @model_validator(mode="after")
     def _decoding_is_possible(self) -> Self:
         self._decoding(None, {})
+        self.rag.compressor.ratio_for(self.ratio)
         return self
 
     @property
@@ -140,7 +146,7 @@ class ChatSAC(BaseChatModel):
             "revision": generator.identity["weights"],
             "fingerprint": compressor.fingerprint,
             "method": config.method,
-            "ratio": config.ratio,
+            "ratio": compressor.ratio_for(self.ratio),
             "on_miss": self.rag.on_miss,
             # Tells tenants apart, and not who they are.
             "namespace": compressor.text_id(""),
@@ -233,9 +239,9 @@ class ChatSAC(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        content, decoding = self._row(messages, stop, kwargs)
+        content, decoding, ratio = self._row(messages, stop, kwargs)
         start = self.rag.stream_complete if self.plain else self.rag.stream_chat
-        stream = start(content, decoding)
+        stream = start(content, decoding, ratio=ratio)
         for piece in stream:
             yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
         metadata = metadata_of(stream.answer, self.model)
@@ -253,12 +259,14 @@ class ChatSAC(BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None, asked: dict[str, Any]
     ) -> _Row:
         read = plain_prompt if self.plain else conversation
-        return read(messages, self.rag.compressor.key), self._decoding(stop, asked)
+        ratio = self.ratio if asked.get("ratio") is None else asked["ratio"]
+        return read(messages, self.rag.compressor.key), self._decoding(stop, asked), ratio
 
     def _answers(self, rows: Sequence[_Row]) -> list[Answer]:
-        """Answers rows in one padded batch; all of them come with the same decoding."""
+        """Answers rows in one padded batch; all of them come with the same decoding and ratio."""
         answer = self.rag.complete if self.plain else self.rag.chat
-        return answer([content for content, _ in rows], rows[0][1])
+        _, decoding, ratio = rows[0]
+        return answer([content for content, _, _ in rows], decoding, ratio=ratio)
 
     def _result(self, answer: Answer) -> ChatResult:
         metadata = metadata_of(answer, self.model)
@@ -274,10 +282,10 @@ class ChatSAC(BaseChatModel):
                 f"this ChatSAC has {self.model!r} loaded, was asked for {asked['model']!r}; "
                 "make another one for another model"
             )
-        unknown = sorted(asked.keys() - _DECODING.keys() - _IGNORED - {"model"})
+        unknown = sorted(asked.keys() - _DECODING.keys() - _IGNORED - {"model", "ratio"})
         if unknown:
             raise TypeError(
-                f"ChatSAC takes stop, {', '.join(_DECODING)} in a call, "
+                f"ChatSAC takes stop, {', '.join(_DECODING)}, ratio in a call, "
                 f"got: {', '.join(unknown)}; it calls no tools and follows no schema"
             )
         changes: dict[str, Any] = {}

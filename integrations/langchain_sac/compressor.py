@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from langchain_sac.documents import chunk_of, require_documents
 from langchain_sac.marker import find, mark
@@ -41,14 +43,22 @@ class SACCompressor(
     Attributes:
         rag: Whose keys the markers have; ChatSAC must have one with the same model, compressor and
             namespace.
+        ratio: Source tokens per KV entry of what is marked, whatever ratio ChatSAC has. Default:
+            ChatSAC's, or else the compressor's own.
     """
 
     rag: SacRAG = Field(repr=False, exclude=True)
+    ratio: int | None = Field(default=None, strict=True)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     def __init__(self, rag: SacRAG, **fields: Any) -> None:
         super().__init__(rag=rag, **fields)  # type: ignore[call-arg]  # pydantic takes it
+
+    @model_validator(mode="after")
+    def _ratio_is_possible(self) -> Self:
+        self.rag.compressor.ratio_for(self.ratio)
+        return self
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -89,7 +99,8 @@ class SACCompressor(
             OSError: if the store cannot be written.
         """
         given = require_documents(documents)
-        self.rag.precompress(map(chunk_of, given), **kwargs)
+        chunks = (replace(chunk_of(document), ratio=self.ratio) for document in given)
+        self.rag.precompress(chunks, **kwargs)
         return given
 
     def invoke(
@@ -110,7 +121,7 @@ class SACCompressor(
         key = key_of(text)
         return document.model_copy(
             update={
-                "page_content": mark(text, key),
+                "page_content": mark(text, key, self.ratio),
                 "metadata": {**document.metadata, "sac_key": key},
             }
         )

@@ -1,6 +1,7 @@
 """Marks chunks in a text, and finds them again. Knows nothing of LangChain, stores or models.
 
-A marker is `<sac:chunk key="…">the text</sac:chunk>`. It proves itself: the text is hashed again,
+A marker is `<sac:chunk key="…">the text</sac:chunk>`, or `<sac:chunk key="…" ratio="15">` with the
+ratio to attend to it at. It proves itself: the text is hashed again,
 and where that does not give the key, it is no marker but text like any other. So a marker says no
 more than "read this text as a chunk", whoever wrote it, and cannot stand for another text's KV.
 """
@@ -21,24 +22,29 @@ log = logging.getLogger(__name__)
 KeyOf: TypeAlias = Callable[[str], str]
 
 # No text within a marker has a tag in it: `mark` puts a backslash into every one.
-_PLAIN = r'<sac:chunk key="([0-9a-f]{64})">([^<]*(?:<(?!/?sac:chunk)[^<]*)*)</sac:chunk>'
+_PLAIN = (
+    r'<sac:chunk key="([0-9a-f]{64})"(?: ratio="([1-9][0-9]{0,8})")?>'
+    r"([^<]*(?:<(?!/?sac:chunk)[^<]*)*)</sac:chunk>"
+)
 # The same as {{context}} of a mustache template writes it.
 _HTML = (
-    r"&lt;sac:chunk key=&quot;([0-9a-f]{64})&quot;&gt;"
+    r"&lt;sac:chunk key=&quot;([0-9a-f]{64})&quot;(?: ratio=&quot;([1-9][0-9]{0,8})&quot;)?&gt;"
     r'((?:(?!&lt;/?sac:chunk)[^<>"])*)&lt;/sac:chunk&gt;'
 )
 _MARKER = re.compile(f"{_PLAIN}|{_HTML}")
 
 
-def mark(text: str, key: str) -> str:
+def mark(text: str, key: str, ratio: int | None = None) -> str:
     """Writes a chunk's text between tags; tags in it lose their meaning, and get it back in `find`.
 
     Args:
         text: Any text.
         key: Its key.
+        ratio: Source tokens per KV entry to attend to it at. Default: that of the question.
     """
     inside = re.sub(r"<(\\*/?sac:chunk)", r"<\\\1", text)
-    return f'<sac:chunk key="{key}">{inside}</sac:chunk>'
+    at_ratio = "" if ratio is None else f' ratio="{ratio}"'
+    return f'<sac:chunk key="{key}"{at_ratio}>{inside}</sac:chunk>'
 
 
 def find(text: str, key_of: KeyOf) -> list[str | Chunk]:
@@ -55,12 +61,13 @@ def find(text: str, key_of: KeyOf) -> list[str | Chunk]:
     pieces: list[str | Chunk] = []
     end = ignored = 0
     for found in _MARKER.finditer(text):
-        key = found[1] or found[3]
-        inside = _raw(found[2] if found[1] else _from_html(found[4]))
+        key, ratio = found[1] or found[4], found[2] or found[5]
+        inside = _raw(found[3] if found[1] else _from_html(found[6]))
         if not fits(inside, key, key_of):
             ignored += 1
             continue
-        pieces += [text[end : found.start()], Chunk(inside, metadata={"key": key})]
+        chunk = Chunk(inside, metadata={"key": key}, ratio=int(ratio) if ratio else None)
+        pieces += [text[end : found.start()], chunk]
         end = found.end()
     pieces.append(text[end:])
     if ignored:

@@ -62,14 +62,20 @@ class SACLLM(CustomLLM):
             Answers then end at the stop texts of `rag.format` too.
         decoding: How answers are written. Default: the SacRAG's own. Each call may change its
             fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`.
+        ratio: Source tokens per KV entry of marked chunks, unless a SACPostprocessor gave them one;
+            an option of each call too. Default: the compressor's own.
         **settings: Those of LlamaIndex's LLM.
 
     Raises:
         TypeError: if rag is no SacRAG.
-        ValueError: if answers could be as long as the model's context.
+        ValueError: if answers could be as long as the model's context, or for a ratio that the
+            compressor does not have.
     """
 
     plain: bool = Field(default=False, description="Whether prompts are plain text, no chats.")
+    ratio: int | None = Field(
+        default=None, strict=True, description="Source tokens per KV entry of marked chunks."
+    )
 
     _rag: SacRAG = PrivateAttr()
     _decoding: Decoding = PrivateAttr()
@@ -81,12 +87,14 @@ class SACLLM(CustomLLM):
         *,
         plain: bool = False,
         decoding: Decoding | None = None,
+        ratio: int | None = None,
         **settings: Any,
     ) -> None:
         markers = markers_of(rag)
+        rag.compressor.ratio_for(ratio)
         if plain:
             settings.setdefault("messages_to_prompt", _paragraphs)
-        super().__init__(plain=plain, **settings)
+        super().__init__(plain=plain, ratio=ratio, **settings)
         self._rag, self._markers = rag, markers
         self._decoding = decoding or rag.decoding
         told = self.metadata
@@ -153,7 +161,7 @@ class SACLLM(CustomLLM):
         Raises:
             Unanswerable: if it is too long, or contains a marker of unknown origin.
             ChunkMiss: with the SacRAG's on_miss="raise", if a chunk has left the store.
-            TypeError: for an option that is no field of Decoding.
+            TypeError: for an option that is neither a field of Decoding nor ratio.
         """
         *_, last = self._steps(self._said(prompt, formatted), options)
         return completion(last)
@@ -209,19 +217,21 @@ class SACLLM(CustomLLM):
 
     def _steps(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Iterator[Step]:
         """The answer as it grows, begun now: what is wrong with the prompt is raised here."""
-        decoding = _changed(self._decoding, options)
+        ratio = self.ratio if options.get("ratio") is None else options["ratio"]
+        changes = {name: value for name, value in options.items() if name != "ratio"}
+        decoding = _changed(self._decoding, changes)
         try:
             if self.plain:
                 stop = dict.fromkeys((*decoding.stop, *self._rag.format.stop))
                 decoding = replace(decoding, stop=tuple(stop))
                 prompt = self._markers.pieces((self.messages_to_prompt or _paragraphs)(messages))
-                stream = self._rag.stream_complete(prompt, decoding)
+                stream = self._rag.stream_complete(prompt, decoding, ratio=ratio)
             else:
                 conversation = [
                     Message(message.role.value, self._markers.pieces(_text(message)))
                     for message in messages
                 ]
-                stream = self._rag.stream_chat(conversation, decoding)
+                stream = self._rag.stream_chat(conversation, decoding, ratio=ratio)
         except ValueError as error:
             raise Unanswerable(str(error)) from error
         return growing(stream)
@@ -248,7 +258,7 @@ def _changed(decoding: Decoding, options: dict[str, Any]) -> Decoding:
     unknown = sorted(changes.keys() - set(known))
     if unknown:
         raise TypeError(
-            f"options of a call must be among {', '.join(known)}, were: {', '.join(unknown)}"
+            f"options of a call must be among {', '.join(known)}, ratio, were: {', '.join(unknown)}"
         )
     return replace(decoding, **changes)
 

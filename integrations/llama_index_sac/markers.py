@@ -68,8 +68,9 @@ class Markers:
         self._lock = threading.Lock()
 
     def issue(self, chunk: Chunk) -> str:
-        """The marker of a chunk: the same for the same text, id and node."""
-        named = repr((chunk.text, chunk.id, chunk.metadata.get("node_id"))).encode()
+        """The marker of a chunk: the same for the same text, id, node and ratio."""
+        node_id = chunk.metadata.get("node_id")
+        named = repr((chunk.text, chunk.id, node_id, chunk.ratio)).encode()
         key = hashlib.blake2b(named, key=self._secret, digest_size=16).hexdigest()
         marker = f"{_OPENING}{key}|>"
         with self._lock:

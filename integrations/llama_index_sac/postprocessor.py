@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
@@ -38,15 +38,26 @@ class SACPostprocessor(BaseNodePostprocessor):
 
     Args:
         rag: Compresses and remembers the texts.
+        ratio: Source tokens per KV entry of these texts, whatever ratio the SACLLM has. Default:
+            the SACLLM's, or else the compressor's own.
         **settings: Those of BaseNodePostprocessor.
+
+    Raises:
+        TypeError: if rag is no SacRAG.
+        ValueError: for a ratio that the compressor does not have.
     """
+
+    ratio: int | None = Field(
+        default=None, strict=True, description="Source tokens per KV entry of these texts."
+    )
 
     _rag: SacRAG = PrivateAttr()
     _markers: Markers = PrivateAttr()
 
-    def __init__(self, rag: SacRAG, **settings: Any) -> None:
+    def __init__(self, rag: SacRAG, *, ratio: int | None = None, **settings: Any) -> None:
         markers = markers_of(rag)
-        super().__init__(**settings)
+        rag.compressor.ratio_for(ratio)
+        super().__init__(ratio=ratio, **settings)  # type: ignore[call-arg]  # pydantic takes it
         self._rag, self._markers = rag, markers
 
     @classmethod
@@ -67,7 +78,7 @@ class SACPostprocessor(BaseNodePostprocessor):
         if query_bundle is not None:
             require_no_marker(query_bundle.query_str)
         texts = [scored.node for scored in nodes if can_be_compressed(scored.node)]
-        chunks = self._fetched([chunk_of(node) for node in texts])
+        chunks = self._fetched([replace(chunk_of(node), ratio=self.ratio) for node in texts])
         sac = {
             id(node): marked(node, self._markers.issue(chunk))
             for node, chunk in zip(texts, chunks, strict=True)
@@ -85,6 +96,7 @@ class SACPostprocessor(BaseNodePostprocessor):
             return chunks
         fetched = rag.compressor.fetch(
             [chunks[i].text for i in missing],
+            ratios=[chunks[i].ratio for i in missing],
             on_miss=rag.on_miss,
             documents=[chunks[i].id for i in missing],
         )
@@ -95,6 +107,7 @@ class SACPostprocessor(BaseNodePostprocessor):
 
     def _is_missing(self, chunk: Chunk) -> bool:
         try:
-            return not chunk.is_empty and chunk.text not in self._rag.compressor
+            compressor = self._rag.compressor
+            return not chunk.is_empty and not compressor.is_stored(chunk.text, chunk.ratio)
         except OSError:
             return True  # `fetch` finds out too, says so, and does without the store

@@ -39,7 +39,7 @@ class SACPrecompress(TransformComponent):
         model: A default model's name, a local folder or a hub id.
         store: The folder of a DiskStore.
         compressor: A compressor's name or folder; see `SacRAG.from_pretrained`.
-        ratio: Source tokens per anchor; see there.
+        ratio: Source tokens per anchor; see there. That of a SacRAG that was given.
         namespace: See there. Part of this component's hash and pickle, not of its repr.
         fingerprint: Of a SacRAG that was given: another compressor is another hash.
 
@@ -65,6 +65,8 @@ class SACPrecompress(TransformComponent):
         if rag is not None:
             markers_of(rag)
             settings["fingerprint"] = rag.compressor.fingerprint
+            # Where one compression serves several ratios, it is no part of the fingerprint.
+            settings["ratio"] = rag.compressor.compressor.config.ratio
         super().__init__(**settings)
         self._rag = rag
 

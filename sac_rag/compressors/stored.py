@@ -17,8 +17,9 @@ from sac_rag.generator import Generator
 class Stored(Compressor):
     """Has a compressor's fingerprint, tokens and cue, but neither its LoRA nor other weights.
 
-    With a store that holds all chunks it answers as the compressor would; what is not there can be
-    read as text, not compressed.
+    With a store that holds all chunks it answers as the compressor would, at any ratio that they
+    are stored at where one compression serves several; what is not there can be read as text, not
+    compressed.
 
     Args:
         generator: The LM that answers.
@@ -62,6 +63,8 @@ class Stored(Compressor):
         )
 
     def _with(self, **changes: Any) -> Self:
+        if self.is_nested and changes.keys() == {"ratio"}:
+            return super()._with(**changes)
         raise ValueError(
             f"what is stored was made with its own config, asked for: {changes}; "
             "compress the text anew with the compressor itself"

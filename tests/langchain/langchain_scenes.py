@@ -27,17 +27,22 @@ DOCUMENTS = [
 
 
 def make_rag(
-    generator: Generator, *, store: Any = None, namespace: str = "", **options: Any
+    generator: Generator,
+    method: str = "sac",
+    *,
+    store: Any = None,
+    namespace: str = "",
+    **options: Any,
 ) -> SacRAG:
     """A pipeline with short answers over a store of its own."""
     kept = {} if store is None else store
-    cached = CachedCompressor(_compressor(generator), kept, namespace=namespace)
+    cached = CachedCompressor(_compressor(generator, method), kept, namespace=namespace)
     return SacRAG(cached, **{"decoding": SHORT, **options})
 
 
 @cache
-def _compressor(generator: Generator) -> Compressor:
-    return make_compressor(generator, "sac")
+def _compressor(generator: Generator, method: str) -> Compressor:
+    return make_compressor(generator, method)
 
 
 @pytest.fixture(scope="module", autouse=True)

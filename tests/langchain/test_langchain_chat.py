@@ -226,6 +226,34 @@ def test_what_a_call_cannot_take_is_refused_by_name(chat: ChatSAC) -> None:
     assert chat.invoke("Hello", model="llama", timeout=3, max_retries=2).text
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["chat", "plain"])
+def test_a_ratio_is_the_models_the_calls_or_the_markers(llama: Generator, plain: bool) -> None:
+    rag = make_rag(llama, "shared")
+    own, at_6 = (ChatSAC(rag, plain=plain, ratio=ratio) for ratio in (None, 6))
+    key = rag.compressor.key(PROSE[0])
+    prompt = f"{mark(PROSE[0], key)} {mark(PROSE[0], key, 1)} {QUESTION}"
+
+    def ratios(message: Any) -> list[int]:
+        chunks = message.response_metadata["sac"]
+        return [round(chunk["num_tokens"] / chunk["num_anchors"]) for chunk in chunks]
+
+    assert ratios(own.invoke(prompt)) == [3, 1]
+    said = at_6.invoke(prompt)
+    assert ratios(said) == ratios(own.invoke(prompt, ratio=6)) == [6, 1]
+    (row,) = own.batch([prompt], ratio=6)
+    assert row.text == said.text == "".join(p.text for p in own.stream(prompt, ratio=6))
+    assert ratios(at_6.invoke(prompt, ratio=2)) == [2, 1]
+    assert own._identifying_params["ratio"] == 3
+    assert at_6._identifying_params["ratio"] == 6
+
+
+def test_a_ratio_that_the_compressor_does_not_have_is_refused(rag: SacRAG, chat: ChatSAC) -> None:
+    with pytest.raises(ValueError, match=r"ratio must be 3, .*was: 7"):
+        ChatSAC(rag, ratio=7)
+    with pytest.raises(ValueError, match=r"ratio must be 3, .*was: 7"):
+        chat.invoke("Hello", ratio=7)
+
+
 def test_settings_can_be_chosen_by_configuration(rag: SacRAG) -> None:
     chat = ChatSAC(rag).configurable_fields(max_tokens=ConfigurableField("max_tokens"))
     said = chat.invoke("Hello", {"configurable": {"max_tokens": 3}})

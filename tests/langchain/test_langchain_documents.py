@@ -63,6 +63,22 @@ def test_marked_documents_keep_ids_metadata_order_and_number(
     assert dumps(marked)  # JSON, as stores and traces need it
 
 
+def test_documents_are_marked_and_compressed_with_a_ratio_of_their_own(llama: Generator) -> None:
+    rag = make_rag(llama, "shared")
+    compressor = SACCompressor(rag, ratio=1)
+    compressor.transform_documents(DOCUMENTS[:2])
+    (marked,) = compressor.invoke(DOCUMENTS[:1])
+    plain = SACCompressor(rag).invoke(DOCUMENTS[:1])[0]
+    assert (marked.metadata, marked.id) == (plain.metadata, plain.id)
+    prompt = f"{marked.page_content} {plain.page_content} {QUESTION}"
+    first, second = ChatSAC(rag).invoke(prompt).response_metadata["sac"]
+    assert first["num_anchors"] == first["num_tokens"]
+    assert 2 < second["num_tokens"] / second["num_anchors"] < 4
+    assert first["status"] == second["status"] == "hit"
+    with pytest.raises(ValueError, match=r"ratio must be 3, .*was: 7"):
+        SACCompressor(make_rag(llama), ratio=7)
+
+
 async def test_every_way_of_marking_is_the_same(compressor: SACCompressor) -> None:
     expected = compressor.invoke(DOCUMENTS)
     assert compressor.compress_documents(DOCUMENTS, "any query") == expected

@@ -47,6 +47,18 @@ def test_a_text_without_tags_is_marked_as_it_is() -> None:
     assert mark("if a < b: \\n", "k") == '<sac:chunk key="k">if a < b: \\n</sac:chunk>'
 
 
+def test_a_marker_may_have_a_ratio(caplog: pytest.LogCaptureFixture) -> None:
+    with_ratio = mark("one", key_of("one"), 15)
+    html = with_ratio.replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+    pieces = find(f"{with_ratio}{marked('two')}{html}", key_of)
+    assert [(p.text, p.ratio) for p in pieces if isinstance(p, Chunk)] == [
+        *(("one", 15), ("two", None), ("one", 15)),
+    ]
+    for no_ratio in ("0", "-1", "1.5", "x", "", "1" * 10):
+        text = with_ratio.replace('"15"', f'"{no_ratio}"')
+        assert find(text, key_of) == [text]
+
+
 TAGS = ["<sac:chunk", "</sac:chunk>", 'key="', "<", "\\", "&lt;", "&", '"', ">", "\n", "é", " "]
 
 

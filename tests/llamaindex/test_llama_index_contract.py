@@ -41,13 +41,17 @@ class RecordingRAG(SacRAG):
 
     asked: list[list[str | Chunk]]
 
-    def stream_chat(self, conversation: Sequence[Message], *options: Any) -> AnswerStream:
+    def stream_chat(
+        self, conversation: Sequence[Message], *options: Any, **more: Any
+    ) -> AnswerStream:
         self.asked.append([piece for message in conversation for piece in message.content])
-        return super().stream_chat(conversation, *options)
+        return super().stream_chat(conversation, *options, **more)
 
-    def stream_complete(self, prompt: Sequence[str | Chunk], *options: Any) -> AnswerStream:
+    def stream_complete(
+        self, prompt: Sequence[str | Chunk], *options: Any, **more: Any
+    ) -> AnswerStream:
         self.asked.append(list(prompt))
-        return super().stream_complete(prompt, *options)
+        return super().stream_complete(prompt, *options, **more)
 
 
 class Events(BaseEventHandler):
@@ -89,7 +93,7 @@ def witness() -> Iterator[Witness]:
 
 @pytest.fixture(params=[False, True], ids=["chat", "plain"])
 def llm(request: pytest.FixtureRequest, llama: Generator, witness: Witness) -> SACLLM:
-    rag = RecordingRAG(CachedCompressor(compressor_of(llama), {}), decoding=SHORT)
+    rag = RecordingRAG(CachedCompressor(compressor_of(llama, "sac"), {}), decoding=SHORT)
     rag.asked = []
     return SACLLM(rag, plain=request.param, callback_manager=Settings.callback_manager)
 

@@ -64,11 +64,13 @@ def test_a_pipeline_that_has_seen_the_nodes_skips_precompression(llama: Generato
 
 def test_another_compressor_is_another_transformation(llama: Generator) -> None:
     rag, nodes = make_rag(llama), make_nodes(1)
-    other = SacRAG(CachedCompressor(compressor_of(llama).at_ratio(7), {}))
+    other = SacRAG(CachedCompressor(compressor_of(llama, "sac").at_ratio(7), {}))
+    nested = compressor_of(llama, "shared")
     named = [{}, {"ratio": 3}, {"model": "other"}, {"namespace": "n"}, {"compressor": "full"}]
     transforms = [
         SACPrecompress(rag),
         SACPrecompress(other),
+        *(SACPrecompress(SacRAG(CachedCompressor(nested.at_ratio(r), {}))) for r in (3, 7)),
         *(SACPrecompress(store="anchors/", **settings) for settings in named),
     ]
     hashes = [get_transformation_hash(nodes, transform) for transform in transforms]
@@ -105,7 +107,7 @@ def test_names_go_to_another_process_and_a_loaded_model_does_not(llama: Generato
 def test_two_processes_fill_one_store(llama: Generator, tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    checkpoint.save(compressor_of(llama), tmp_path / "compressor")
+    checkpoint.save(compressor_of(llama, "sac"), tmp_path / "compressor")
     names = {"model": str(tmp_path / "model"), "compressor": str(tmp_path / "compressor")}
     anchors, nodes = tmp_path / "anchors", make_nodes(4)
     pipeline = IngestionPipeline(transformations=[SACPrecompress(store=str(anchors), **names)])

@@ -112,8 +112,43 @@ def test_a_call_may_change_how_it_is_answered(llm: SACLLM) -> None:
     assert llm.complete(prompt, max_tokens=3).text == expected(llm, max_new_tokens=3)
     sampled = llm.complete(prompt, temperature=2.0, seed=3).text
     assert sampled == expected(llm, temperature=2.0, seed=3)
-    with pytest.raises(TypeError, match=r"among max_new_tokens, .*seed, were: tempo"):
+    with pytest.raises(TypeError, match=r"among max_new_tokens, .*seed, ratio, were: tempo"):
         llm.complete(prompt, tempo=1)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["chat", "plain"])
+def test_a_ratio_is_the_models_the_calls_or_the_postprocessors(
+    llama: Generator, plain: bool
+) -> None:
+    rag = make_rag(llama, "shared")
+    nodes = scored(make_nodes(1))
+    before = [node.to_dict() for node in nodes]
+    marker, other = (
+        SACPostprocessor(rag, ratio=ratio).postprocess_nodes(nodes)[0].get_content("llm")
+        for ratio in (None, 1)
+    )
+    assert marker != other
+    assert [node.to_dict() for node in nodes] == before
+    own, at_6 = (SACLLM(rag, plain=plain, ratio=ratio) for ratio in (None, 6))
+
+    def ratios(response: Any) -> list[int]:
+        chunks = response.additional_kwargs["sac"]["chunks"]
+        return [round(chunk["num_tokens"] / chunk["num_anchors"]) for chunk in chunks]
+
+    prompt = f"{marker} and {other} {QUESTION}"
+    assert ratios(own.complete(prompt)) == [3, 1]
+    assert ratios(at_6.complete(prompt)) == ratios(own.complete(prompt, ratio=6)) == [6, 1]
+    assert ratios(at_6.complete(prompt, ratio=2)) == [2, 1]
+    assert at_6.complete(prompt).text == own.complete(prompt, ratio=6).text
+
+
+def test_a_ratio_that_the_compressor_does_not_have_is_refused(llama: Generator) -> None:
+    rag = make_rag(llama)
+    for make in (SACLLM, SACPostprocessor):
+        with pytest.raises(ValueError, match=r"ratio must be 3, .*was: 7"):
+            make(rag, ratio=7)
+    with pytest.raises(Unanswerable, match=r"ratio must be 3, .*was: 7"):
+        SACLLM(rag).complete(QUESTION, ratio=7)
 
 
 def test_roles_become_the_chat_templates_and_plain_paragraphs(llama: Generator) -> None:
@@ -270,8 +305,8 @@ async def test_a_chunk_that_has_left_the_store_is_missed_by_the_caller(
 class Failing(SacRAG):
     """A pipeline whose model breaks in the middle of an answer."""
 
-    def stream_chat(self, *asked: Any) -> AnswerStream:
-        stream = super().stream_chat(*asked)
+    def stream_chat(self, *asked: Any, **options: Any) -> AnswerStream:
+        stream = super().stream_chat(*asked, **options)
         pieces = iter(stream)
 
         def broken() -> Iterator[str]:

@@ -116,8 +116,10 @@ class Parrot(SacRAG):
 
     says: Sequence[str] = ("see <|sa", "c:", f"{'0' * 32}|>", ".")
 
-    def stream_chat(self, conversation: Sequence[Message], *options: Any) -> AnswerStream:
-        stream = super().stream_chat(conversation, *options)
+    def stream_chat(
+        self, conversation: Sequence[Message], *options: Any, **more: Any
+    ) -> AnswerStream:
+        stream = super().stream_chat(conversation, *options, **more)
         stream._pieces = iter(self.says)  # type: ignore[assignment]
         return stream
 

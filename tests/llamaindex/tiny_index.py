@@ -36,17 +36,22 @@ def no_loop_is_left() -> None:
 
 
 @cache
-def compressor_of(generator: Generator) -> Compressor:
+def compressor_of(generator: Generator, method: str) -> Compressor:
     """One for all tests: each that is made leaves an adapter in the model."""
-    return make_compressor(generator, "sac")
+    return make_compressor(generator, method)
 
 
 def make_rag(
-    generator: Generator, *, namespace: str = "", store: Any = None, **options: Any
+    generator: Generator,
+    method: str = "sac",
+    *,
+    namespace: str = "",
+    store: Any = None,
+    **options: Any,
 ) -> SacRAG:
     """A pipeline with short answers over a store of its own."""
     kept = {} if store is None else store
-    cached = CachedCompressor(compressor_of(generator), kept, namespace=namespace)
+    cached = CachedCompressor(compressor_of(generator, method), kept, namespace=namespace)
     return SacRAG(cached, **{"decoding": SHORT, **options})
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sac_rag.stores.disk import DiskStore
     from sac_rag.stores.memory import MemoryStore
     from sac_rag.template import Message, PromptFormat
+    from sac_rag.training.fit import fit
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _HOME = {
     "PromptTooLong": "errors",
     "SacRAG": "pipeline",
     "UnsupportedModel": "errors",
+    "fit": "training.fit",
 }
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "PromptTooLong",
     "SacRAG",
     "UnsupportedModel",
+    "fit",
 ]
 
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import StoredDtype
 from sac_rag.embedder import Embedder
 from sac_rag.estimate import Estimate, estimate
-from sac_rag.loading import load_compressor
+from sac_rag.loading import default_compressor, load_compressor
 from sac_rag.pipeline import SacRAG
 from sac_rag.precompress import increments
 from sac_rag.reports import PrecompressReport
@@ -46,7 +45,7 @@ class CollectionSettings:
 
     Attributes:
         model: The generator: a default model's name, a local folder or a hub id.
-        compressor: "shipped", "full", or the folder of a trained compressor. None for what the
+        compressor: "shipped", "fitted", "full", or the folder of a compressor. None for what the
             collection has; a new one takes, and keeps, the default for its model.
         ratio: Source tokens per anchor; None for the compressor's own.
         stored_dtype: What keys and values are kept in; None for the compressor's own.
@@ -271,7 +270,7 @@ def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSetting
     settings = wanted or CollectionSettings()
     if settings.compressor is None:
         # Written down, so that the collection stays what it is when a later version ships another.
-        settings = replace(settings, compressor=checkpoint.default(settings.model))
+        settings = replace(settings, compressor=default_compressor(settings.model))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = folder / f"{_SETTINGS}.part"
     part.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")

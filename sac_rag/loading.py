@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
+from functools import cache
 
 import torch
 
@@ -14,6 +17,8 @@ from sac_rag.compressors.stored import Stored
 from sac_rag.generator import Generator
 from sac_rag.origin import Origin
 from sac_rag.template import PromptFormat
+
+log = logging.getLogger(__name__)
 
 
 def load_compressor(
@@ -32,7 +37,8 @@ def load_compressor(
         The compressor, and the format given or else the one that it was trained for, if it was for
         one.
     """
-    folder = checkpoint.find(checkpoint.default(model) if compressor is None else compressor, model)
+    named = default_compressor(model) if compressor is None else compressor
+    folder = checkpoint.find(named, model)
     generator = Generator.from_pretrained(model, device=device, dtype=dtype)
     if folder is not None:
         asked = {"ratio": ratio, "stored_dtype": stored_dtype}
@@ -41,12 +47,32 @@ def load_compressor(
         return loaded, format or checkpoint.load_format(folder)
     if ratio not in (None, 1):
         raise ValueError(
-            f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; "
-            "give the folder of a trained compressor"
+            f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; give the folder of "
+            f"a compressor, or fit one: {_fitting(model)}"
         )
     sink = (format or PromptFormat()).opening(generator.tokenizer)
     config = Full.default_config(sink=sink, stored_dtype=stored_dtype or generator.dtype_name)
     return checkpoint.make(generator, config), format
+
+
+def default_compressor(model: str | os.PathLike[str]) -> str:
+    """The compressor of a model for which none was named; logs once per model if it is "full"."""
+    name = checkpoint.default(model)
+    if name == Full.method:
+        _warn_of_full(os.fspath(model))
+    return name
+
+
+@cache
+def _warn_of_full(model: str) -> None:
+    log.warning(
+        "full keeps every token; fit a compressor for this model in a minute: %s", _fitting(model)
+    )
+
+
+def _fitting(model: str | os.PathLike[str]) -> str:
+    """The command that makes a compressor."""
+    return f"sac-rag fit --model {shlex.quote(os.fspath(model))} --out FOLDER"
 
 
 def load_stored(

@@ -18,6 +18,7 @@ from sac_rag.cli import (
     bench,
     convert,
     evaluate,
+    fit,
     models,
     precompress,
     store,
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(ask.demo)
 app.command()(precompress.precompress)
 app.command()(ask.ask)
+app.command()(fit.fit)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(convert.convert)

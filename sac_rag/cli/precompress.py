@@ -51,7 +51,7 @@ def precompress(
         str | None, typer.Option(help="Default model, local folder or hub id.")
     ] = None,
     compressor: Annotated[
-        str | None, typer.Option(help="'shipped', 'full' or the folder of a trained compressor.")
+        str | None, typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor.")
     ] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Source tokens per anchor.")] = None,
     stored_dtype: Annotated[

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sac_rag.evaluation.dtypes import DtypeRow
     from sac_rag.evaluation.lookup_speed import LookupSpeed
     from sac_rag.evaluation.store_speed import ReadSpeed
+    from sac_rag.training.fit import FitFigure
     from sac_rag.training.headroom import AnchorChoice
     from sac_rag.training.speed import StepSpeed
 
@@ -38,14 +39,14 @@ def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
 
 def print_reads(rows: Sequence[ReadSpeed]) -> None:
     """A store beside safetensors."""
-    columns = ("stored", "entry", "store", "safetensors", "ratio", "file read", "file mapped")
+    columns = ("stored", "entry", "store", "half", "safetensors", "ratio", "read", "mapped")
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        seconds = (row.store_s, row.safetensors_s, row.read_s, row.mapped_s)
-        store, safetensors, read, mapped = (f"{1000 * s:.3f} ms" for s in seconds)
+        seconds = (row.store_s, row.half_s, row.safetensors_s, row.read_s, row.mapped_s)
+        store, half, safetensors, read, mapped = (f"{1000 * s:.3f} ms" for s in seconds)
         size = human_bytes(row.nbytes)
         name = f"{row.stored_dtype}, encrypted" if row.encrypted else row.stored_dtype
-        table.add_row(name, size, store, safetensors, f"{row.ratio:.2f}", read, mapped)
+        table.add_row(name, size, store, half, safetensors, f"{row.ratio:.2f}", read, mapped)
     out.print(table)
 
 
@@ -66,6 +67,25 @@ def print_anchors(rows: Sequence[AnchorChoice]) -> None:
     for row in sorted(rows, key=lambda row: (row.ratio, row.loss)):
         figures = (f"{row.kept:.1%}", f"{row.loss:.3f}", f"{row.accuracy:.3f}")
         table.add_row(f"{row.ratio}x", row.anchors, *figures)
+    out.print(table)
+
+
+def print_fit(figures: Sequence[FitFigure]) -> None:
+    """Each prompt at each ratio, with the same scorer's choice for equal heads beside it."""
+    columns = ("prompt", "ratio", "attention kept", "loss", "accuracy", "equal heads:", "", "")
+    table = Table(*columns, box=None, pad_edge=False)
+    by_setting = {(row.prompt, row.ratio, row.budget): row for row in figures}
+    for row in figures:
+        if row.budget != "shared":
+            continue
+        equal = by_setting.get((row.prompt, row.ratio, "uniform"))
+        cells = [
+            cell
+            for of in (row, equal)
+            if of is not None
+            for cell in (f"{of.kept:.1%}", f"{of.loss:.3f}", f"{of.accuracy:.3f}")
+        ]
+        table.add_row(row.prompt, "all kept" if row.ratio == 1 else f"{row.ratio}x", *cells)
     out.print(table)
 
 

@@ -57,7 +57,8 @@ def choices(
 def anchors(
     data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
     compressor: Annotated[
-        str, typer.Option(help="'shipped' or the folder of a compressor with learned anchors.")
+        str,
+        typer.Option(help="'shipped', 'fitted' or the folder of one with learned anchors."),
     ] = "shipped",
     model: Annotated[str, typer.Option(help="What it was trained for.")] = "smollm2-135m",
     ratio: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,

@@ -27,11 +27,12 @@ from sac_rag.template import PromptFormat
 
 METHODS: dict[str, type[Compressor]] = {SAC.method: SAC, Full.method: Full}
 
-# Trained compressors that come with the package: a folder each, named like the default model.
+# Compressors that come with the package: a folder each, named like the default model; those that
+# were fitted to it as it is, without LoRA, in a folder of their own.
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
-# The name of the one among them that is for the model in hand.
-SHIPPED = "shipped"
+# The names of those among them that are for the model in hand: trained, and fitted.
+SHIPPED, FITTED = "shipped", "fitted"
 
 _CONFIG, _WEIGHTS, _FORMAT = "config.json", "compressor.safetensors", "format.json"
 
@@ -48,8 +49,14 @@ def make(generator: Generator, config: CompressorConfig) -> Compressor:
 
 
 def default(model: str | os.PathLike[str]) -> str:
-    """The compressor of a model for which none was named: "shipped" if there is one, or "full"."""
-    return SHIPPED if _shipped(model) is not None else Full.method
+    """The compressor of a model for which none was named.
+
+    "shipped" if there is one for this model, else "fitted" if there is one, else "full".
+    """
+    for name in (SHIPPED, FITTED):
+        if _with_package(name, model) is not None:
+            return name
+    return Full.method
 
 
 def find(
@@ -58,28 +65,30 @@ def find(
     """The folder of a compressor that the user named; None for "full", which needs none.
 
     Args:
-        compressor: "full", "shipped" or a folder; write "./full" or a Path for a folder of that
-            name.
-        model: What "shipped" is for, as the user named it.
+        compressor: "full", "shipped", "fitted" or a folder; write "./full" or a Path for a folder
+            of that name.
+        model: What "shipped" or "fitted" is for, as the user named it.
 
     Raises:
-        ValueError: if it is none of these, or none was shipped for the model.
+        ValueError: if it is none of these, or none comes with the package for the model.
     """
     if compressor == Full.method:
         return None
-    if compressor == SHIPPED:
-        shipped = _shipped(model)
-        if shipped is None:
-            there = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{_CONFIG}"))
+    if compressor in (SHIPPED, FITTED):
+        name = os.fspath(compressor)
+        found = _with_package(name, model)
+        if found is None:
+            there = sorted(path.parent.name for path in _weights(name).glob(f"*/{_CONFIG}"))
             raise ValueError(
-                f"no compressor comes with sac_rag for {os.fspath(model)!r}, only for: "
-                f"{', '.join(there) or 'none'}; give 'full', or the folder of a trained compressor"
+                f"no compressor ({name!r}) comes with sac_rag for {os.fspath(model)!r}, only for: "
+                f"{', '.join(there) or 'none'}; give 'full', or the folder of one, made by "
+                "`sac-rag fit` or `sac-rag train`"
             )
-        return shipped
+        return found
     folder = Path(compressor).expanduser()
     if not os.fspath(compressor) or not folder.is_dir():
         raise ValueError(
-            "a compressor must be 'full', 'shipped' or the folder of a trained compressor, "
+            "a compressor must be 'full', 'shipped' or 'fitted', or the folder of a compressor, "
             f"was: {os.fspath(compressor)!r}"
         )
     return folder
@@ -164,9 +173,14 @@ def load_format(folder: str | os.PathLike[str]) -> PromptFormat | None:
         raise ValueError(f"{path} cannot be read as a prompt format: {error}") from error
 
 
-def _shipped(model: str | os.PathLike[str]) -> Path | None:
+def _with_package(name: str, model: str | os.PathLike[str]) -> Path | None:
+    """The folder of what the package has for a model under one of its names."""
     # By name only: a folder of the user's own may hold any weights.
     if not isinstance(model, str) or model not in models.names():
         return None
-    folder = WEIGHTS / model
+    folder = _weights(name) / model
     return folder if (folder / _CONFIG).is_file() else None
+
+
+def _weights(name: str) -> Path:
+    return WEIGHTS / FITTED if name == FITTED else WEIGHTS

@@ -1,6 +1,4 @@
-"""Training of compressors. Knows nothing of stores or retrieval. Needs the extra "train"."""
+"""Fitting and training of compressors. Knows nothing of stores or retrieval.
 
-from importlib.util import find_spec
-
-if any(find_spec(name) is None for name in ("accelerate", "matplotlib")):
-    raise ImportError("sac_rag.training needs the 'train' extra: pip install 'sac-rag[train]'")
+The extra "train" is needed for training alone: `trainer` and `curves` ask for it.
+"""

@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if find_spec("accelerate") is None:
+    raise ImportError("sac_rag.training needs the 'train' extra: pip install 'sac-rag[train]'")
 
 import torch
 from torch import Tensor, nn

@@ -36,3 +36,6 @@ assert [chunk.status for chunk in rag.answer("What?", chunks).chunks] == ["hit",
 command = Path(sys.executable).with_name("sac-rag")
 told = subprocess.run([command, "--help"], check=True, capture_output=True, text=True)
 assert "precompress" in told.stdout
+fitted = sac_rag.fit("smollm2-135m", "mine", passages=2)
+rag = sac_rag.SacRAG.from_pretrained("smollm2-135m", compressor="mine")
+assert rag.compressor.fingerprint == fitted.compressor.fingerprint

@@ -1,0 +1,482 @@
+"""Fits a scorer and budgets to a frozen model: a compressor for any model, in minutes.
+
+No weights of the model and no LoRA are trained: what a chunk is compressed to are the model's own
+keys and values, of the tokens that questions attend to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors.config import CompressorConfig
+from sac_rag.compressors.sac import SAC
+from sac_rag.generator import Generator
+from sac_rag.kv import AnchorKV
+from sac_rag.questions import QAExample, read_questions
+from sac_rag.template import SPANS, PromptFormat
+from sac_rag.training.batches import read_documents
+from sac_rag.training.objective import Objective
+from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker
+from sac_rag.training.scorer import fit_scorer
+
+# Passages with questions that come with the package; README.md beside them names their licence.
+PASSAGES = Path(__file__).parents[1] / "data" / "passages.json.gz"
+FIGURES = "figures.json"
+RATIOS = (2, 3, 5, 10, 20)
+
+_SOURCE = "240 passages of SQuAD v1.0 train (CC BY-SA 4.0)"
+# Every tenth passage is not fitted on: figures are measured on these.
+_HELD_OUT = 10
+_QUESTIONS = 10  # most questions of one passage
+_MEASURED = 200  # questions of validation files
+_TEXT_TOKENS = 256  # longest text to be repeated
+# Documents read for each passage of prose, so that passages come from all over a long file.
+_DOCUMENTS = 50
+
+OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class FitFigure:
+    """How held-out targets are predicted from one choice of entries, token by token.
+
+    Attributes:
+        prompt: "plain" or "chat"; "own" for the prompt that a compressor was trained for.
+        ratio: Source tokens per entry; 1 = all kept.
+        budget: "shared" as fitted, or "uniform": the same number of entries in every head.
+        kept: Share of the attention to the passages that went to what is kept.
+        loss: Cross-entropy of the targets, in nats per token.
+        accuracy: Share of the targets' tokens that were the most likely.
+    """
+
+    prompt: str
+    ratio: int
+    budget: str
+    kept: float
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A fitted compressor with its figures.
+
+    Attributes:
+        compressor: Ready for use, its weights as they are saved.
+        figures: On held-out passages.
+        model: What it was fitted for, as it was named.
+        data: What it was fitted on.
+        passages: Number of passages fitted on.
+        held_out: Number of passages measured on.
+        seconds: Time of reading the passages and fitting.
+        bytes_per_token: Bytes kept per source token, at the compressor's ratio.
+        folder: Where it was saved; None if it was not.
+    """
+
+    compressor: SAC
+    figures: tuple[FitFigure, ...]
+    model: str
+    data: tuple[str, ...]
+    passages: int
+    held_out: int
+    seconds: float
+    bytes_per_token: float
+    folder: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the compressor, as JSON holds it."""
+        return {
+            "model": self.model,
+            "dtype": self.compressor.generator.dtype_name,
+            "ratio": self.compressor.config.ratio,
+            "data": list(self.data),
+            "passages": self.passages,
+            "held_out": self.held_out,
+            "seconds": round(self.seconds, 1),
+            "bytes_per_token": round(self.bytes_per_token, 1),
+            "figures": [asdict(figure) for figure in self.figures],
+        }
+
+
+def fit(
+    model: str | os.PathLike[str] | Generator,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    data: Sequence[str | os.PathLike[str]] = (),
+    text: Sequence[str | os.PathLike[str]] = (),
+    validation: Sequence[str | os.PathLike[str]] = (),
+    compressor: str | os.PathLike[str] | None = None,
+    keep_scorer: bool = False,
+    passages: int = 100,
+    ratio: int = 5,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    on_event: OnEvent | None = None,
+) -> Fitted:
+    """Fits a compressor to a model as it is: which tokens to keep, and how many in each head.
+
+    Passages stand by turns in a plain prompt and in a chat, where the tokenizer has a chat
+    template; the compressor serves other prompts, ratios and numbers of chunks too.
+
+    Args:
+        model: A default model's name, a local folder, a hub id, or a loaded generator.
+        out: Folder for the compressor and figures.json: a new or empty one, or one that `fit`
+            wrote, which is replaced. Default: nothing is written.
+        data: Question files, see `read_questions`. Default: passages that come with the package.
+        text: Files of prose without questions, a blank line between documents, also .gz; the
+            compressor is then fitted to what repeating a text attends to.
+        validation: Question files for the figures, 200 questions of them. Default: every tenth
+            passage is held out for the figures.
+        compressor: A trained compressor to fit again, in the prompt it was trained for: "shipped",
+            or a folder. Its LoRA stays as it is, its scorer goes on from where it is. Default: a
+            new one, without LoRA.
+        keep_scorer: Whether only budgets are fitted; goes with a compressor.
+        passages: Most passages used. Those of several files are taken by turns.
+        ratio: Source tokens per entry, the compressor's default; any other can be used later.
+        seed: Equal seeds fit equal compressors on the same machine.
+        device: Default: CUDA if there is one, else CPU.
+        dtype: What the model computes in. Default: the fastest the device has.
+        on_event: Called with {"event": "read" | "measure", "done", "total"} after each passage,
+            and with {"event": "fit"} when all passages are read.
+
+    Returns:
+        The compressor with figures on held-out passages.
+
+    Raises:
+        ValueError: for an unknown model, a number out of range, data without a passage of fitting
+            length, or a folder that holds something else.
+        TypeError: if `data` or `text` is one path.
+        FileNotFoundError: for a file that is not there.
+    """
+    tell = on_event or (lambda event: None)
+    if type(passages) is not int or passages < 1:
+        raise ValueError(f"passages must be an integer of at least 1, was: {passages!r}")
+    if keep_scorer and compressor is None:
+        raise ValueError("keep_scorer=True needs a compressor whose scorer to keep, was: None")
+    config = _config(ratio)
+    folder = None if out is None else _free(Path(out).expanduser())
+    examples, documents = _read(data, text)
+    measured_on = _questions("validation", validation)
+    generator = _generator(model, device, dtype)
+    if compressor is None:
+        fitting, prompts = _unfitted(generator, config, seed), _prompts(generator)
+    else:
+        name = generator.model.name_or_path if isinstance(model, Generator) else model
+        fitting, prompts = _trained(generator, compressor, name, ratio, keep_scorer)
+    makers = {name: RowMaker(generator, prompt) for name, prompt in prompts.items()}
+    rng = random.Random(f"{seed} fit")
+    asked = _asked(examples, makers, rng) if examples else None
+    made = asked or _repeated(documents, makers, rng, passages)
+    rows = list(islice(_short(made, config.segment_tokens), passages))
+    if not rows:
+        raise ValueError(
+            f"no passage has {f'{SHORTEST_TEXT} to' if text else 'at most'} "
+            f"{config.segment_tokens} tokens; give other data, or cut it into shorter passages"
+        )
+    if measured_on:
+        others = _asked([measured_on], makers, random.Random(f"{seed} validation"))
+        learned, held = rows, list(_with_questions(_short(others, config.segment_tokens)))
+    else:
+        held = rows[::_HELD_OUT]
+        learned = [row for number, row in enumerate(rows) if number % _HELD_OUT] or rows
+    objectives = {name: Objective(fitting, makers[name].prefix_ids) for name in makers}
+    started = time.perf_counter()
+    fit_scorer(fitting, _attention(objectives, learned, tell), seed=seed, budget_only=keep_scorer)
+    seconds = time.perf_counter() - started
+    saved_dtype = _round(fitting)
+    figures, bytes_per_token = _measure(fitting, objectives, held, tell)
+    fitted = Fitted(
+        compressor=fitting,
+        figures=figures,
+        model=generator.model.name_or_path if isinstance(model, Generator) else os.fspath(model),
+        data=tuple(os.fspath(path) for path in data or text) or (_SOURCE,),
+        passages=len(learned),
+        held_out=len(held),
+        seconds=seconds,
+        bytes_per_token=bytes_per_token,
+        folder=folder,
+    )
+    if folder is not None:
+        _save(fitted, folder, saved_dtype, prompts.get("own"))
+    return fitted
+
+
+def _config(ratio: int) -> CompressorConfig:
+    return CompressorConfig(
+        ratio=ratio,
+        anchors="learned",
+        budget="shared",
+        scorer_width=128,
+        anchor_embedding="none",
+        attention="causal",
+        cue=False,
+        lora_targets=(),
+    )
+
+
+def _free(folder: Path) -> Path:
+    """The folder, if it is free or holds what may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    try:
+        config, _ = checkpoint.read(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"out must be a new or empty folder, or a fitted compressor's to replace, but {folder} "
+            "holds something else; give another folder"
+        ) from error
+    if config.lora_targets:
+        raise ValueError(
+            f"out must be a new or empty folder, or a fitted compressor's to replace, but {folder} "
+            "holds a trained one; give another folder"
+        )
+    return folder
+
+
+def _read(
+    data: Sequence[str | os.PathLike[str]], text: Sequence[str | os.PathLike[str]]
+) -> tuple[list[list[QAExample]], Iterator[str]]:
+    """Questions of each file, or else prose, which is read as it is asked for."""
+    _require_paths("text", text)
+    if data and text:
+        raise ValueError("give question files (data) or prose (text), not both")
+    if text:
+        for path in map(Path, text):
+            if not path.is_file():
+                raise FileNotFoundError(f"text must be a file that exists, was: '{path}'")
+        return [], read_documents([os.fspath(path) for path in text])
+    _require_paths("data", data)
+    return [_questions("data", [path]) for path in data or (PASSAGES,)], iter(())
+
+
+def _questions(name: str, paths: Sequence[str | os.PathLike[str]]) -> list[QAExample]:
+    _require_paths(name, paths)
+    examples = list(read_questions([Path(path) for path in paths])) if paths else []
+    if paths and not examples:
+        raise ValueError(f"{name} must hold questions with answers: {', '.join(map(str, paths))}")
+    return examples
+
+
+def _require_paths(name: str, paths: Sequence[str | os.PathLike[str]]) -> None:
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"{name} must be several paths, was one: {paths!r}; put it in a list")
+
+
+def _generator(
+    model: str | os.PathLike[str] | Generator,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+) -> Generator:
+    if not isinstance(model, Generator):
+        return Generator.from_pretrained(model, device=device, dtype=dtype)
+    if device is not None or dtype is not None:
+        raise ValueError("device and dtype are those of the generator given; leave them out")
+    return model
+
+
+def _unfitted(generator: Generator, config: CompressorConfig, seed: int) -> SAC:
+    """A compressor that reads chunks behind the opening of the generator's chats."""
+    config = replace(
+        config,
+        sink=PromptFormat().opening(generator.tokenizer),
+        stored_dtype="float16" if generator.dtype == torch.float16 else "bfloat16",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the scorer's network begins at random
+        return SAC(generator, config)
+
+
+def _trained(
+    generator: Generator,
+    compressor: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    ratio: int,
+    keep_scorer: bool,
+) -> tuple[SAC, dict[str, PromptFormat]]:
+    """A trained compressor to fit again, and the prompt it was trained for."""
+    folder = checkpoint.find(compressor, model)
+    refusal = f"compressor must have learned anchors to be fitted again, was: {compressor!s}"
+    if folder is None:
+        raise ValueError(refusal)
+    config, weights = checkpoint.read(folder)
+    if config.anchors != "learned":
+        raise ValueError(refusal)
+    if keep_scorer and "scorer" not in weights:
+        raise ValueError(f"{folder} has no scorer to keep; fit it too (keep_scorer=False)")
+    trained = SAC(generator, replace(config, budget="shared", ratio=ratio))
+    # One that was trained before there were budgets has none.
+    unfitted = {name: trained.weights[name] for name in trained.fitted - weights.keys()}
+    trained.load_weights({**unfitted, **weights})
+    own = checkpoint.load_format(folder)
+    return trained, _prompts(generator) if own is None else {"own": own}
+
+
+def _prompts(generator: Generator) -> dict[str, PromptFormat]:
+    """The prompts that passages stand in, by name."""
+    prompts = {"plain": SPANS}
+    if getattr(generator.tokenizer, "chat_template", None):
+        for chat in (PromptFormat(), PromptFormat(system="")):
+            try:
+                chat.beginning(generator.tokenizer)
+            except ValueError:  # Gemma's template, for one, knows no system role
+                continue
+            prompts["chat"] = chat
+            break
+    return prompts
+
+
+def _asked(
+    files: Sequence[Sequence[QAExample]], makers: Mapping[str, RowMaker], rng: random.Random
+) -> Iterator[dict[str, Row]]:
+    """Rows whose targets are answers, in each prompt, from each file by turns, at random."""
+    shuffled = [rng.sample(examples, len(examples)) for examples in files]
+    for example in chain.from_iterable(zip_longest(*shuffled)):
+        if example is not None:
+            count = min(len(example.questions), _QUESTIONS)
+            questions = rng.sample(example.questions, count)
+            yield {name: maker.ask(example.gold, questions) for name, maker in makers.items()}
+
+
+def _with_questions(made: Iterator[dict[str, Row]]) -> Iterator[dict[str, Row]]:
+    """Those rows that together ask as many questions as are measured, or a few more."""
+    asked = 0
+    while asked < _MEASURED and (rows := next(made, None)) is not None:
+        asked += len(next(iter(rows.values())).targets)
+        yield rows
+
+
+def _repeated(
+    documents: Iterator[str], makers: Mapping[str, RowMaker], rng: random.Random, passages: int
+) -> Iterator[dict[str, Row]]:
+    """Rows whose target is the text once more, in each prompt, in random order."""
+    texts = list(islice(documents, _DOCUMENTS * passages))
+    for text in rng.sample(texts, len(texts)):
+        made = {
+            name: maker.continue_text(text, _TEXT_TOKENS, repeat=True)
+            for name, maker in makers.items()
+        }
+        # The last target is the repetition; the continuation can be predicted without the text.
+        rows = {n: replace(row, targets=row.targets[-1:]) for n, row in made.items() if row}
+        if rows:
+            yield rows
+
+
+def _short(made: Iterable[dict[str, Row]], most: int) -> Iterator[dict[str, Row]]:
+    """Those rows whose chunks have at most so many tokens."""
+    for rows in made:
+        if all(len(source.ids) <= most for row in rows.values() for source in row.sources):
+            yield rows
+
+
+def _attention(
+    objectives: Mapping[str, Objective], passages: Sequence[Mapping[str, Row]], tell: OnEvent
+) -> Iterator[tuple[AnchorKV, Tensor]]:
+    """What `fit_scorer` learns from, the prompts by turns."""
+    names = list(objectives)
+    for number, rows in enumerate(passages):
+        name = names[number % len(names)]
+        yield from objectives[name].attention(rows[name])
+        tell({"event": "read", "done": number + 1, "total": len(passages)})
+    tell({"event": "fit"})
+
+
+def _round(compressor: SAC) -> torch.dtype:
+    """Rounds the weights to what they are saved in, so that figures are of those."""
+    weights = compressor.weights.values()
+    if not all(bool(weight.half().isfinite().all()) for weight in weights):
+        return torch.float32
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(weight.half())
+    return torch.float16
+
+
+@torch.no_grad()
+def _measure(
+    compressor: SAC,
+    objectives: Mapping[str, Objective],
+    passages: Sequence[Mapping[str, Row]],
+    tell: OnEvent,
+) -> tuple[tuple[FitFigure, ...], float]:
+    """Figures of each prompt, ratio and budget; bytes per source token at the config's ratio."""
+    ratio = compressor.config.ratio
+    compressors = {"shared": compressor, "uniform": compressor.with_budget("uniform")}
+    settings = [(1, "shared")]
+    settings += [(r, budget) for r in sorted({*RATIOS, ratio} - {1}) for budget in compressors]
+    sums: dict[tuple[str, int, str], Tensor] = {}
+    nbytes, tokens = 0, 0
+    for number, rows in enumerate(passages):
+        objective, row = next(zip(objectives.values(), rows.values(), strict=True))
+        whole = {b: objective.encode(c.at_ratio(1), [row]) for b, c in compressors.items()}
+        for kv in whole["shared"]:
+            nbytes += kv.first(compressor.num_entries(kv.num_tokens)).nbytes
+            tokens += kv.num_tokens
+        for prompt, row in rows.items():
+            attention = [received for _, received in objectives[prompt].attention(row)]
+            for at, budget in settings:
+                kvs = [
+                    kv.first(compressors[budget].num_entries(kv.num_tokens, at))
+                    for kv in whole[budget]
+                ]
+                predicted = objectives[prompt].predict_from([row], kvs)
+                count = len(predicted.labels)
+                of_row = torch.tensor(
+                    [
+                        sum(map(_received, kvs, attention)),
+                        sum(float(received.sum()) for received in attention),
+                        float(predicted.loss) * count,
+                        int(predicted.correct.sum()),
+                        count,
+                    ],
+                    dtype=torch.float64,
+                )
+                key = (prompt, at, budget)
+                sums[key] = sums.get(key, torch.zeros_like(of_row)) + of_row
+        tell({"event": "measure", "done": number + 1, "total": len(passages)})
+    figures = []
+    for (prompt, at, budget), of_all in sums.items():
+        kept, received, loss, correct, count = of_all.tolist()
+        figures.append(
+            FitFigure(prompt, at, budget, kept / received, loss / count, correct / count)
+        )
+    return tuple(figures), nbytes / tokens
+
+
+def _received(kv: AnchorKV, attention: Tensor) -> float:
+    """Attention that went to the entries of a chunk.
+
+    Args:
+        kv: Of the chunk.
+        attention: What each of its tokens received. Shape: (layers, kv_heads, tokens)
+    """
+    return float(attention.flatten(0, 1)[kv.heads.long(), kv.positions.long()].sum())
+
+
+def _save(fitted: Fitted, folder: Path, dtype: torch.dtype, format: PromptFormat | None) -> None:
+    """Writes the compressor and its figures; a new folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        made = Path(name) / folder.name
+        checkpoint.save(fitted.compressor, made, format=format, dtype=dtype)
+        (made / FIGURES).write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
+        if folder.is_dir() and any(folder.iterdir()):
+            checkpoint.save(fitted.compressor, folder, format=format, dtype=dtype)
+            (made / FIGURES).replace(folder / FIGURES)
+            return
+        if folder.is_dir():
+            folder.rmdir()
+        made.rename(folder)

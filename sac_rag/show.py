@@ -190,6 +190,8 @@ def print_store(folder: Path, stats: StoreStats) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     index, aside = human_bytes(stats.index_nbytes), human_bytes(stats.quarantined_nbytes)
     table.add_row("entries", f"{stats.entries}, {human_bytes(stats.nbytes)}, index {index}")
+    if stats.ratio is not None:
+        table.add_row("ratio", f"{stats.ratio:.1f}x")
     table.add_row("documents", str(stats.documents))
     table.add_row("pinned", str(stats.pinned))
     table.add_row("encrypted", "no" if stats.cipher is None else f"with key {stats.cipher}")
@@ -206,6 +208,7 @@ def print_store(folder: Path, stats: StoreStats) -> None:
     out.print(table)
     for made_by in stats.fingerprints:
         size = f"{made_by.entries} entries, {human_bytes(made_by.nbytes)}"
+        size += "" if made_by.ratio is None else f", {made_by.ratio:.1f}x"
         out.print(f"\nfingerprint {made_by.fingerprint or 'not told'}: {size}", markup=False)
         for name, value in sorted((made_by.fields or {}).items()):
             out.print(f"  {name} = {value}", style="dim", markup=False)
@@ -213,17 +216,19 @@ def print_store(folder: Path, stats: StoreStats) -> None:
 
 
 def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
-    """Times to the first token, a row for each setting."""
-    columns = ("k", "ratio", "store", "entries", "KV", "TTFT", "floor", "full text", "speed-up")
-    table = Table(*columns, box=None, pad_edge=False)
+    """Times to the first token and after it, a row for each setting."""
+    columns = ("k", "ratio", "heads", "store", "entries", "KV", "TTFT", "a token", "floor")
+    table = Table(*columns, "full text", "speed-up", box=None, pad_edge=False)
     for row in rows:
         table.add_row(
             str(row.k),
             "full" if row.ratio == 1 else f"{row.ratio}x",
+            "equal" if row.budget == "uniform" else row.budget,
             row.store,
             str(row.kv_entries),
             human_bytes(row.kv_bytes),
             f"{row.ttft_s:.3f} s",
+            f"{row.token_s:.3f} s",
             f"{row.floor_s:.3f} s",
             f"{row.full_text_s:.2f} s",
             f"{row.full_text_s / row.ttft_s:.1f}x",
@@ -254,7 +259,7 @@ def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
 
 def print_quality(model: str, result: QualityResult) -> None:
     """How one system answered."""
-    columns = ("system", "ratio", "k", "questions", "EM", "F1", "95 % of F1", "contains")
+    columns = ("system", "ratio", "k", "questions", "EM", "F1", "95 % of F1", "contains", "ended")
     # The generator is the user's own, unless this says otherwise.
     adapted = ("generator adapter",) if result.generator_adapter else ()
     table = Table(*columns, *adapted, box=None, pad_edge=False)
@@ -268,6 +273,7 @@ def print_quality(model: str, result: QualityResult) -> None:
         f"{result.f1:.3f}",
         f"{low:.3f} to {high:.3f}",
         f"{result.contains:.3f}",
+        "-" if result.ended is None else f"{result.ended:.3f}",
         *(f"rank {result.generator_adapter}" for _ in adapted),
     )
     out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")

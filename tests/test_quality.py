@@ -13,6 +13,7 @@ from conftest import PROSE, make_compressor, passes_of
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
+from sac_rag.compressors.config import Budget
 from sac_rag.evaluation.comparison import FIGURES, compare, to_markdown
 from sac_rag.evaluation.quality import QualityResult, System, as_read, evaluate
 from sac_rag.evaluation.sample import Sample, draw
@@ -291,7 +292,7 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(rag: SacRAG, tmp_pat
         (rag, sample(limit=2, k=2), {}, "'k': .1, 2."),
         (rag, sample(limit=2, seed=1), {}, "questions"),
         (chat, sample(limit=2), {}, "prompt"),
-        (other, sample(limit=2), {}, "fingerprint"),
+        (other, sample(limit=2), {}, "ratio"),
         (SacRAG(CachedCompressor(headed, {}), format=SPANS), sample(limit=2), {}, "heading"),
     ):
         with pytest.raises(ValueError, match=f"was begun with other settings.*{named}"):
@@ -367,7 +368,29 @@ def test_a_comparison_is_what_its_runs_are_alone(rag: SacRAG, tmp_path: Path) ->
     at_3 = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(3), {}), format=SPANS)
     alone = evaluate(at_3, samples[0], max_new_tokens=4, out=tmp_path / "alone.jsonl")
     assert alone.fingerprint == results[4].fingerprint
-    assert rows(tmp_path / "alone.jsonl") == rows(tmp_path / "compressed-3x-k1.jsonl")
+    assert rows(tmp_path / "alone.jsonl") == rows(tmp_path / "compressed-3x-uniform-k1.jsonl")
+
+
+def test_budgets_are_compared_with_heads_alike_and_one_encoding_serves_all_ratios(
+    llama: Generator, tmp_path: Path
+) -> None:
+    shared = make_compressor(llama, "shared")
+    rag = SacRAG(CachedCompressor(shared, {}), format=SPANS)
+    with passes_of(llama) as passes:
+        results = list(compare(rag, [sample()], (6, 1, 3), tmp_path, max_new_tokens=4))
+    measured = [(r.ratio, r.budget) for r in results if r.system == "compressed"]
+    assert measured == [(1, "shared"), (3, "shared"), (6, "shared"), (3, "uniform"), (6, "uniform")]
+    with passes_of(llama) as alone:
+        for ratio in (1, 3, 6):
+            at_ratio = SacRAG(CachedCompressor(shared.at_ratio(ratio), {}), format=SPANS)
+            evaluate(at_ratio, sample(), max_new_tokens=4)
+            name = f"compressed-{ratio}x-shared-k1.jsonl"
+            assert (tmp_path / name).is_file()
+    assert passes
+    assert alone
+    table = to_markdown(results)
+    assert "anchors, 3x |" in table
+    assert "anchors, 3x, equal heads |" in table
 
 
 def test_a_comparison_goes_on_where_it_was_left(rag: SacRAG, tmp_path: Path) -> None:
@@ -379,8 +402,9 @@ def test_a_comparison_goes_on_where_it_was_left(rag: SacRAG, tmp_path: Path) -> 
 
 def test_the_table_sets_anchors_against_keeping_all() -> None:
     def result(system: System, ratio: int | None, f1: float) -> QualityResult:
+        budget: Budget | None = "shared" if system == "compressed" else None
         return QualityResult(
-            system, ratio, 1, 9, 0.1, f1, 0.2, (0.0, 1.0), 0, "float32", "", None, 0, 1.0
+            system, ratio, budget, 1, 9, 0.1, f1, 0.2, (0.0, 1.0), 0, "float32", "", None, 0, 1.0
         )
 
     table = to_markdown(

@@ -25,8 +25,25 @@ def test_every_combination_is_measured_over_the_same_chunks(llama: Generator, ho
         assert row.source_tokens == 50 * row.k
         assert row.kv_entries == 50 // row.ratio * row.k
         assert row.kv_bytes > 0
-        assert min(row.ttft_s, row.floor_s, row.full_text_s) > 0
-        assert row.dtype == "float32"
+        assert min(row.ttft_s, row.token_s, row.floor_s, row.full_text_s) > 0
+        assert (row.dtype, row.budget) == ("float32", "uniform")
+
+
+def test_budgets_are_timed_by_turns_with_heads_alike(llama: Generator, home: Any) -> None:
+    rows = list(
+        measure(
+            llama,
+            TEXTS,
+            ks=(2,),
+            ratios=(5,),
+            compressor=make_compressor(llama, "shared"),
+            stores=("memory",),
+            chunk_tokens=50,
+            repeats=1,
+        )
+    )
+    assert [row.budget for row in rows] == ["shared", "uniform"]
+    assert rows[0].kv_entries == rows[1].kv_entries == 20
 
 
 def test_chunks_have_exactly_the_tokens_asked_for(llama: Generator) -> None:

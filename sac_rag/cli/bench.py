@@ -79,8 +79,15 @@ def quality(
         str, typer.Option(help="Default model, local folder or hub id.")
     ] = "smollm2-135m",
     compressor: Annotated[
-        str, typer.Option(help="'shipped' or the folder of a trained compressor.")
+        str, typer.Option(help="'shipped', 'fitted' or the folder of a compressor.")
     ] = "shipped",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="full-text, truncated, no-text, compressed or uniform (anchors, equal heads) "
+            "alone; may be repeated. Default: all."
+        ),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,10 +107,12 @@ def quality(
             model, compressor=compressor, dtype=dtype.value if dtype else None
         )
     results = []
-    for result in comparison.compare(rag, samples, ratio or (1, 2, 3, 5, 15), folder):
+    kinds = only or comparison.KINDS
+    for result in comparison.compare(rag, samples, ratio or (1, 2, 5, 15), folder, kinds=kinds):
         results.append(result)
         notes.print(
-            f"{result.system}, ratio {result.ratio or 'none'}, k={result.k}: F1 {result.f1:.3f}, "
+            f"{result.system}, ratio {result.ratio or 'none'}, {result.budget or 'no'} budget, "
+            f"k={result.k}: F1 {result.f1:.3f}, "
             f"{result.seconds:.0f} s",
             markup=False,
         )
@@ -164,7 +173,7 @@ def dtypes(
     ] = "smollm2-135m",
     compressor: Annotated[
         str | None,
-        typer.Option(help="'shipped', 'full' or the folder of a trained compressor."),
+        typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor."),
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="What the model computes in; float32 shows all rounding.")

@@ -55,7 +55,7 @@ def evaluate(
     ] = "smollm2-135m",
     compressor: Annotated[
         str | None,
-        typer.Option(help="'shipped', 'full' or the folder of a trained compressor."),
+        typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor."),
     ] = None,
     prompt: Annotated[
         Path | None,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeGuard
 
 from sac_rag.cached import CachedCompressor
+from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.sac import SAC
 from sac_rag.evaluation.quality import QualityResult, System, evaluate
 from sac_rag.evaluation.sample import Sample
 from sac_rag.pipeline import SacRAG
@@ -17,7 +20,10 @@ from sac_rag.stores.memory import MemoryStore
 # Shown as a whole in a table and in JSON; each answer is in a file of its own beside it.
 FIGURES = "figures.json"
 
+KINDS = ("full-text", "truncated", "no-text", "compressed", "uniform")
+
 _STORE_BYTES = 6 * 2**30
+_BUDGETS = {"shared": "", "layers": ", equal heads in a layer", "uniform": ", equal heads"}
 
 
 def compare(
@@ -26,37 +32,45 @@ def compare(
     ratios: Sequence[int],
     out: str | os.PathLike[str],
     *,
+    kinds: Collection[str] = KINDS,
     cut: int = 5,
     max_new_tokens: int = 32,
 ) -> Iterator[QualityResult]:
     """Measures text, no text, text cut short, and anchors at several ratios, with one prompt.
 
-    What is in `out` already is not measured again. Without text the number of chunks makes no
-    difference; that is measured once.
+    Where heads have budgets of their own, every ratio is measured with equal heads too. What is in
+    `out` already is not measured again. Without text the number of chunks makes no difference; that
+    is measured once.
 
     Args:
         rag: Model, prompt format and a compressor that any ratio can be had from.
         samples: Questions, for each number of chunks.
         ratios: Source tokens per anchor.
         out: Folder for the answers and for figures.json.
+        kinds: What to measure: some of KINDS, where "uniform" is anchors with equal heads.
         cut: Source tokens per token that is left of text cut short.
         max_new_tokens: Longest answer, in tokens.
 
     Raises:
-        ValueError, OSError: as `evaluate` does.
+        ValueError: for an unknown kind, or as `evaluate` does.
+        OSError: as `evaluate` does.
     """
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ValueError(f"kinds must be among {', '.join(KINDS)}, unknown: {unknown}")
     folder = Path(out)
     results: list[QualityResult] = []
+    # Shared: what is stored at the lowest ratio, which comes first, serves the higher ones.
+    store = MemoryStore(_STORE_BYTES)
     for number, sample in enumerate(samples):
-        runs: list[tuple[System, int | None]] = [("full-text", None), ("truncated", cut)]
+        texts: list[tuple[System, int | None]] = [("full-text", None), ("truncated", cut)]
         if number == 0:
-            runs.append(("no-text", None))
-        for system, ratio in runs + [("compressed", ratio) for ratio in ratios]:
-            compressor = rag.compressor.compressor
-            if system == "compressed" and ratio is not None:
-                compressor = compressor.at_ratio(ratio)
+            texts.append(("no-text", None))
+        compressor = rag.compressor.compressor
+        runs = [(system, ratio, compressor) for system, ratio in texts if system in kinds]
+        runs += _compressed(compressor, sorted(ratios), kinds)
+        for system, ratio, compressor in runs:
             reader = SacRAG(
-                CachedCompressor(compressor, MemoryStore(_STORE_BYTES)),
+                CachedCompressor(compressor, store, guard=False),
                 format=rag.format,
                 decoding=rag.decoding,
             )
@@ -66,12 +80,32 @@ def compare(
                 system=system,
                 ratio=ratio,
                 max_new_tokens=max_new_tokens,
-                out=folder / f"{system}-{ratio or 1}x-k{sample.k}.jsonl",
+                out=folder / f"{_file(system, ratio, compressor)}-k{sample.k}.jsonl",
             )
             results.append(result)
             figures = json.dumps([asdict(result) for result in results], indent=1)
             (folder / FIGURES).write_text(figures + "\n", encoding="utf-8")
             yield result
+
+
+def _compressed(
+    compressor: Compressor, ratios: Sequence[int], kinds: Collection[str]
+) -> Iterator[tuple[System, int | None, Compressor]]:
+    if "compressed" in kinds:
+        yield from (("compressed", ratio, compressor.at_ratio(ratio)) for ratio in ratios)
+    if "uniform" in kinds and _shares(compressor):
+        alike = compressor.with_budget("uniform")
+        # At ratio 1 all heads keep everything.
+        yield from (("compressed", ratio, alike.at_ratio(ratio)) for ratio in ratios if ratio > 1)
+
+
+def _shares(compressor: Compressor) -> TypeGuard[SAC]:
+    return isinstance(compressor, SAC) and compressor.config.budget != "uniform"
+
+
+def _file(system: System, ratio: int | None, compressor: Compressor) -> str:
+    budget = f"-{compressor.config.budget}" if system == "compressed" else ""
+    return f"{system}-{ratio or 1}x{budget}"
 
 
 def to_markdown(results: Sequence[QualityResult]) -> str:
@@ -101,7 +135,9 @@ def _rank(generator_adapter: int) -> str:
 
 def _told(result: QualityResult) -> str:
     if result.system == "compressed":
-        return "anchors, every token" if result.ratio == 1 else f"anchors, {result.ratio}x"
+        if result.ratio == 1:
+            return "anchors, every token"
+        return f"anchors, {result.ratio}x{_BUDGETS[result.budget or 'shared']}"
     if result.system == "truncated":
         return f"text cut to 1 in {result.ratio}"
     return "text" if result.system == "full-text" else "nothing"

@@ -24,12 +24,14 @@ from sac_rag.anchors import num_anchors, segment_bounds
 from sac_rag.cached import CachedCompressor, OnMiss
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import Budget
 from sac_rag.digests import digest_json
 from sac_rag.evaluation.answers import Answers
 from sac_rag.evaluation.metrics import contains, exact_match, f1, interval
 from sac_rag.evaluation.sample import Sample, Trial
 from sac_rag.generator import Generator
 from sac_rag.pipeline import SacRAG
+from sac_rag.reports import Answer
 
 System = Literal["compressed", "full-text", "truncated", "no-text"]
 
@@ -44,6 +46,7 @@ class QualityResult:
     Attributes:
         system: Who answered.
         ratio: Source tokens per anchor, or per token read; None where no text was read.
+        budget: How entries were given out to heads; None where no anchors were read.
         k: Chunks of each question.
         n: Questions.
         em: Answers that equal a gold one, normalised.
@@ -56,10 +59,13 @@ class QualityResult:
         fingerprint: The compressor's; None where no anchors were read.
         generator_adapter: Rank of the LoRA that answered with the compressor; 0 for the frozen LM.
         seconds: Time that the answers took, reading and compressing included.
+        ended: Answers that ended by themselves, not at max_new_tokens; None where that was not
+            noted.
     """
 
     system: System
     ratio: int | None
+    budget: Budget | None
     k: int
     n: int
     em: float
@@ -72,6 +78,7 @@ class QualityResult:
     fingerprint: str | None
     generator_adapter: int
     seconds: float
+    ended: float | None = None
 
 
 def evaluate(
@@ -129,9 +136,11 @@ def evaluate(
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
     fingerprint = rag.compressor.fingerprint if system == "compressed" else None
     prompt = json.loads(rag.format.to_json())
+    budget = compressor.config.budget if system == "compressed" else None
     settings = {
         "system": system,
         "ratio": ratio,
+        "budget": budget,
         "k": sample.k,
         "seed": sample.seed,
         "n": len(trials),
@@ -156,7 +165,7 @@ def evaluate(
         written = reader.batch([(trial.question.text, trial.chunks) for trial in batch], decoding)
         seconds = (time.perf_counter() - started) / len(batch)
         new = [
-            _scored(trial, answer.text.strip(), seconds)
+            _scored(trial, answer, seconds)
             for trial, answer in zip(batch, written, strict=True)
             if trial.number not in answers.found
         ]
@@ -168,6 +177,7 @@ def evaluate(
     return QualityResult(
         system=system,
         ratio=ratio,
+        budget=budget,
         k=sample.k,
         n=len(rows),
         em=_mean([row["em"] for row in rows]),
@@ -180,6 +190,7 @@ def evaluate(
         fingerprint=fingerprint,
         generator_adapter=reader.compressor.compressor.config.generator_adapter_rank,
         seconds=sum(row["seconds"] for row in rows),
+        ended=_mean([row["ended"] for row in rows]) if "ended" in rows[0] else None,
     )
 
 
@@ -268,8 +279,8 @@ def _batches(
         yield batch
 
 
-def _scored(trial: Trial, prediction: str, seconds: float) -> dict[str, Any]:
-    golds = trial.question.answers
+def _scored(trial: Trial, answer: Answer, seconds: float) -> dict[str, Any]:
+    golds, prediction = trial.question.answers, answer.text.strip()
     return {
         "number": trial.number,
         "id": trial.question.id,
@@ -279,6 +290,7 @@ def _scored(trial: Trial, prediction: str, seconds: float) -> dict[str, Any]:
         "em": exact_match(prediction, golds),
         "f1": f1(prediction, golds),
         "contains": contains(prediction, golds),
+        "ended": answer.finish_reason != "length",
         "seconds": seconds,
     }
 

@@ -1,4 +1,4 @@
-"""How long the first token takes: cached anchors against reading the text. Knows no retrieval."""
+"""How long answers take: from cached anchors against reading the text. Knows no retrieval."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from sac_rag.assemble import assemble
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import ChunkLike
 from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import Budget
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
 from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.pipeline import SacRAG
+from sac_rag.reports import Answer
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.memory import MemoryStore
 from sac_rag.template import PromptFormat, opening
@@ -27,6 +29,7 @@ _QUESTION = "What is the most important thing that these passages say?"
 # Without titles, so that the floor is the question and nothing else.
 _FORMAT = PromptFormat(chunk="{chunk}")
 _ONE_TOKEN = Decoding(max_new_tokens=1)
+_FEW_TOKENS = Decoding(max_new_tokens=17)
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class SpeedRow:
     Attributes:
         k: Chunks in the prompt.
         ratio: Source tokens per anchor; 1 keeps every token (`full`).
+        budget: How entries were given out to heads.
         store: Where the anchors were: "disk" or "memory".
         dtype: What the model computes in and the anchors are kept in.
         source_tokens: Tokens of the chunks.
         kv_entries: Anchors that stand for them.
         kv_bytes: Bytes of those.
         ttft_s: Seconds to the first token with anchors from the store, everything included.
+        token_s: Seconds for each token after the first.
         floor_s: The same for the question without any chunk.
         full_text_s: The same for HF `generate` reading the same prompt as text, behind the prefix
             that both have read before.
@@ -49,12 +54,14 @@ class SpeedRow:
 
     k: int
     ratio: int
+    budget: Budget
     store: str
     dtype: str
     source_tokens: int
     kv_entries: int
     kv_bytes: int
     ttft_s: float
+    token_s: float
     floor_s: float
     full_text_s: float
 
@@ -95,6 +102,8 @@ def measure(
 ) -> Iterator[SpeedRow]:
     """Times every combination in this one process, the best of `repeats` each.
 
+    Where heads have budgets of their own, equal heads are timed by turns with them.
+
     Args:
         generator: Model, dtype and threads that all rows share.
         texts: Prose to cut the chunks from.
@@ -121,31 +130,51 @@ def measure(
         for k in ks
     }
     for ratio in ratios:
-        method = full if ratio == 1 else sac.at_ratio(ratio)
+        methods = [full] if ratio == 1 else _budgets(sac.at_ratio(ratio))
         for name in stores:
             with tempfile.TemporaryDirectory() as folder:
-                store = DiskStore(Path(folder) / "anchors") if name == "disk" else MemoryStore()
-                # Loading is what is measured here, however slow it is.
-                rag = SacRAG(CachedCompressor(method, store, guard=False), format=_FORMAT)
-                rag.precompress(chunks)
+                rags = []
+                for method in methods:
+                    budget = method.config.budget
+                    store = DiskStore(Path(folder) / budget) if name == "disk" else MemoryStore()
+                    # Loading is what is measured here, however slow it is.
+                    rag = SacRAG(CachedCompressor(method, store, guard=False), format=_FORMAT)
+                    rag.precompress(chunks)
+                    rags.append(rag)
                 for k in ks:
-                    best_s = _best(
-                        repeats,
-                        lambda rag=rag, k=k: rag.answer(_QUESTION, chunks[:k], _ONE_TOKEN),  # type: ignore[misc]
-                    )
-                    usage = rag.answer(_QUESTION, chunks[:k], _ONE_TOKEN).usage
-                    yield SpeedRow(
-                        k=k,
-                        ratio=ratio,
-                        store=name,
-                        dtype=generator.dtype_name,
-                        source_tokens=usage.source_tokens,
-                        kv_entries=usage.anchors_from_store,
-                        kv_bytes=usage.kv_bytes,
-                        ttft_s=best_s,
-                        floor_s=floor_s,
-                        full_text_s=full_text[k],
-                    )
+                    # The first round warms up.
+                    rounds = [
+                        [rag.answer(_QUESTION, chunks[:k], _FEW_TOKENS) for rag in rags]
+                        for _ in range(1 + repeats)
+                    ]
+                    for method, (first, *answers) in zip(
+                        methods, zip(*rounds, strict=True), strict=True
+                    ):
+                        yield SpeedRow(
+                            k=k,
+                            ratio=ratio,
+                            budget=method.config.budget,
+                            store=name,
+                            dtype=generator.dtype_name,
+                            source_tokens=first.usage.source_tokens,
+                            kv_entries=first.usage.anchors_from_store,
+                            kv_bytes=first.usage.kv_bytes,
+                            ttft_s=min(a.timings.time_to_first_token_s for a in answers),
+                            token_s=min(map(_token_seconds, answers)),
+                            floor_s=floor_s,
+                            full_text_s=full_text[k],
+                        )
+
+
+def _budgets(compressor: Compressor) -> list[Compressor]:
+    """The compressor, and the same with equal heads if it has others."""
+    if not isinstance(compressor, SAC) or compressor.config.budget == "uniform":
+        return [compressor]
+    return [compressor, compressor.with_budget("uniform")]
+
+
+def _token_seconds(answer: Answer) -> float:
+    return answer.timings.decode_s / max(1, answer.usage.generated_tokens - 1)
 
 
 def cut(generator: Generator, texts: Iterable[str], count: int, chunk_tokens: int) -> list[str]:

@@ -111,19 +111,22 @@ def _file(system: System, ratio: int | None, compressor: Compressor) -> str:
 def to_markdown(results: Sequence[QualityResult]) -> str:
     """A table; its last column sets F1 against that of anchors with every token kept.
 
-    Where some were answered with a generator adapter, a column tells its rank.
+    Where some were answered with a generator adapter, a column tells its rank; where there are
+    several budgets, those that are not shared are named.
     """
     columns = ["the model attends to", "k", "F1 (95 %)", "EM", "gold contained"]
     adapted = any(result.generator_adapter for result in results)
     columns += [*(["generator adapter"] if adapted else []), "F1 of keeping all"]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    several = len({r.budget for r in results if r.system == "compressed" and r.ratio != 1}) > 1
     kept_all = {r.k: r.f1 for r in results if r.system == "compressed" and r.ratio == 1}
     for result in results:
         low, high = result.f1_interval
         whole = kept_all.get(result.k)
         share = f"{result.f1 / whole:.0%}" if whole else ""
-        cells = [_told(result), str(result.k), f"{result.f1:.3f} ({low:.3f} to {high:.3f})"]
-        cells += [f"{result.em:.3f}", f"{result.contains:.3f}"]
+        cells = [_told(result, several), str(result.k)]
+        cells += [f"{result.f1:.3f} ({low:.3f} to {high:.3f})", f"{result.em:.3f}"]
+        cells += [f"{result.contains:.3f}"]
         cells += [*([_rank(result.generator_adapter)] if adapted else []), share]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -133,11 +136,12 @@ def _rank(generator_adapter: int) -> str:
     return f"rank {generator_adapter}" if generator_adapter else "none"
 
 
-def _told(result: QualityResult) -> str:
+def _told(result: QualityResult, several: bool) -> str:
     if result.system == "compressed":
         if result.ratio == 1:
             return "anchors, every token"
-        return f"anchors, {result.ratio}x{_BUDGETS[result.budget or 'shared']}"
+        budget = _BUDGETS[result.budget or "shared"] if several else ""
+        return f"anchors, {result.ratio}x{budget}"
     if result.system == "truncated":
         return f"text cut to 1 in {result.ratio}"
     return "text" if result.system == "full-text" else "nothing"

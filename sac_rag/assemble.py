@@ -266,8 +266,13 @@ class _Slots:
         sizes = [self.kv_heads * width for width in self.widths]
         inner = parts[0].shape[1:]
         shape = (self.rows * sum(sizes), *inner)
-        empty = torch.full(shape, padding, dtype=dtype, device=self.index.device)
-        laid_out = empty.index_copy(0, self.index, torch.cat([part.to(dtype) for part in parts]))
+        # Zeros come from the system as they are: padding is never written.
+        laid_out = torch.zeros(shape, dtype=dtype, device=self.index.device)
+        if padding:
+            laid_out.fill_(padding)
+        indices = torch.split(self.index, [len(part) for part in parts])
+        for index, part in zip(indices, parts, strict=True):
+            laid_out.index_copy_(0, index, part.to(dtype))
         # One split, not a selection a layer: each one's gradient would be as large as them all.
         by_layer = torch.split(laid_out.view(self.rows, -1, *inner), sizes, dim=1)
         return [t.view(self.rows, self.kv_heads, -1, *inner) for t in by_layer]

@@ -162,7 +162,7 @@ class Masks:
         return as_inputs([self[0]] if len(self) == 1 else self)
 
     def of_next(self, count: int) -> list[Tensor]:
-        """Masks of the last token and of `count` that follow it, each of which sees those before.
+        """Masks of the last token and of `count` that follow it, each attending to those before.
 
         Returns:
             Those of one token at a time, to be cut to the length of the cache: one for each layer,

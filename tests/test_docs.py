@@ -78,6 +78,23 @@ def test_the_table_of_quality_in_the_readme_is_that_of_the_shipped_figures() -> 
         assert f"<!-- quality -->\n{table}<!-- /quality -->" in page
 
 
+def test_the_table_of_the_fitted_compressor_is_that_of_its_figures() -> None:
+    from sac_rag.compressors.checkpoint import FITTED, WEIGHTS
+
+    figures = json.loads((WEIGHTS / FITTED / "smollm2-135m/figures.json").read_text())["figures"]
+    page = (ROOT / "docs/fitting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (plain|chat) \| (\w+) \|.*\| ([\d.]+) \| ([\d.]*) ?\|$", page, re.M)
+    expected = {(f["prompt"], f["ratio"], f["budget"]): f["accuracy"] for f in figures}
+    shown = {}
+    for prompt, kept, shared, equal in rows:
+        ratio = 1 if kept == "all" else int(kept.rstrip("x"))
+        shown[prompt, ratio, "shared"] = float(shared)
+        if equal:
+            shown[prompt, ratio, "uniform"] = float(equal)
+    assert shown.keys() == expected.keys()
+    assert all(shown[key] == round(expected[key], 3) for key in shown)
+
+
 def test_the_tables_of_choices_in_the_guide_are_those_of_their_figures() -> None:
     from sac_rag.training.choices import CHOICES, Outcome, to_markdown
 

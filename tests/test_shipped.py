@@ -85,7 +85,18 @@ def test_answers_are_written_by_the_frozen_model(shipped: SacRAG) -> None:
         assert shipped.answer(question, []).text == asked.text
 
 
-def test_its_card_is_of_these_weights() -> None:
-    folder = checkpoint.WEIGHTS / "smollm2-135m"
+def test_the_fitted_one_keeps_what_is_answered_too_and_ends_by_itself() -> None:
+    rag = SacRAG.from_pretrained("smollm2-135m", compressor="fitted", dtype="float32")
+    config = rag.compressor.compressor.config
+    assert (config.budget, config.ratio, config.lora_targets) == ("shared", 5, ())
+    answers = rag.batch([(question, [text]) for text, question, _ in ASKED])
+    pairs = zip(answers, ASKED, strict=True)
+    assert sum(gold.lower() in answer.text.lower() for answer, (_, _, gold) in pairs) >= 4
+    assert all(answer.finish_reason == "eos" for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "fitted/smollm2-135m"])
+def test_its_card_is_of_these_weights(name: str) -> None:
+    folder = checkpoint.WEIGHTS / name
     digest = hashlib.sha256((folder / "compressor.safetensors").read_bytes()).hexdigest()
     assert digest in (folder / "README.md").read_text(encoding="utf-8")

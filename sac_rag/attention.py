@@ -112,9 +112,6 @@ class Masks:
     A token attends to the entries of earlier turns and the plain text before it; nothing attends to
     padding. A cue has its chunk's own turn and attends to that chunk. A branch attends to no other.
 
-    Additive, not boolean: eager attention adds whatever mask it gets, and would take True for a
-    score of 1.
-
     Args:
         entry_turns: The turn of each layer's entries, -1 for padding; one for all layers where they
             are the same. Shape of each: (rows, kv_heads, entries)
@@ -141,8 +138,8 @@ class Masks:
         to_turns = (turns >= 0) & (turns <= token_turns[:, :, None])
         self._entry_turns = entry_turns
         # Shape: (rows, tokens, tokens) and (rows, tokens, turns), turn -1 first
-        self._to_tokens = _added(to_tokens, dtype)
-        self._to_turns = _added(to_turns, dtype)
+        self._to_tokens = additive(to_tokens, dtype)
+        self._to_turns = additive(to_turns, dtype)
 
     def __len__(self) -> int:
         return len(self._entry_turns)
@@ -182,6 +179,15 @@ def as_inputs(masks: LayerMasks) -> dict[str, Any]:
     return {"attention_mask": masks[0].new_zeros(1, 1, 1, 0), "entry_masks": masks}
 
 
-def _added(attends_to: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(attends_to: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores so that a query attends to just the keys it may.
+
+    Not a boolean mask: eager attention adds whatever mask it gets, and would take True for a score
+    of 1.
+
+    Args:
+        attends_to: bool. Shape: (…, queries, keys)
+        dtype: Of the scores.
+    """
     blocked = torch.finfo(dtype).min
     return torch.zeros_like(attends_to, dtype=dtype).masked_fill_(~attends_to, blocked)

@@ -174,16 +174,12 @@ class Generator:
         return ids
 
     def attention_mask(self, sees: Tensor) -> Tensor:
-        """What the model adds to attention scores so that a query sees just the keys it may.
-
-        Additive, not boolean: eager attention adds whatever mask it gets, and would take True for
-        a score of 1.
+        """What the model adds to attention scores, see `attention.additive`.
 
         Args:
             sees: bool. Shape: (rows, 1, queries, keys)
         """
-        blocked = torch.finfo(self.dtype).min
-        return torch.zeros_like(sees, dtype=self.dtype).masked_fill_(~sees, blocked)
+        return attention.additive(sees, self.dtype)
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids. Shape: (tokens,) to (tokens, hidden)."""

@@ -107,7 +107,7 @@ def test_only_differences_count(text: tuple[Tensor, Tensor], shift: int, budget:
     of_heads = torch.arange(mass.numel()).view(mass.shape) % 3 * shift
     order = ranked_entries(scores, mass, budget)
     moved = ranked_entries(scores + of_heads[..., None], mass + shift, budget)
-    # Equal but for rounding is no order: what is worth the same may change places.
+    # Equal except for rounding is no order: what is worth the same may change places.
     attention = (scores.double().log_softmax(-1) + mass.double()[..., None]).flatten()
     if budget == "shared":
         assert (attention[order] - attention[moved]).abs().max() < 1e-4
@@ -306,7 +306,7 @@ def test_the_same_weights_serve_every_budget(llama: Generator) -> None:
     for other_whole in whole[1:]:
         assert all(map(torch.equal, other_whole, whole[0]))
     with pytest.raises(ValueError, match="budget='shared' needs fitted budgets"):
-        learned.with_budget("shared")  # type: ignore[attr-defined]
+        learned.with_budget("shared")
 
 
 @pytest.mark.parametrize("stored_dtype", ["float32", "int8"])

@@ -235,9 +235,9 @@ def test_only_fields_that_are_not_at_their_default_are_in_the_fingerprint() -> N
     assert CompressorConfig().fingerprint_fields() == {}
     for field, (value, _) in CHANGES.items():
         if field not in ("budget", "anchor_embedding"):
-            told = CompressorConfig(**{field: value}).fingerprint_fields()
-            assert told.keys() == {f"config.{field}"}
-            assert told[f"config.{field}"] == repr(
+            covered = CompressorConfig(**{field: value}).fingerprint_fields()
+            assert covered.keys() == {f"config.{field}"}
+            assert covered[f"config.{field}"] == repr(
                 list(value) if isinstance(value, tuple) else value
             )
 

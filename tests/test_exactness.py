@@ -398,7 +398,7 @@ def test_a_mask_for_each_head_equals_one_for_all_where_all_keep_as_much(
 def test_entries_given_out_evenly_read_like_a_uniform_budget(generator: Generator) -> None:
     """Ragged by rule, and the same entries in the end: the usual mask is enough."""
     uniform, shared = (make_compressor(generator, m, ratio=2) for m in ("learned", "shared"))
-    # All tokens count the same to all heads, but for the later ones coming first.
+    # All tokens count the same to all heads, except that later ones come first.
     alike = {
         n: w if "scorer" not in n else w.new_zeros(w.shape) for n, w in uniform.weights.items()
     }

@@ -105,7 +105,7 @@ def test_learned_anchors_are_the_tokens_of_the_highest_scores(llama: Generator) 
 def test_of_a_word_that_comes_again_the_later_one_is_kept_first(
     llama: Generator, budget: str
 ) -> None:
-    """To the first layer all of them are the same but for rounding, which must not decide."""
+    """To the first layer all of them are the same except for rounding, which must not decide."""
     compressor = make_compressor(llama, "learned", scorer_width=0, budget=budget, ratio=1)
     (kv,) = compressor.compress_tokens([[60] * 20])
     for head in (0, 1):

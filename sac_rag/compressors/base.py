@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from sac_rag.anchors import segment_bounds
 from sac_rag.compressors.budget import heads_together, num_entries
-from sac_rag.compressors.config import CompressorConfig, StoredDtype
+from sac_rag.compressors.config import Budget, CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
 from sac_rag.compressors.passes import Segment, padded_tokens, passes
 from sac_rag.digests import digest_json, tensors_digest
@@ -119,6 +119,21 @@ class Compressor(ABC):
             ValueError: if the weights are of one ratio alone.
         """
         return self._with(ratio=ratio)
+
+    def with_budget(self, budget: Budget) -> Self:
+        """The same weights with entries given out to heads in another way.
+
+        Raises:
+            ValueError: if the weights have no budgets to go by, or the anchors are not learned.
+        """
+        if budget == self.config.budget:
+            return self
+        if "budget" not in self.weights:
+            raise ValueError(
+                f"budget={budget!r} needs fitted budgets, and these weights have none; fit them: "
+                "sac-rag fit, or sac-rag train with scorer_texts"
+            )
+        return self._with(budget=budget)
 
     def storing(self, dtype: StoredDtype) -> Self:
         """The same weights, their KV handed over in another dtype."""

@@ -117,8 +117,9 @@ class CompressorConfig:
         must never change. Where ratios are nested, entries of all of them are the same, and the
         ratio is left out.
         """
+        values = self.to_dict()
         return {
-            f"config.{f.name}": repr(self.to_dict()[f.name])
+            f"config.{f.name}": repr(values[f.name])
             for f in fields(self)
             if getattr(self, f.name) != f.default and not (f.name == "ratio" and self.is_nested)
         }

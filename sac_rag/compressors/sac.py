@@ -13,7 +13,7 @@ from sac_rag import salience
 from sac_rag.anchors import num_anchors, strided_anchors, top_anchors
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.budget import heads_together, joint_order, ranked_entries
-from sac_rag.compressors.config import Budget, CompressorConfig
+from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
 from sac_rag.compressors.scorer import Scorer, token_features
 from sac_rag.generator import Generator
@@ -85,19 +85,6 @@ class SAC(Compressor):
                 f"{self.config.ratio} and none for ratio {ratio}; train with 'shared' or 'none'"
             )
         return super().at_ratio(ratio)
-
-    def with_budget(self, budget: Budget) -> SAC:
-        """The same weights with entries given out to heads in another way.
-
-        Raises:
-            ValueError: if the weights have no budgets to go by, or the anchors are not learned.
-        """
-        if budget != "uniform" and "budget" not in self.weights:
-            raise ValueError(
-                f"budget={budget!r} needs fitted budgets, and these weights have none; fit them: "
-                "sac-rag fit, or sac-rag train with scorer_texts"
-            )
-        return self._with(budget=budget)
 
     def layout(self, tokens: Tensor) -> Layout:
         """Marks the anchors, where they are known before reading. Shape of `tokens`: (tokens,)."""

@@ -7,11 +7,9 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeGuard
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
-from sac_rag.compressors.sac import SAC
 from sac_rag.evaluation.quality import QualityResult, System, evaluate
 from sac_rag.evaluation.sample import Sample
 from sac_rag.pipeline import SacRAG
@@ -93,14 +91,10 @@ def _compressed(
 ) -> Iterator[tuple[System, int | None, Compressor]]:
     if "compressed" in kinds:
         yield from (("compressed", ratio, compressor.at_ratio(ratio)) for ratio in ratios)
-    if "uniform" in kinds and _shares(compressor):
-        alike = compressor.with_budget("uniform")
+    if "uniform" in kinds and compressor.config.budget != "uniform":
+        equal = compressor.with_budget("uniform")
         # At ratio 1 all heads keep everything.
-        yield from (("compressed", ratio, alike.at_ratio(ratio)) for ratio in ratios if ratio > 1)
-
-
-def _shares(compressor: Compressor) -> TypeGuard[SAC]:
-    return isinstance(compressor, SAC) and compressor.config.budget != "uniform"
+        yield from (("compressed", ratio, equal.at_ratio(ratio)) for ratio in ratios if ratio > 1)
 
 
 def _file(system: System, ratio: int | None, compressor: Compressor) -> str:

@@ -168,9 +168,8 @@ def measure(
 
 def _budgets(compressor: Compressor) -> list[Compressor]:
     """The compressor, and the same with equal heads if it has others."""
-    if not isinstance(compressor, SAC) or compressor.config.budget == "uniform":
-        return [compressor]
-    return [compressor, compressor.with_budget("uniform")]
+    equal = compressor.with_budget("uniform")
+    return [compressor] if equal is compressor else [compressor, equal]
 
 
 def _token_seconds(answer: Answer) -> float:

@@ -52,7 +52,7 @@ def made_up(generator: Generator, num_tokens: int, *, whole: bool) -> AnchorKV:
 
 
 def table_of(prompt: Prompt, rows: Sequence[Sequence[Any]], cue: bool) -> list[Tensor]:
-    """What each token may attend to in each layer, worked out from parts alone; entries by their values.
+    """What each token may attend to in each layer, from parts alone; entries by their values.
 
     Returns:
         bool. Shape of each: (rows, kv_heads, tokens, entries + tokens)

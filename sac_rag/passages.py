@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sac_rag.chunk import Chunk
 from sac_rag.questions import QAExample, normalised, says
@@ -32,8 +33,11 @@ class PassagePool:
             name: list(found.values()) for name, found in articles.items()
         }
         self._normalised: dict[str, str] = {}
+        self._index: Any = None
 
-    def passages_for(self, example: QAExample, k: int, rng: random.Random) -> list[Chunk]:
+    def passages_for(
+        self, example: QAExample, k: int, rng: random.Random, *, close: bool = False
+    ) -> list[Chunk]:
         """The gold passages of an example among distractors, in random order.
 
         Distractors are the example's own; if those are too few, passages of the same article, then
@@ -43,6 +47,8 @@ class PassagePool:
             example: Need not be of this pool.
             k: Passages wanted. With more gold ones than that, the first k of them.
             rng: Equal states give equal passages.
+            close: Whether passages with the most words in common with the example's questions are
+                taken before all others: what a search would find. Needs the package bm25s.
 
         Returns:
             k passages, or fewer if the pool has no more, no text twice.
@@ -68,6 +74,8 @@ class PassagePool:
                 else:
                     answering.append(chunk)
 
+        if close:
+            take(self._closest(example, 4 * k), may_answer=False)
         take(_shuffled(example.distractors, rng), may_answer=True)
         take(_shuffled(self._articles.get(example.article, ()), rng), may_answer=False)
         take(_shuffled(self._passages, rng), may_answer=False)
@@ -75,6 +83,23 @@ class PassagePool:
         passages = list(chosen.values())
         rng.shuffle(passages)
         return passages
+
+    def _closest(self, example: QAExample, count: int) -> list[Chunk]:
+        """Passages by BM25 with the words of the example's questions, the closest first."""
+        import bm25s  # of the extras "train" and "eval"
+
+        if self._index is None:
+            logging.getLogger("bm25s").setLevel(logging.WARNING)  # it is at DEBUG, with a handler
+            self._index = bm25s.BM25()
+            words = [self._normal(chunk.text).split() for chunk in self._passages]
+            self._index.index(words, show_progress=False)
+        asked = [word for q in example.questions for word in normalised(q.text).split()]
+        known = [word for word in asked if word in self._index.vocab_dict]
+        if not known:
+            return []
+        count = min(count, len(self._passages))
+        numbers, _ = self._index.retrieve([known], k=count, show_progress=False)
+        return [self._passages[number] for number in numbers[0]]
 
     def _normal(self, text: str) -> str:
         if text not in self._normalised:

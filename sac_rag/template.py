@@ -45,6 +45,9 @@ Piece: TypeAlias = Markup | str | Chunk
 
 _SYSTEM = "Answer the question from the passages. Be brief."
 
+# Where a chunk stands in a text.
+_CHUNK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
 
 @dataclass(frozen=True)
 class PromptFormat:
@@ -55,6 +58,7 @@ class PromptFormat:
 
     Attributes:
         system: System prompt of a chat; "" for none. A plain prompt has none: its default is "".
+            {chunks} may stand here in place of in `user`.
         chunk: A chunk's surroundings, plain text, with {number} from 1, {title}, {id} and {chunk}.
         user: The user's turn, with {chunks} and {question}.
         separator: Plain text between chunks.
@@ -62,7 +66,8 @@ class PromptFormat:
         chat: Whether the prompt is a chat in the tokenizer's template.
         raw: Whether a plain prompt is its own words and no more, as a template is: special tokens
             in them count, the BOS too must be among them, and the question is tokenized apart.
-        stop: Texts at which an answer ends, besides those of the Decoding.
+        stop: Texts at which an answer to a prompt of this format ends, unless the Decoding has
+            some of its own.
 
     Raises:
         ValueError: if a place is missing, or a field is of the wrong kind or of the other kind of
@@ -98,12 +103,20 @@ class PromptFormat:
                 "the prompt format's 'stop' must be made of texts that are not empty, "
                 f"was: {self.stop!r}"
             )
-        for name, needed in (("chunk", "{chunk}"), ("user", "{question}"), ("user", "{chunks}")):
+        for name, needed in (
+            ("chunk", "{chunk}"),
+            ("user", "{question}"),
+            ("system" if "{chunks}" in self.system else "user", "{chunks}"),
+        ):
             if getattr(self, name).count(needed) != 1:
                 raise ValueError(
                     f"the prompt format's {name!r} must contain {needed} once, "
                     f"was: {getattr(self, name)!r}"
                 )
+        if "{chunks}" in self.system and "{chunks}" in self.user:
+            raise ValueError(
+                "the prompt format must contain {chunks} once, in 'system' or 'user', was in both"
+            )
         if self.chat and self.prefix:
             raise ValueError(
                 "a chat begins with its template's own words, so it has no 'prefix', was: "
@@ -138,7 +151,10 @@ class PromptFormat:
             return render(tokenizer, self.messages(question, chunks))
         if self.raw:
             return self._raw(question, chunks)
-        return plain(tokenizer, [self.prefix, *self._filled(question, chunks)])
+        _require_text(question)
+        return plain(
+            tokenizer, [self.prefix, *self._filled(self.user, {"question": question}, chunks)]
+        )
 
     def messages(self, question: str, chunks: Sequence[Chunk]) -> list[Message]:
         """The chat that asks a question about chunks, in their order.
@@ -148,10 +164,12 @@ class PromptFormat:
         """
         if not self.chat:
             raise ValueError("a plain prompt (chat=False) is no chat; use `pieces`")
-        content = self._filled(question, chunks)
+        _require_text(question)
+        system = self._filled(self.system, {}, chunks)
+        user = self._filled(self.user, {"question": question}, chunks)
         # Without chunks there is nothing to set the question apart from.
-        turns = [Message("system", (self.system,))] if self.system else []
-        return [*turns, Message("user", _joined(content) if chunks else (question,))]
+        turns = [Message("system", _joined(system))] if self.system else []
+        return [*turns, Message("user", _joined(user) if chunks else (question,))]
 
     def passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
         """The chunks in their surroundings: what takes the place of {chunks} in a prompt."""
@@ -161,6 +179,29 @@ class PromptFormat:
             after = _fill(self.chunk.split("{chunk}")[1], _names(chunk, number))
             passages += [self._heading(chunk, number), chunk, after]
         return passages
+
+    def matches(self, content: Sequence[str | Chunk]) -> bool:
+        """Whether a text is a plain prompt of this format, chunks in it as such or as text.
+
+        It is if it begins and ends as every such prompt does and has the words that stand between
+        chunks and question. Nothing matches a chat format, a raw one, or one in which prompts have
+        neither first nor last words in common.
+        """
+        if self.chat or self.raw:
+            return False
+        before, between, after = re.split(r"\{(?:chunks|question)\}", self.user)
+        begins = self.prefix + before
+        if not (begins + after).strip():
+            return False
+        # What a chunk says is none of the format's words.
+        text = "".join(piece if isinstance(piece, str) else _CHUNK for piece in content)
+        rest = text.removeprefix(begins)
+        return (
+            text.startswith(begins)
+            and rest.endswith(after)
+            and not rest.endswith(_CHUNK)  # the answer continues text
+            and between in rest[: len(rest) - len(after)]
+        )
 
     def beginning(self, tokenizer: Any) -> list[Markup | str]:
         """The part of the prefix that does not depend on question or chunks: read once, for all.
@@ -209,15 +250,13 @@ class PromptFormat:
             )
         return cls(**values)
 
-    def _filled(self, question: str, chunks: Sequence[Chunk]) -> list[str | Chunk]:
-        """The user's text with its places taken."""
-        _require_text(question)
-        before, after = self.user.split("{chunks}")
-        return [
-            _fill(before, {"question": question}),
-            *self.passages(chunks),
-            _fill(after, {"question": question}),
-        ]
+    def _filled(
+        self, words: str, fields: dict[str, Any], chunks: Sequence[Chunk]
+    ) -> list[str | Chunk]:
+        """The words of a turn with its fields and, at {chunks}, the passages in their places."""
+        before, *after = words.split("{chunks}")
+        passages = self.passages(chunks) if after else []
+        return [_fill(before, fields), *passages, *(_fill(words, fields) for words in after)]
 
     def _raw(self, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
         """The prompt with its own words as markup, each apart from the caller's."""

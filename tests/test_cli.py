@@ -447,7 +447,7 @@ def test_bench_anchors_compares_what_others_would_have_kept(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_bench_steps_times_a_step_beside_the_model(tiny: Path, tmp_path: Path) -> None:
-    shared = {"model": str(tiny / "model"), "held_out_articles": 1, "batch_tokens": 100}
+    shared = {"model": str(tiny / "model"), "held_out_share": 0.25, "batch_tokens": 100}
     (tmp_path / "run.json").write_text(json.dumps(shared))
     command = [
         *("bench", "steps", "--data", str(tiny / "data.json"), "--batches", "2"),
@@ -472,7 +472,7 @@ def test_bench_choices_trains_each_of_them_and_prints_what_is_done(
     shared = {
         "model": str(tiny / "model"),
         "dtype": "float32",
-        "held_out_articles": 1,
+        "held_out_share": 0.25,
         "batch_tokens": 300,
         "scorer_texts": 2,
         "eval_examples": 1,

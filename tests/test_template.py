@@ -183,6 +183,68 @@ def test_a_plain_question_without_chunks_is_still_asked_in_the_users_text() -> N
     assert pieces == [f"{SPANS.prefix}\nQuestion: Who?\nAnswer:"]
 
 
+QUESTION_FIRST = PromptFormat(chat=False, chunk="{chunk}!", user="{question} {{}}\n{chunks}\nSo:")
+UNMARKED = PromptFormat(chat=False)
+
+
+@pytest.mark.parametrize("prompt_format", [SPANS, PLAIN, QUESTION_FIRST])
+@pytest.mark.parametrize("chunks", [[], [ONE], [ONE, TWO]], ids=len)
+def test_a_plain_format_knows_its_prompts_whether_chunks_are_chunks_or_text(
+    prompt_format: PromptFormat, chunks: list[Chunk]
+) -> None:
+    pieces: Any = prompt_format.pieces(make_tokenizer(), "Who {chunks}?", chunks)
+    assert prompt_format.matches(pieces)
+    assert prompt_format.matches([text_of(pieces)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["Who counted the ships?"],
+        ["Text:\n", ONE, "\nQuestion: Who?\nAnswer:"],  # not behind the prefix
+        [f"{SPANS.prefix}Text:\n", ONE, "\nQuestion: Who?\nAnswer: "],  # more at the end
+        [f"{SPANS.prefix}Text:\n", ONE, "\nQuestion: Who?"],
+        [f"{SPANS.prefix}Text:\n", ONE, "\nAnswer:"],  # no question
+        [f"See. {SPANS.prefix}Text:\n", ONE, "\nQuestion: Who?\nAnswer:"],
+        [Chunk(SPANS.prefix), "\nQuestion: Who?\nAnswer:"],  # its words in a chunk
+        [SPANS.prefix, ONE, Chunk("\nQuestion: Who?"), "\nAnswer:"],
+        [SPANS.prefix[:-1], ONE, "\nQuestion: Who?\nAnswer:"],
+        ["What do 'Question:' and 'Answer:' mean?\nQuestion: Who?\nAnswer:"],
+        [SPANS.prefix],
+        [],
+    ],
+)
+def test_what_merely_has_words_of_a_plain_format_is_none_of_its_prompts(content: Any) -> None:
+    assert not SPANS.matches(content)
+
+
+def test_words_of_a_prompt_do_not_count_twice() -> None:
+    prompt_format = PromptFormat(chat=False, prefix="a b", user="{chunks} b{question} b")
+    assert not prompt_format.matches(["a b"])
+    assert not prompt_format.matches(["a b b"])
+    assert prompt_format.matches(["a b b b"])
+
+
+def test_a_prompt_that_ends_in_a_chunk_is_none_that_a_question_makes() -> None:
+    assert PLAIN.matches(["Be brief.\n\n", ONE, " Who?", ""])
+    assert not PLAIN.matches(["Be brief.\n\n", ONE, " ", TWO, ""])
+
+
+@pytest.mark.parametrize(
+    "prompt_format",
+    [PromptFormat(), UNMARKED, replace(UNMARKED, prefix="\n"), replace(SPANS, raw=True)],
+)
+def test_chats_raw_prompts_and_prompts_without_first_or_last_words_are_not_known(
+    prompt_format: PromptFormat,
+) -> None:
+    for content in (
+        ["One\n", ONE, "\n\nQuestion: Who?"],
+        ["\n", ONE, "\n\nQuestion: Who?"],
+        [f"{SPANS.prefix}Text:\n", ONE, "\nQuestion: Who?\nAnswer:"],
+    ):
+        assert not prompt_format.matches(content)
+
+
 def test_nothing_in_a_prefix_is_filled_in() -> None:
     prompt_format = replace(PLAIN, prefix="{question} {chunk} {number}\n")
     assert (

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,29 @@ from torch.nn import functional
 
 from sac_rag.anchors import top_anchors
 from sac_rag.assemble import Branches, assemble
+from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.sac import SAC
+from sac_rag.generate import Decoding
 from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.questions import Question
+from sac_rag.passages import PassagePool
+from sac_rag.pipeline import SacRAG
+from sac_rag.questions import QAExample, Question
 from sac_rag.salience import showing_attention
 from sac_rag.template import SPANS, PromptFormat
-from sac_rag.training.batches import BatchStream, read_documents, split_examples
+from sac_rag.training.batches import BatchStream, mixed, read_documents, split_examples
 from sac_rag.training.choices import Outcome, compare, to_markdown
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.headroom import compare_anchors
+from sac_rag.training.instructions import (
+    read_instructions,
+    without_repetition,
+    write_instructions,
+)
 from sac_rag.training.objective import Objective, target_places
+from sac_rag.training.prompts import HELD_OUT, TRAINED, prompt_format
 from sac_rag.training.rows import Row, RowMaker, Source, Target, batched, padded_tokens
 from sac_rag.training.scorer import fit_scorer
 from sac_rag.training.trainer import claim, train
@@ -85,7 +96,7 @@ def config(questions: Path) -> TrainConfig:
     return TrainConfig.from_dict(
         {
             "data": [str(questions)],
-            "held_out_articles": 1,
+            "held_out_share": 0.25,
             "ratios": [2, 5],
             "chunks": [1, 3],
             "steps": 6,
@@ -145,9 +156,52 @@ def test_a_chat_answer_ends_with_the_models_own_end(llama: Generator) -> None:
     assert llama.tokenizer.decode(target.ids[-target.predicted :]) == "Copper<|endoftext|>"
 
 
-def test_a_format_that_asks_before_the_chunks_cannot_share_their_encoding(llama: Generator) -> None:
-    with pytest.raises(ValueError, match=r"question stands after the chunks, was: user='\{q"):
-        RowMaker(llama, PromptFormat(user="{question}\n{chunks}\nAnswer:"))
+def test_questions_before_the_chunks_have_rows_of_their_own_and_share_the_encoding(
+    llama: Generator,
+) -> None:
+    maker = RowMaker(llama, PromptFormat(user="{question}\n{chunks}\nAnswer:"))
+    chunks, questions = asked(0, 3)
+    questions += asked(3)[1]
+    with pytest.raises(ValueError, match="before the chunks cannot share a row, got 2"):
+        maker.ask(chunks, questions)
+    rows = maker.rows(chunks, questions)
+    assert len(rows) == 2
+    assert rows[0].sources == rows[1].sources
+    longest = max(len(source.ids) for source in rows[0].sources)
+    decoded = max(row.num_decoded for row in rows)
+    assert padded_tokens(rows) == 2 * longest + 2 * decoded
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *HELD_OUT])
+def test_rows_of_every_prompt_are_the_prompts_that_answers_are_written_in(
+    llama: Generator, name: str
+) -> None:
+    prompt = prompt_format(name)
+    maker = RowMaker(llama, [SPANS, prompt])
+    chunks = [Chunk(PROSE[3], title="Weather"), Chunk(PROSE[0], title="A lighthouse")]
+    _, questions = asked(0)
+    (row,) = maker.rows(chunks, questions, prompt=1, draft="a draft")
+    ids = [i for part in row.parts for i in (part.ids if isinstance(part, Source) else part)]
+    target = row.targets[0]
+    ids += target.ids[: len(target.ids) - target.predicted]
+    shown = replace(prompt, user=prompt.user.replace("{draft}", "a draft"))
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "learned"), {}), format=shown)
+    assert maker.prefix_ids == ()
+    assert ids == rag.prompt_ids(questions[0].text, chunks)
+
+
+def test_prompts_to_validate_in_are_not_trained_in() -> None:
+    assert len(TRAINED) >= 12
+    assert len(HELD_OUT) >= 4
+    assert not set(TRAINED.values()) & set(HELD_OUT.values())
+    with pytest.raises(ValueError, match=r"must be the name of one .* was: 'nothing'"):
+        prompt_format("nothing")
+
+
+def test_a_prompt_of_a_file_is_trained_in(tmp_path: Path) -> None:
+    mine = PromptFormat(user="{chunks}\nQ: {question}")
+    (tmp_path / "mine.json").write_text(mine.to_json())
+    assert prompt_format(str(tmp_path / "mine.json")) == mine
 
 
 def test_prose_is_cut_into_what_is_compressed_and_what_follows(llama: Generator) -> None:
@@ -284,6 +338,25 @@ def test_matching_plain_reading_costs_nothing_where_reading_is_plain(
     lossy = make_compressor(own, "learned", sink=prefix)
     without = Objective(lossy, maker.prefix_ids).loss([row], 3)
     assert Objective(lossy, maker.prefix_ids, match=match).loss([row], 3) > without + 1e-3
+
+
+def test_matching_ratio_1_costs_nothing_there_and_teaches_the_others(own: Generator) -> None:
+    maker = RowMaker(own, SPANS)
+    compressor = make_compressor(own, "learned")
+    row = maker.ask(*asked(0, 2))
+    plain, taught = (
+        Objective(compressor, maker.prefix_ids, match=match)  # type: ignore[arg-type]
+        for match in ("none", "self")
+    )
+    assert torch.equal(taught.loss([row], 1), plain.loss([row], 1))
+    with torch.no_grad():
+        teacher, student = (plain.predict([row], ratio).logits.log_softmax(-1) for ratio in (1, 3))
+    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    extra = taught.loss([row], 3) - plain.loss([row], 3)
+    torch.testing.assert_close(extra.detach(), divergence, atol=ROUNDING, rtol=ROUNDING)
+    lora = [w for name, w in compressor.weights.items() if "lora_B" in name]
+    gradients = torch.autograd.grad(extra, lora, allow_unused=True)
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("method", ["sac", "learned"])
@@ -452,16 +525,37 @@ def test_no_choice_keeps_more_than_one_that_knows_the_questions(own: Generator) 
 def test_no_article_is_in_training_and_validation(config: TrainConfig) -> None:
     training, held = split_examples(config)
     assert {example.article for example in held} == {"article 3"}
-    assert len(training) == 6
-    assert not {e.article for e in training} & {e.article for e in held}
+    assert [len(file) for file in training] == [6]
+    assert not {e.article for file in training for e in file} & {e.article for e in held}
+
+
+def test_of_every_file_the_last_articles_are_held_out(config: TrainConfig, tmp_path: Path) -> None:
+    records = [
+        {"question": f"Who is {i}?", "answers": ["Ann"], "ctxs": [{"text": f"Ann {i}"}]}
+        for i in range(8)
+    ]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(record) + "\n" for record in records))
+    training, held = split_examples(replace(config, data=(*config.data, str(other))))
+    assert [len(file) for file in training] == [6, 6]
+    assert [example.questions[0].text for example in held[2:]] == ["Who is 6?", "Who is 7?"]
 
 
 @pytest.mark.parametrize(
-    ("held_out", "message"), [(4, "all 8 are held out"), (0, "no validation examples")]
+    ("held_out", "message"), [(1, "all 8 are held out"), (0, "no validation examples")]
 )
 def test_data_that_leaves_nothing_is_refused(questions: Path, held_out: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        split_examples(TrainConfig(data=(str(questions),), held_out_articles=held_out))
+        split_examples(TrainConfig(data=(str(questions),), held_out_share=held_out))
+
+
+def test_files_are_drawn_from_by_their_shares_and_all_of_one_before_any_again() -> None:
+    drawn = list(islice(mixed(["abcd", "ef", ""], [3, 1, 5], random.Random(0)), 400))
+    counts = Counter(number for number, _ in drawn)
+    assert counts[0] == pytest.approx(300, abs=30)
+    assert counts[2] == 0
+    of_first = [item for number, item in drawn if number == 0]
+    assert all(sorted(of_first[i : i + 4]) == list("abcd") for i in range(0, 200, 4))
 
 
 def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
@@ -483,6 +577,100 @@ def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
         for row in (row for batch in batches for row in batch.rows):
             learning = sum(source.learns for source in row.sources)
             assert learning == (len(row.sources) if distractors_learn else 1)
+
+
+def test_batches_mix_prompts_close_distractors_and_drafts(
+    llama: Generator, config: TrainConfig
+) -> None:
+    wanted = ("passages", "question-first", "refine")
+    config = replace(config, prompts=wanted, chunks=(2,), close_distractors=1.0)
+    examples, _ = split_examples(config)
+    maker = RowMaker(llama, config.formats)
+    rows = [row for batch in islice(BatchStream(config, maker, examples), 60) for row in batch.rows]
+    texts = [
+        llama.tokenizer.decode([i for part in row.parts if isinstance(part, tuple) for i in part])
+        for row in rows
+    ]
+    assert all(any(words in text for text in texts) for words in ("Be brief", "search tool"))
+    drafts = [text.split("answer is: ")[1].split("\n")[0] for text in texts if "answer is" in text]
+    # What is not known yet is in a passage, and what is known is repeated.
+    assert {"The passages so far do not say."} < set(drafts)
+    assert set(drafts) <= {answer for _, answer in ASKED} | {"The passages so far do not say."}
+
+
+def test_close_distractors_are_those_with_the_questions_words() -> None:
+    passages = ["Owls hunt at night.", "A glacier is ice.", "Owls hear a mouse.", "Iron rusts."]
+    examples = [
+        QAExample(gold=(Chunk(text),), questions=(Question("", asked, (answer,)),))
+        for text, asked, answer in zip(
+            passages,
+            ("When do owls hunt?", "What is a glacier?", "What do owls hear?", "What rusts?"),
+            ("night", "ice", "a mouse", "Iron"),
+            strict=True,
+        )
+    ]
+    pool = PassagePool(examples)
+    for seed in range(5):
+        chosen = pool.passages_for(examples[2], 2, random.Random(seed), close=True)
+        assert {chunk.text for chunk in chosen} == {passages[0], passages[2]}
+
+
+def test_answers_to_instructions_are_the_frozen_lms_own_and_learned_with_their_ends(
+    llama: Generator, config: TrainConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "written.jsonl"
+    examples, _ = split_examples(config)
+    write_instructions(llama, examples[0], path, 2, max_tokens=6, batch=2)
+    write_instructions(llama, examples[0], path, 4, max_tokens=6, batch=2)
+    written = list(read_instructions([path]))
+    assert len(written) == 4
+    together = tmp_path / "at once.jsonl"
+    write_instructions(llama, examples[0], together, 4, max_tokens=6, batch=1)
+    assert list(read_instructions([together])) == written
+    one = written[0]
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), on_miss="text")
+    shown = TRAINED[one.prompt].messages(one.instruction, one.chunks)
+    (answer,) = rag.chat([shown], Decoding(max_new_tokens=6))
+    assert without_repetition(answer.text)[0] == one.response
+    # A random model rarely says anything that ends.
+    path.write_text(
+        "".join(
+            json.dumps({**asdict(one), "response": "Owls.", "ended": ended}) + "\n"
+            for ended in (True, False)
+        )
+    )
+    config = replace(
+        config, prompts=(one.prompt,), instructions=(str(path),), instruction_share=1.0
+    )
+    maker = RowMaker(llama, config.formats)
+    rows = [row for batch in islice(BatchStream(config, maker, examples), 4) for row in batch.rows]
+    predicted = {llama.tokenizer.decode(t.ids[-t.predicted :]) for row in rows for t in row.targets}
+    assert predicted == {"Owls.<|endoftext|>", "Owls."}
+    with pytest.raises(ValueError, match=r"no answer of .* stands in one of the run's prompts"):
+        next(iter(BatchStream(replace(config, prompts=("refine",)), maker, examples)))
+
+
+def test_a_line_that_is_no_instruction_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"prompt": "bare"}\n')
+    with pytest.raises(ValueError, match=r"broken.jsonl:1 must be an example"):
+        list(read_instructions([path]))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "cut"),
+    [
+        ("One two three. " * 2, "One two three. " * 2, False),
+        (
+            "It begins. " + "The same words come again and again here. " * 3,
+            "It begins. The same words come again and again here.",
+            True,
+        ),
+        ("1. a b c d e f g h\n2. a b c d e f g h i", "1. a b c d e f g h", True),
+    ],
+)
+def test_an_answer_is_cut_where_it_repeats_itself(text: str, kept: str, cut: bool) -> None:
+    assert without_repetition(text) == (kept, cut)
 
 
 def test_a_curriculum_lets_higher_ratios_join_later(llama: Generator, config: TrainConfig) -> None:
@@ -555,7 +743,10 @@ def test_a_config_survives_json_and_names_what_it_does_not_know(config: TrainCon
         ({"steps": 0}, "steps must be at least 1, was: 0"),
         ({"learning_rate": 0}, "learning_rate must be above 0"),
         ({"schedule": "step"}, "schedule must be one of cosine, .*was: 'step'"),
-        ({"match": "all"}, "match must be one of none, hidden, logits, was: 'all'"),
+        ({"match": "all"}, "match must be one of none, hidden, logits, self, was: 'all'"),
+        ({"data_shares": [1, 2]}, "data_shares must be one number for each file of data"),
+        ({"instruction_share": 0.5}, "instructions must be files of instructions"),
+        ({"held_out_share": 2}, "held_out_share must be from 0 to 1, was: 2"),
         ({"compressor": {"ratio": 0}}, "ratio must be an integer of at least 1"),
     ],
 )

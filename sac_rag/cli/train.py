@@ -1,4 +1,4 @@
-"""train: learns a compressor. Knows nothing of how it is learned."""
+"""train | train-instructions: learns a compressor. Knows nothing of how it is learned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import AsJson, all_models, loading, pull_missing
+from sac_rag.cli.console import AsJson, all_models, loading, progress, pull_missing
 from sac_rag.show import notes, out, print_json
 
 
@@ -56,6 +56,49 @@ def train(
     out.print(f"losses: {folder / trainer.CURVES}, {folder / trainer.HISTORY}", markup=False)
 
 
+def train_instructions(
+    data: Annotated[list[Path], typer.Option(help="Questions with passages, as for train.")],
+    file: Annotated[
+        Path, typer.Option("--out", help="JSON Lines file; run again to go on with it.")
+    ] = Path("runs/instructions.jsonl"),
+    model: Annotated[str, typer.Option(help="The frozen LM that answers.")] = "smollm2-135m",
+    count: Annotated[int, typer.Option(min=1, help="Answers in all.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
+    batch: Annotated[int, typer.Option(min=1, help="Answers written together.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of passages, instructions and prompts.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Lets the model answer open instructions about passages, to train on."""
+    from sac_rag.training.config import TrainConfig
+
+    if model in all_models():
+        pull_missing([model])
+    with loading():
+        from sac_rag.generator import Generator
+        from sac_rag.training.batches import split_examples
+        from sac_rag.training.instructions import write_instructions
+
+        generator = Generator.from_pretrained(model)
+    # The passages that training holds out are held out here too.
+    files, _ = split_examples(TrainConfig(data=tuple(map(str, data))))
+    examples = [example for examples in files for example in examples]
+    with progress("answering", total=count, show=not as_json) as advance:
+        write_instructions(
+            generator,
+            examples,
+            file,
+            count,
+            max_tokens=max_tokens,
+            batch=batch,
+            seed=seed,
+            on_progress=advance,
+        )
+    if as_json:
+        print_json({"out": str(file)})
+    else:
+        out.print(f"answers: {file}", markup=False)
+
+
 @contextmanager
 def _watching(show: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar with rate, loss and time left, and a line for each validation, on stderr."""
@@ -91,11 +134,13 @@ def _watching(show: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
                 rate = f"loss {loss:.3f}, {tokens / seconds:.0f} tokens/s"
                 bar.update(task, description=rate, completed=event["step"])
             elif kind == "validation":
-                f1 = "" if event["f1"] is None else f", F1 {event['f1']:.3f}"
+                answers = "" if event["f1"] is None else f", F1 {event['f1']:.3f}"
+                answers += "" if event["ended"] is None else f", ended {event['ended']:.2f}"
+                prompt = f" {event['prompt']}" if event["prompt"] else ""
                 notes.print(
-                    f"step {event['step']}, {event['ratio']}x: loss {event['loss']:.3f}, accuracy "
-                    f"{event['accuracy']:.3f} (wrong text {event['wrong_accuracy']:.3f}), first "
-                    f"token {event['first_accuracy']:.3f}{f1}",
+                    f"step {event['step']}{prompt}, {event['ratio']}x: loss {event['loss']:.3f}, "
+                    f"accuracy {event['accuracy']:.3f} (wrong text {event['wrong_accuracy']:.3f}), "
+                    f"first token {event['first_accuracy']:.3f}{answers}",
                     highlight=False,
                 )
             elif kind == "interrupted":

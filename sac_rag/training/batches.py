@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from torch.utils.data import IterableDataset
 
 from sac_rag.passages import PassagePool
-from sac_rag.questions import QAExample, read_questions
+from sac_rag.questions import QAExample, Question, read_questions
 from sac_rag.training.config import TrainConfig
+from sac_rag.training.instructions import read_instructions
 from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker, batched
 
+T = TypeVar("T")
+
+# A draft that leaves everything to be found.
+_UNKNOWN = "The passages so far do not say."
 # Documents of prose shuffled together; more would only cost memory.
 _SHUFFLED = 4096
 
@@ -28,50 +35,67 @@ class Batch:
     ratio: int
 
 
-def split_examples(config: TrainConfig) -> tuple[list[QAExample], list[QAExample]]:
-    """Training and validation examples: no article is in both.
+def split_examples(config: TrainConfig) -> tuple[list[list[QAExample]], list[QAExample]]:
+    """Training examples of each file, and validation examples: no article is in both.
 
     Raises:
         ValueError: if nothing is left to train on, or to validate on.
     """
-    examples = list(read_questions(config.data)) if config.data else []
+    files = [list(read_questions([path])) for path in config.data]
     if config.validation:
         held = list(read_questions(config.validation))
     else:
-        # Examples without an article each count as one.
-        names = [example.article or f"example {i}" for i, example in enumerate(examples)]
-        articles = list(dict.fromkeys(names))
-        last = set(articles[len(articles) - config.held_out_articles :])
-        pairs = list(zip(names, examples, strict=True))
-        held = [example for name, example in pairs if name in last]
-        examples = [example for name, example in pairs if name not in last]
-    if config.text_share < 1 and not examples:
+        parts = [_hold_out(examples, config.held_out_share) for examples in files]
+        files = [learned for learned, _ in parts]
+        held = [example for _, last in parts for example in last]
+    if config.text_share < 1 and not any(files):
         raise ValueError(
             f"no training examples: all {len(held)} are held out for validation; give more data, "
-            f"a validation file, or lower held_out_articles ({config.held_out_articles})"
+            f"a validation file, or lower held_out_share ({config.held_out_share})"
         )
     if config.data and not held:
         raise ValueError(
-            "no validation examples: give a validation file, or raise held_out_articles "
-            f"({config.held_out_articles})"
+            "no validation examples: give a validation file, or raise held_out_share "
+            f"({config.held_out_share})"
         )
-    return examples, held
+    return files, held
+
+
+def _hold_out(
+    examples: Sequence[QAExample], share: float
+) -> tuple[list[QAExample], list[QAExample]]:
+    """Examples to learn from, and those of the last articles."""
+    # Examples without an article each count as one.
+    names = [example.article or f"example {i}" for i, example in enumerate(examples)]
+    articles = list(dict.fromkeys(names))
+    last = set(articles[len(articles) - math.ceil(share * len(articles)) :])
+    pairs = list(zip(names, examples, strict=True))
+    return (
+        [example for name, example in pairs if name not in last],
+        [example for name, example in pairs if name in last],
+    )
 
 
 def rows_for_scorer(
-    config: TrainConfig, maker: RowMaker, examples: Sequence[QAExample]
+    config: TrainConfig, maker: RowMaker, examples: Sequence[Sequence[QAExample]]
 ) -> list[Row]:
     """Rows whose targets show what is needed of a text: its questions, or itself once more.
 
     Args:
         config: How many, and how long at most.
-        maker: Makes rows of the prompt.
-        examples: Questions; prose is to be repeated where there are none.
+        maker: Makes rows of the prompts.
+        examples: Questions of each file; prose is to be repeated where there are none.
     """
     rng = random.Random(f"{config.seed} scorer")
     rows: Iterator[Row | None]
-    if examples:
-        rows = (maker.ask(e.gold, e.questions) for e in rng.sample(examples, len(examples)))
+    if any(examples):
+        # Of the prompts, those in which all questions about a text share a row.
+        prompts = [i for i in range(len(maker.formats)) if maker.shares_chunks(i)]
+        drawn = islice(mixed(examples, config.data_shares, rng), sum(map(len, examples)))
+        rows = (
+            maker.ask(one.gold, one.questions, prompt=prompts[number % len(prompts)])
+            for number, (_, one) in enumerate(drawn)
+        )
     else:
         texts = list(islice(read_documents(config.text), 50 * config.scorer_texts))
         rng.shuffle(texts)
@@ -81,16 +105,46 @@ def rows_for_scorer(
     return list(islice(short, config.scorer_texts))
 
 
+def mixed(
+    files: Sequence[Sequence[T]], shares: Sequence[float], rng: random.Random
+) -> Iterator[tuple[int, T]]:
+    """Items without end, those of each file in random order, none again before all were drawn.
+
+    Args:
+        files: Items of each file; one without any is never drawn from.
+        shares: How often each file is drawn from; none = by its number of items.
+        rng: Equal states give equal orders.
+
+    Yields:
+        The file's number and the item.
+    """
+    weights = [
+        share if file else 0.0
+        for file, share in zip(files, shares or [len(file) for file in files], strict=True)
+    ]
+    orders = [_shuffled_forever(file, rng) for file in files]
+    while True:
+        (number,) = rng.choices(range(len(files)), weights)
+        yield number, next(orders[number])
+
+
+def _shuffled_forever(items: Sequence[T], rng: random.Random) -> Iterator[T]:
+    while True:
+        yield from rng.sample(items, len(items))
+
+
 class BatchStream(IterableDataset):  # type: ignore[type-arg]
     """Batches without end, the same ones for equal configs.
 
     Args:
         config: What to draw.
-        maker: Makes rows of the prompt.
-        examples: Questions to learn from.
+        maker: Makes rows of the prompts.
+        examples: Questions of each file to learn from.
     """
 
-    def __init__(self, config: TrainConfig, maker: RowMaker, examples: Sequence[QAExample]) -> None:
+    def __init__(
+        self, config: TrainConfig, maker: RowMaker, examples: Sequence[Sequence[QAExample]]
+    ) -> None:
         super().__init__()
         self._config = config
         self._maker = maker
@@ -101,12 +155,20 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         random_batch = random.Random(f"{config.seed} batch")
         streams = {
             name: batched(rows, config.batch_tokens, random.Random(f"{config.seed} {name}"))
-            for name, rows in (("questions", self._questions()), ("text", self._prose()))
+            for name, rows in (
+                ("questions", self._questions()),
+                ("instructions", self._instructions()),
+                ("text", self._prose()),
+            )
         }
         step = 0
         while True:
-            is_prose = step < config.text_first or random_batch.random() < config.text_share
-            kind = "text" if is_prose else "questions"
+            drawn = random_batch.random()
+            kind = "questions"
+            if step < config.text_first or drawn < config.text_share:
+                kind = "text"
+            elif drawn < config.text_share + config.instruction_share:
+                kind = "instructions"
             ratio = random_batch.choice(self._ratios(step))
             yield Batch(tuple(next(streams[kind])), ratio)
             step += 1
@@ -121,31 +183,64 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         return ascending[: min(len(ascending), 1 + int(progress * (len(ascending) - 1)))]
 
     def _questions(self) -> Iterator[Row]:
-        config = self._config
+        config, maker = self._config, self._maker
         rng = random.Random(f"{config.seed} examples")
-        pool = PassagePool(self._examples) if max(config.chunks) > 1 else None
-        found = True
-        while found:
-            found = False
-            for example in rng.sample(self._examples, len(self._examples)):
-                chunks = list(example.gold)
-                k = rng.choice(config.chunks)
-                if pool is not None and k > 1:
-                    chunks = pool.passages_for(example, k, rng)
-                gold = {chunk.text for chunk in example.gold}
-                count = min(len(example.questions), config.questions_per_context)
-                row = self._maker.ask(
-                    chunks,
-                    rng.sample(example.questions, count),
-                    learns=[config.distractors_learn or c.text in gold for c in chunks],
+        pools = [
+            PassagePool(file) if max(config.chunks) > 1 and file else None
+            for file in self._examples
+        ]
+        too_long = 0
+        for file, example in mixed(self._examples, config.data_shares, rng):
+            k, pool, gold = rng.choice(config.chunks), pools[file], list(example.gold)
+            chunks, others = gold, []
+            if pool is not None and k > 1:
+                close = rng.random() < config.close_distractors
+                chunks = pool.passages_for(example, k, rng, close=close)
+                others = [chunk for chunk in chunks if chunk not in gold]
+            count = min(len(example.questions), config.questions_per_context)
+            questions = rng.sample(example.questions, count)
+            prompt = rng.randrange(len(maker.formats))
+            draft = _UNKNOWN
+            if maker.refines(prompt) and others and rng.random() < 0.5:
+                # The answer is known already, and what comes now does not help.
+                questions, chunks, draft = questions[:1], others, questions[0].answers[0]
+            rows = maker.rows(
+                chunks,
+                questions,
+                prompt=prompt,
+                learns=[config.distractors_learn or chunk in gold for chunk in chunks],
+                draft=draft,
+            )
+            if all(len(source.ids) <= config.longest_chunk for source in rows[0].sources):
+                too_long = 0
+                yield from rows
+            elif (too_long := too_long + 1) > 3 * sum(map(len, self._examples)):
+                raise ValueError(
+                    f"no passage of {', '.join(config.data)} fits into longest_chunk "
+                    f"({config.longest_chunk} tokens)"
                 )
-                if all(len(source.ids) <= config.longest_chunk for source in row.sources):
-                    found = True
-                    yield row
-        raise ValueError(
-            f"no passage of {', '.join(config.data)} fits into longest_chunk "
-            f"({config.longest_chunk} tokens)"
-        )
+
+    def _instructions(self) -> Iterator[Row]:
+        config = self._config
+        rng = random.Random(f"{config.seed} instructions")
+        numbers = {name: number for number, name in enumerate(config.prompts)}
+        examples = [
+            example
+            for example in read_instructions(config.instructions)
+            if example.response and example.prompt in numbers
+        ]
+        if not examples:
+            raise ValueError(
+                f"no answer of {', '.join(config.instructions)} stands in one of the run's prompts "
+                f"({', '.join(numbers) or 'none are named'})"
+            )
+        for example in _shuffled_forever(examples, rng):
+            yield self._maker.ask(
+                example.chunks,
+                [Question("", example.instruction, (example.response,))],
+                prompt=numbers[example.prompt],
+                ends=example.ended,
+            )
 
     def _prose(self) -> Iterator[Row]:
         config = self._config

@@ -12,6 +12,20 @@ from typing import Any, Literal, get_args
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.template import SPANS, PromptFormat
 from sac_rag.training.objective import Match
+from sac_rag.training.prompts import prompt_format
+
+_LISTS = (
+    "data",
+    "data_shares",
+    "text",
+    "instructions",
+    "validation",
+    "prompts",
+    "ratios",
+    "chunks",
+    "eval_ratios",
+    "eval_prompts",
+)
 
 # Settings that change nothing about what is learned.
 WATCHING = frozenset(
@@ -22,6 +36,7 @@ WATCHING = frozenset(
         "eval_ratios",
         "eval_examples",
         "eval_answers",
+        "eval_prompts",
         "keep_checkpoints",
     }
 )
@@ -53,25 +68,32 @@ class TrainConfig:
     dtype: str = ""  # what the frozen LM computes in; "" = the fastest the device has
     data: tuple[str, ...] = ()  # question files: SQuAD JSON, MRQA JSONL, JSONL with ctxs; also .gz
     text: tuple[str, ...] = ()  # prose, a blank line between documents; also .gz
+    data_shares: tuple[
+        float, ...
+    ] = ()  # how often each file of `data` is drawn from; none = by size
+    instructions: tuple[str, ...] = ()  # files that `sac-rag train-instructions` wrote; also .gz
     validation: tuple[str, ...] = ()  # question files; none = the last articles of `data`
-    held_out_articles: int = 22  # articles at the end of `data` kept for validation
+    held_out_share: float = 0.1  # of each data file's articles, its last, kept for validation
     init_from: str = ""  # folder of a compressor whose weights to begin with; "" = untrained
     compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))
-    format: PromptFormat = SPANS  # the prompt that answers are learned in
+    format: PromptFormat = SPANS  # the prompt saved beside the weights
+    prompts: tuple[str, ...] = ()  # names (training.prompts) or files, one drawn for each passage
     sink: bool = True  # whether chunks are read behind the format's opening, if no sink is given
 
     # What a step learns from
     text_share: float = 0.0  # share of batches that are prose (stage 1 is 1.0, stage 2 is 0.0)
     text_first: int = 0  # steps of prose alone before all others: stage 1, then what comes
     repeat: bool = False  # whether prose is also to be repeated (a reconstruction term)
+    instruction_share: float = 0.0  # share of batches that are answers to open instructions
     text_tokens: int = 256  # longest compressed part of prose, and longest continuation, in tokens
     ratios: tuple[int, ...] = (2, 3, 5, 15)  # one of them is drawn for each step
     curriculum: float = 0.0  # share of the run over which the higher ratios join, low to high
     chunks: tuple[int, ...] = (1,)  # numbers of chunks, one drawn for each example
+    close_distractors: float = 0.0  # share of examples among lexically close passages of the data
     distractors_learn: bool = True  # whether chunks that do not answer get gradients too
     questions_per_context: int = 5  # questions that share one encoding
     longest_chunk: int = 400  # longer passages are left out, in tokens
-    match: Match = "none"  # what of the frozen LM's reading of the full text is matched besides
+    match: Match = "none"  # what is matched besides: the compressor's own ratio 1, or full text
     match_weight: float = 1.0  # of that term beside the cross-entropy
     scorer_texts: int = 500  # passages that the scorer is fitted on at first; 0 = it stays as it is
 
@@ -92,10 +114,11 @@ class TrainConfig:
     eval_ratios: tuple[int, ...] = ()  # ratios validated; none = those trained
     eval_examples: int = 24  # validation contexts, with up to questions_per_context each
     eval_answers: int = 40  # validation questions answered in full for F1; 0 = none
+    eval_prompts: tuple[str, ...] = ()  # names or files of prompts validated; none = `format`
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("data", "text", "validation", "ratios", "chunks", "eval_ratios"):
+        for name in _LISTS:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name} must be a list, was one str: {value!r}")
@@ -111,8 +134,33 @@ class TrainConfig:
             ("eval_ratios", all(type(r) is int and r >= 1 for r in self.eval_ratios), "integers"),
             ("chunks", all(type(k) is int and k >= 1 for k in self.chunks), "integers from 1"),
             ("chunks", bool(self.chunks), "at least one number"),
-            ("text_share", 0 <= self.text_share <= 1, "from 0 to 1"),
-            ("curriculum", 0 <= self.curriculum <= 1, "from 0 to 1"),
+            *(
+                (name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+                for name in (
+                    "text_share",
+                    "instruction_share",
+                    "curriculum",
+                    "close_distractors",
+                    "held_out_share",
+                )
+            ),
+            (
+                "instruction_share",
+                self.instruction_share + self.text_share <= 1,
+                "with text_share 1 at most",
+            ),
+            (
+                "instructions",
+                bool(self.instructions) or self.instruction_share == 0,
+                "files of instructions, or instruction_share 0",
+            ),
+            (
+                "data_shares",
+                len(self.data_shares) in (0, len(self.data))
+                and all(share >= 0 for share in self.data_shares)
+                and (not self.data_shares or sum(self.data_shares) > 0),
+                f"one number for each file of data ({len(self.data)}), above 0 in all",
+            ),
             ("data", bool(self.data) or self.text_share == 1, "question files, or text_share 1"),
             ("text", bool(self.text) or self.text_share == 0, "files of prose, or text_share 0"),
             ("text", bool(self.text) or self.text_first == 0, "files of prose, or text_first 0"),
@@ -133,7 +181,6 @@ class TrainConfig:
             *(
                 (name, getattr(self, name) >= 0, "at least 0")
                 for name in (
-                    "held_out_articles",
                     "scorer_texts",
                     "text_first",
                     "warmup_steps",
@@ -152,6 +199,20 @@ class TrainConfig:
         """The fields as JSON holds them."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
+
+    @property
+    def formats(self) -> tuple[PromptFormat, ...]:
+        """The prompts that answers are learned in.
+
+        Raises:
+            ValueError: for a name that is no prompt's and no file's.
+        """
+        return tuple(map(prompt_format, self.prompts)) or (self.format,)
+
+    @property
+    def eval_formats(self) -> dict[str, PromptFormat]:
+        """The prompts validated, by name; "" is `format`. Raises as `formats` does."""
+        return {name: prompt_format(name) for name in self.eval_prompts} or {"": self.format}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

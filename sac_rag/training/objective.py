@@ -17,7 +17,9 @@ from sac_rag.kv import AnchorKV
 from sac_rag.salience import most_received, showing_attention
 from sac_rag.training.rows import Row, Source
 
-Match = Literal["none", "hidden", "logits"]
+# What is matched of a teacher: hidden states or logits of the frozen LM reading the full text, or
+# the logits that the compressor's own ratio 1 leads to.
+Match = Literal["none", "hidden", "logits", "self"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Objective:
     Args:
         compressor: What learns. Its config's ratio is only a default.
         prefix_ids: Plain text that every row begins with, read once.
-        match: What of the frozen LM's reading of the full text is to be matched, if anything.
+        match: What of a teacher is to be matched, if anything.
         match_weight: Of the matching term beside the cross-entropy.
     """
 
@@ -72,30 +74,39 @@ class Objective:
         self._prefix = read_plain(compressor.generator, prefix_ids) if prefix_ids else None
 
     def loss(self, rows: Sequence[Row], ratio: int) -> Tensor:
-        """What is to be made small. Shape: ()."""
+        """Training loss of one batch: cross-entropy of the targets, and the matching term.
+
+        Shape: ().
+        """
         compressor = self.compressor.at_ratio(ratio)
-        prompt = self.prompt(rows, self.encode(compressor, rows))
+        if self.match == "self" and ratio > 1:
+            # One encoding serves both: what is kept at a ratio is the first part of all entries.
+            every = self.encode(compressor.at_ratio(1), rows)
+            kvs = [kv.first(compressor.num_entries(kv.num_tokens)) for kv in every]
+        else:
+            kvs = self.encode(compressor, rows)
+        prompt = self.prompt(rows, kvs)
         hidden = self._read(prompt)
         places, labels = target_places(rows, prompt.embeds.shape[1])
         generator = compressor.generator
         with generator.running() as model:
             logits = model.lm_head(hidden[places]).float()
         loss = functional.cross_entropy(logits, labels.to(logits.device))
-        if self.match == "none":
+        if self.match == "none" or (self.match == "self" and ratio == 1):
             return loss
         with torch.no_grad():
-            text = self._text_prompt(rows)
-            taught = self._read(text)[target_places(rows, text.embeds.shape[1])[0]]
-            if self.match == "logits":
+            teacher = self.prompt(rows, every) if self.match == "self" else self._text_prompt(rows)
+            taught = self._read(teacher)[target_places(rows, teacher.embeds.shape[1])[0]]
+            if self.match != "hidden":
                 with generator.running() as model:
                     taught = model.lm_head(taught).float()
-        if self.match == "logits":
+        if self.match == "hidden":
+            difference = (hidden[places].float() - taught.float()).square().sum(-1)
+            distance = difference / taught.float().square().sum(-1)
+        else:
             distance = functional.kl_div(
                 logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none"
             ).sum(-1)
-        else:
-            difference = (hidden[places].float() - taught.float()).square().sum(-1)
-            distance = difference / taught.float().square().sum(-1)
         return loss + self.match_weight * distance.mean()
 
     @torch.no_grad()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import islice, takewhile
 from typing import TypeAlias
 
 from sac_rag.chunk import Chunk
 from sac_rag.generator import Generator
 from sac_rag.questions import Question
 from sac_rag.template import Markup, Piece, PromptFormat, leading
+from sac_rag.training.prompts import DRAFT
 
 # Of prose, in tokens.
 SHORTEST_TEXT = 32
@@ -78,56 +80,103 @@ class Row:
 
 
 class RowMaker:
-    """Makes rows in the very prompt in which the compressor will be used.
+    """Makes rows in the very prompts in which the compressor will be used.
 
     Attributes:
-        prefix_ids: Tokens that every row's prompt begins with.
+        prefix_ids: Tokens that every row's prompt begins with; none where there are several
+            prompts, each of which is then read whole.
 
     Args:
         generator: Whose tokens and special tokens count.
-        format: The prompt's. Questions must come after the chunks: they share the encoding.
-
-    Raises:
-        ValueError: if the question stands before a chunk.
+        formats: One prompt or several.
     """
 
-    def __init__(self, generator: Generator, format: PromptFormat) -> None:
+    def __init__(
+        self, generator: Generator, formats: PromptFormat | Sequence[PromptFormat]
+    ) -> None:
         self._generator = generator
-        self._format = format
-        pieces, _ = self._pieces("one question", [Chunk("a"), Chunk("b")])
-        if pieces != self._pieces("another question", [Chunk("a"), Chunk("b")])[0]:
-            raise ValueError(
-                "training needs a prompt format in which the question stands after the chunks, "
-                f"was: user={format.user!r}"
-            )
-        self._beginning = leading(pieces)
+        self.formats = (formats,) if isinstance(formats, PromptFormat) else tuple(formats)
+        beginnings = [
+            leading(self._pieces(text, [Chunk("a", title=text)], format)[0])
+            for format in self.formats
+            for text in ("a question", "another")
+        ]
+        # Pieces that all prompts have in common, whatever the question and the titles.
+        equal = takewhile(lambda pieces: len(set(pieces)) == 1, zip(*beginnings, strict=False))
+        self._beginning = [pieces[0] for pieces in equal] if len(self.formats) == 1 else []
         self.prefix_ids = tuple(i for piece in self._beginning for i in self._tokens(piece))
-        ends = sorted(generator.eos_ids)[:1]
-        self._end = () if format.stop else tuple(ends)
+        self._end = tuple(sorted(generator.eos_ids)[:1])
+
+    def shares_chunks(self, prompt: int) -> bool:
+        """Whether all questions come after the chunks, and so can share them in one row."""
+        format = self.formats[prompt]
+        words = f"{format.system}{format.user}"
+        return words.index("{chunks}") < words.index("{question}")
+
+    def refines(self, prompt: int) -> bool:
+        """Whether a draft of the answer stands in the prompt."""
+        return DRAFT in self.formats[prompt].user
+
+    def rows(
+        self,
+        chunks: Sequence[Chunk],
+        questions: Sequence[Question],
+        *,
+        prompt: int = 0,
+        learns: Sequence[bool] | None = None,
+        draft: str = "",
+    ) -> list[Row]:
+        """One row of all questions about the chunks, or one for each where they stand before them.
+
+        Equal chunks of several rows are encoded once in a batch. Arguments as for `ask`.
+        """
+        groups = [questions] if self.shares_chunks(prompt) else [[q] for q in questions]
+        return [
+            self.ask(chunks, group, prompt=prompt, learns=learns, draft=draft) for group in groups
+        ]
 
     def ask(
         self,
         chunks: Sequence[Chunk],
         questions: Sequence[Question],
         *,
+        prompt: int = 0,
         learns: Sequence[bool] | None = None,
+        draft: str = "",
+        ends: bool = True,
     ) -> Row:
         """All questions about the same chunks, the answers to be predicted.
 
         Args:
             chunks: In reading order.
             questions: Each with at least one answer, of which the first counts.
+            prompt: Which of the prompts.
             learns: Which chunks get gradients. Default: all.
+            draft: Stands in the place of {draft} in a prompt that refines an answer.
+            ends: Whether the end of the answer is to be predicted too.
+
+        Raises:
+            ValueError: for several questions in a prompt where the question stands before a chunk.
         """
+        if len(questions) > 1 and not self.shares_chunks(prompt):
+            raise ValueError(
+                "questions that stand before the chunks cannot share a row, got "
+                f"{len(questions)} of them for user={self.formats[prompt].user!r}; use `rows`"
+            )
+        format = self.formats[prompt]
+        format = replace(format, user=format.user.replace(DRAFT, draft))
         flags = iter(learns or [True] * len(chunks))
-        shared, _ = self._pieces(questions[0].text, chunks)
+        shared, _ = self._pieces(questions[0].text, chunks, format)
         parts: list[RowPart] = []
         for piece in shared[len(self._beginning) :]:
             if isinstance(piece, Chunk):
                 parts.append(Source(tuple(self._generator.tokenize(piece.text)), next(flags)))
             else:
                 parts.append(self._tokens(piece))
-        return Row(tuple(parts), tuple(self._target(question, chunks) for question in questions))
+        return Row(
+            tuple(parts),
+            tuple(self._target(question, chunks, format, ends) for question in questions),
+        )
 
     def continue_text(self, text: str, chunk_tokens: int, *, repeat: bool = False) -> Row | None:
         """A text whose first part is compressed and whose rest is to be predicted.
@@ -150,21 +199,24 @@ class RowMaker:
             targets.append(Target(again + ids[:half], half))
         return Row((Source(ids[:half]),), tuple(targets))
 
-    def _target(self, question: Question, chunks: Sequence[Chunk]) -> Target:
-        _, tail = self._pieces(question.text, chunks)
+    def _target(
+        self, question: Question, chunks: Sequence[Chunk], format: PromptFormat, ends: bool
+    ) -> Target:
+        _, tail = self._pieces(question.text, chunks, format)
         last = tail[-1].text if isinstance(tail[-1], Markup) else tail[-1]
         between = "" if last[-1:].isspace() else " "
-        stop = self._format.stop[0] if self._format.stop else ""
+        stop = format.stop[0] if format.stop and ends else ""
         answer = tuple(self._generator.tokenize(f"{between}{question.answers[0]}{stop}"))
-        answer += self._end
+        if ends and not stop:
+            answer += self._end
         asked = tuple(i for piece in tail for i in self._tokens(piece))
         return Target(asked + answer, len(answer))
 
     def _pieces(
-        self, question: str, chunks: Sequence[Chunk]
+        self, question: str, chunks: Sequence[Chunk], format: PromptFormat
     ) -> tuple[list[Piece], list[Markup | str]]:
         """The prompt up to its last chunk, and what follows."""
-        pieces = self._format.pieces(self._generator.tokenizer, question, chunks)
+        pieces = format.pieces(self._generator.tokenizer, question, chunks)
         tail: list[Markup | str] = []
         while not isinstance(pieces[-1], Chunk):
             tail.insert(0, pieces.pop())  # type: ignore[arg-type]
@@ -191,19 +243,50 @@ def batched(
     stream = iter(rows)
     while group := list(islice(stream, window)):
         group.sort(key=lambda row: (row.num_encoded, row.num_decoded))
-        batches: list[list[Row]] = [[]]
+        batches: list[list[Row]] = []
+        size = PaddedSize()
         for row in group:
-            grown = [*batches[-1], row]
-            if batches[-1] and padded_tokens(grown) > batch_tokens:
-                batches.append([row])
-            else:
-                batches[-1] = grown
+            grown = size.with_row(row)
+            if not batches or grown.tokens > batch_tokens:
+                batches.append([])
+                grown = PaddedSize().with_row(row)
+            batches[-1].append(row)
+            size = grown
         rng.shuffle(batches)
         yield from batches
 
 
+@dataclass(frozen=True)
+class PaddedSize:
+    """Tokens that a batch takes, padding included; equal chunks are encoded once.
+
+    Attributes:
+        chunks: Those of all rows.
+        longest: Tokens of the longest chunk.
+        rows: Rows of the batch.
+        decoded: Most tokens that the frozen LM reads of a row.
+    """
+
+    chunks: frozenset[Source] = frozenset()
+    longest: int = 0
+    rows: int = 0
+    decoded: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Encoded and decoded together."""
+        return self.longest * len(self.chunks) + self.rows * self.decoded
+
+    def with_row(self, row: Row) -> PaddedSize:
+        """The size with one more row."""
+        return PaddedSize(
+            self.chunks.union(row.sources),
+            max(self.longest, *(len(source.ids) for source in row.sources)),
+            self.rows + 1,
+            max(self.decoded, row.num_decoded),
+        )
+
+
 def padded_tokens(rows: Sequence[Row]) -> int:
     """Tokens that a batch takes, padding included."""
-    longest = max(len(source.ids) for row in rows for source in row.sources)
-    encoded = longest * sum(len(row.sources) for row in rows)
-    return encoded + len(rows) * max(row.num_decoded for row in rows)
+    return reduce(PaddedSize.with_row, rows, PaddedSize()).tokens

@@ -54,7 +54,7 @@ def measure(config: TrainConfig, *, batches: int = 6, repeats: int = 3) -> list[
     """
     examples, _ = split_examples(config)
     generator = Generator.from_pretrained(config.model, dtype=config.dtype or None)
-    maker = RowMaker(generator, config.format)
+    maker = RowMaker(generator, config.formats)
     learner = Learner(Objective(new_compressor(config, generator), maker.prefix_ids))
     drawn = list(islice(BatchStream(config, maker, examples), batches))
     ways: dict[str, Callable[[Batch], None]] = {

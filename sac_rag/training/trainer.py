@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.sac import SAC
 from sac_rag.generator import Generator
+from sac_rag.questions import QAExample
 from sac_rag.training.batches import Batch, BatchStream, rows_for_scorer, split_examples
 from sac_rag.training.config import WATCHING, TrainConfig
 from sac_rag.training.curves import draw_curves
@@ -76,12 +77,11 @@ def train(
     if generator is None:
         generator = Generator.from_pretrained(config.model, dtype=config.dtype or None)
     compressor = new_compressor(config, generator)
-    maker = RowMaker(generator, config.format)
+    maker = RowMaker(generator, config.formats)
     objective = Objective(
         compressor, maker.prefix_ids, match=config.match, match_weight=config.match_weight
     )
-    validator = Validator(objective, maker, held, config) if held else None
-    trainer = CompressorTrainer(config, objective, validator, out, tell)
+    trainer = CompressorTrainer(config, objective, validators(config, compressor, held), out, tell)
     last = trainer.last_checkpoint()
     if last is None and config.scorer_texts:
         _fit(config, objective, rows_for_scorer(config, maker, examples), tell)
@@ -93,13 +93,27 @@ def train(
     return final
 
 
+def validators(
+    config: TrainConfig, compressor: Compressor, held: Sequence[QAExample]
+) -> list[Validator]:
+    """One for each prompt that is validated; none without held-out questions."""
+    if not held:
+        return []
+    formats = config.eval_formats
+    makers = [RowMaker(compressor.generator, format) for format in formats.values()]
+    return [
+        Validator(Objective(compressor, maker.prefix_ids), maker, held, config, name=name)
+        for name, maker in zip(formats, makers, strict=True)
+    ]
+
+
 class CompressorTrainer(Trainer):  # type: ignore[misc]
     """HF's Trainer over a compressor: only what differs from a language model's training.
 
     Args:
         config: Of the run.
         objective: Gives the loss; its compressor's weights are what is trained.
-        validator: Measures at every evaluation; None for none.
+        validators: Measure at every evaluation, each in its prompt.
         out: Folder of the run.
         tell: Called with events.
     """
@@ -108,13 +122,13 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         self,
         config: TrainConfig,
         objective: Objective,
-        validator: Validator | None,
+        validators: Sequence[Validator],
         out: Path,
         tell: OnEvent,
     ) -> None:
         self.run_config = config
         self.objective = objective
-        self.validator = validator
+        self.validators = validators
         self.out = out
         self.tell = tell
         self.stop_wanted = threading.Event()
@@ -132,7 +146,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
             adam_beta2=0.95,
             max_grad_norm=config.clip,
             logging_steps=config.log_every,
-            eval_strategy="steps" if validator else "no",
+            eval_strategy="steps" if validators else "no",
             eval_steps=config.eval_every,  # saving goes by it too
             save_strategy="steps",
             save_steps=config.eval_every,
@@ -150,7 +164,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             data_collator=lambda batches: {"batch": batches[0]},
             # Never read: there must be one where evaluation is on.
-            eval_dataset=[0] if validator else None,
+            eval_dataset=[0] if validators else None,
             callbacks=[Watch(self)],
         )
         for printer in ("PrinterCallback", "ProgressCallback"):
@@ -173,13 +187,17 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validates at every ratio of the run."""
-        if self.validator is None:
+        if not self.validators:
             return {}
         ratios = self.run_config.eval_ratios or self.run_config.ratios
-        measured = [self.validator.measure(ratio) for ratio in sorted(set(ratios))]
+        measured = [
+            validator.measure(ratio)
+            for validator in self.validators
+            for ratio in sorted(set(ratios))
+        ]
         for validation in measured:
             self.note("validations", "validation", validation.to_dict())
-        metrics = {f"eval_loss_{v.ratio}x": v.loss for v in measured}
+        metrics = {f"eval_loss_{v.prompt}_{v.ratio}x": v.loss for v in measured}
         # Without it HF's trainer would evaluate once more.
         self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -289,7 +307,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._trainer.note("steps", "step", {**self._trainer.last, "seconds": round(seconds, 3)})
         if self._trainer.stop_wanted.is_set() or out_of_time:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = out_of_time and self._trainer.validator is not None
+            control.should_evaluate = out_of_time and bool(self._trainer.validators)
             self._trainer.tell({"event": "interrupted", "step": state.global_step})
 
 

@@ -30,6 +30,8 @@ class Validation:
         first_accuracy: The same of each answer's first token.
         wrong_loss, wrong_accuracy, wrong_first_accuracy: The same with another question's text.
         f1: F1 of answers written in full, over all golds; None if none were.
+        ended: Share of those answers that ended by themselves.
+        prompt: Name of the prompt; "" for the one saved beside the weights.
     """
 
     ratio: int
@@ -40,13 +42,15 @@ class Validation:
     wrong_accuracy: float
     wrong_first_accuracy: float
     f1: float | None = None
+    ended: float | None = None
+    prompt: str = ""
 
     @property
     def content(self) -> float:
         """What comes from the text itself: accuracy less that with a wrong text."""
         return self.accuracy - self.wrong_accuracy
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields and `content` as JSON holds them."""
         return {**asdict(self), "content": self.content}
 
@@ -56,9 +60,11 @@ class Validator:
 
     Args:
         objective: Whose compressor and prompts.
-        maker: Makes rows of the prompt.
+        maker: Makes rows of the prompts.
         examples: Held-out questions; a fixed choice of them is taken.
         config: How many contexts, questions of each, and answers written in full.
+        prompt: Which of the maker's prompts.
+        name: What the prompt is called in figures.
     """
 
     def __init__(
@@ -67,13 +73,22 @@ class Validator:
         maker: RowMaker,
         examples: Sequence[QAExample],
         config: TrainConfig,
+        *,
+        prompt: int = 0,
+        name: str = "",
     ) -> None:
         chosen = random.Random(0).sample(list(examples), min(config.eval_examples, len(examples)))
         self._objective = objective
-        self._format = config.format
+        self._format = maker.formats[prompt]
+        self._name = name
         self._rows = [
-            maker.ask(example.gold[:1], example.questions[: config.questions_per_context])
+            row
             for example in chosen
+            for row in maker.rows(
+                example.gold[:1],
+                example.questions[: config.questions_per_context],
+                prompt=prompt,
+            )
         ]
         self._wrong = [
             _with_source(row, other.sources[0])
@@ -86,8 +101,8 @@ class Validator:
         """Measures at one ratio, or of the frozen LM reading the text (read_as="text")."""
         right = self._predict(self._rows, ratio, read_as)
         wrong = self._predict(self._wrong, ratio, read_as)
-        answers = None if read_as == "text" else self._answer(ratio)
-        return Validation(ratio, *right, *wrong, f1=answers)
+        answered, ended = (None, None) if read_as == "text" else self._answer(ratio)
+        return Validation(ratio, *right, *wrong, f1=answered, ended=ended, prompt=self._name)
 
     def _predict(self, rows: Sequence[Row], ratio: int, read_as: str) -> tuple[float, float, float]:
         loss, correct, count, first_correct, first = 0.0, 0, 0, 0, 0
@@ -100,9 +115,10 @@ class Validator:
             first_correct += int(predicted.correct[predicted.first].sum())
         return loss / count, correct / count, first_correct / first
 
-    def _answer(self, ratio: int) -> float | None:
+    def _answer(self, ratio: int) -> tuple[float, float] | tuple[None, None]:
+        """F1 of answers written in full, and the share of them that ended by themselves."""
         if not self._asked:
-            return None
+            return None, None
         compressor = self._objective.compressor.at_ratio(ratio)
         rag = SacRAG(
             CachedCompressor(compressor, {}),
@@ -110,14 +126,16 @@ class Validator:
             decoding=Decoding(max_new_tokens=32),
         )
         scores: list[float] = []
+        ended = 0
         for begin in range(0, len(self._asked), 10):
             asked = self._asked[begin : begin + 10]
             answers = rag.batch([(question.text, [chunk]) for question, chunk in asked])
+            ended += sum(answer.finish_reason != "length" for answer in answers)
             scores += [
                 f1(answer.text, question.answers)
                 for answer, (question, _) in zip(answers, asked, strict=True)
             ]
-        return sum(scores) / len(scores)
+        return sum(scores) / len(scores), ended / len(scores)
 
 
 def _with_source(row: Row, source: Source) -> Row:

@@ -1,7 +1,7 @@
 """Prompt to text: whole, streamed or batched. Knows nothing of chunks, stores or templates.
 
-White space that a model writes before its answer is no part of it: behind "Answer:" every answer
-begins with a space.
+White space that a model writes before its answer is no part of it, and no stop text in it ends the
+answer: behind "Answer:" answers begin with a space or on a new line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Decoding:
         temperature: 0 takes the likeliest token (greedy); above 0 samples.
         top_p: Sample from the likeliest tokens that together have this probability.
         top_k: Sample from this many likeliest tokens; 0 for no such limit.
-        stop: Texts at which an answer ends; they are not part of it.
+        stop: Texts at which an answer ends; they are not part of it. None for those of the prompt
+            format behind its own prompt and none behind any other; () for none at all. A stop text
+            that lies in the white space before the first word does not end an answer.
         seed: Makes sampling repeatable. None takes torch's own state.
 
     Raises:
@@ -49,18 +51,19 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        if self.stop is not None:
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            object.__setattr__(self, "stop", stop)
         for name, good, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or above"),
-            ("stop", all(self.stop), "made of texts that are not empty"),
+            ("stop", all(self.stop or ()), "made of texts that are not empty"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {expected}, was: {getattr(self, name)!r}")
@@ -73,18 +76,34 @@ class Generation:
 
     Leaving the loop ends the work; what was written until then stays readable.
 
+    Args:
+        generator: Writes.
+        prompt: What to answer, one row for each answer.
+        decoding: How to answer.
+        stops: Stop texts of each row where the decoding gives none. Default: none.
+
     Attributes:
         texts: What each row has so far.
         num_tokens: Tokens each row has taken, its end token included.
         finish_reasons: Why each row ended; None while it goes on.
     """
 
-    def __init__(self, generator: Generator, prompt: Prompt, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        prompt: Prompt,
+        decoding: Decoding,
+        stops: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         self._generator = generator
         self._prompt = prompt
         self._decoding = decoding
         rows = len(prompt.num_tokens)
-        self._writers = [_Writer(generator.tokenizer, decoding.stop) for _ in range(rows)]
+        if decoding.stop is not None or stops is None:
+            stops = [decoding.stop or ()] * rows
+        if len(stops) != rows:
+            raise ValueError(f"expected stop texts of {rows} rows, got those of {len(stops)}")
+        self._writers = [_Writer(generator.tokenizer, stop) for stop in stops]
         self.num_tokens = [0] * rows
         self.finish_reasons: list[FinishReason | None] = [None] * rows
         self._steps = self._write()
@@ -168,7 +187,7 @@ def _chooser(decoding: Decoding, device: torch.device) -> Any:
 class _Writer:
     """Tokens to text, as soon as it is certain: whole characters, and no part of a stop text.
 
-    Leading white space is dropped, but ends the answer where it is a stop text.
+    Leading white space is dropped; stop texts that lie in it are ignored.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
@@ -200,7 +219,11 @@ class _Writer:
         return self._give_until_stop(len(self._held))
 
     def _give_until_stop(self, length: int) -> str:
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        blank = 0 if self.text else len(self._held) - len(self._held.lstrip())
+        # From where on a stop text ends behind the white space before the first word.
+        starts = [max(0, blank + 1 - len(stop)) for stop in self._stop]
+        places = map(self._held.find, self._stop, starts)
+        found = [at for at in places if at >= 0]
         if found:
             self.stopped = True
             return self._give(min(found), keep=False)

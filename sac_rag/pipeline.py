@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ class SacRAG:
 
     Attributes:
         compressor: Turns chunks into anchors, asking its store first.
-        format: How question and chunks become a prompt; its stop texts end answers to questions,
-            not turns of a chat.
+        format: How question and chunks become a prompt. Its stop texts end answers to its own
+            prompts, not turns of a chat or other completions, and only where the Decoding has none.
         on_miss: What to do with a chunk that is not in the store: "compress", read it as "text",
             or "raise" ChunkMiss.
         decoding: Used where a call gives none.
@@ -323,8 +322,9 @@ class SacRAG:
     ) -> list[Answer]:
         """Goes on with each plain prompt, chunks anywhere in it but at its end.
 
-        Nothing is added but the tokenizer's BOS: no chat template, no words of `format`, none of
-        its stop texts. For decoding and ratio see `answer`.
+        Nothing is added but the tokenizer's BOS: no chat template, no words of `format`. The stop
+        texts of `format` count where the prompt is one of its own (`format.matches`). For decoding
+        and ratio see `answer`.
 
         Raises:
             ValueError: if a prompt does not end in text.
@@ -367,12 +367,11 @@ class SacRAG:
         decoding: Decoding | None,
         ratio: int | None,
     ) -> Run:
-        decoding = decoding or self.decoding
-        stop = tuple(dict.fromkeys((*decoding.stop, *self.format.stop)))
         return self._run(
             lambda: [self._ask(question, chunks) for question, chunks in questions],
             self.beginning_ids,
-            replace(decoding, stop=stop),
+            [self.format.stop] * len(questions),
+            decoding,
             ratio,
         )
 
@@ -386,7 +385,8 @@ class SacRAG:
         return self._run(
             lambda: [render(tokenizer, messages) for messages in conversations],
             lambda: token_ids(before_first_turn(tokenizer, first), self.compressor),
-            decoding or self.decoding,
+            [()] * len(conversations),
+            decoding,
             ratio,
         )
 
@@ -402,7 +402,8 @@ class SacRAG:
         return self._run(
             lambda: [plain(self.generator.tokenizer, prompt) for prompt in prompts],
             self.beginning_ids,
-            decoding or self.decoding,
+            [self.format.stop if self.format.matches(prompt) else () for prompt in prompts],
+            decoding,
             ratio,
         )
 
@@ -410,7 +411,8 @@ class SacRAG:
         self,
         rows: Callable[[], list[list[Piece]]],
         beginning: Callable[[], list[int]],
-        decoding: Decoding,
+        stops: Sequence[Sequence[str]],
+        decoding: Decoding | None,
         ratio: int | None,
     ) -> Run:
         trace = Trace("answer")  # the run ends it, or what is raised before there is one
@@ -418,7 +420,8 @@ class SacRAG:
             return prepare(
                 rows(),
                 beginning(),
-                decoding,
+                decoding or self.decoding,
+                stops=stops,
                 ratio=ratio,
                 compressor=self.compressor,
                 on_miss=self.on_miss,

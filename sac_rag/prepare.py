@@ -46,6 +46,7 @@ def prepare(
     beginning: list[int],
     decoding: Decoding,
     *,
+    stops: Sequence[Sequence[str]],
     ratio: int | None,
     compressor: CachedCompressor,
     on_miss: OnMiss,
@@ -59,6 +60,7 @@ def prepare(
         rows: Prompts in reading order.
         beginning: Token ids that they are likely to begin with.
         decoding: How to answer.
+        stops: Stop texts of each row, used where the decoding gives none.
         ratio: Of chunks that have none of their own. Default: the compressor's own.
         compressor: Gives the chunks' KV.
         on_miss: What to do with a chunk that is not in the store.
@@ -135,7 +137,7 @@ def prepare(
         first_position=config.first_position,
     )
     return Run(
-        generation=Generation(generator, prompt, decoding),
+        generation=Generation(generator, prompt, decoding, stops),
         prompt=prompt,
         reports=reports,
         meter=meter,

@@ -36,11 +36,11 @@ def test_pipeline_langchain_and_llama_index_answer_the_same() -> None:
             "question": RunnablePassthrough(),
         }
         | prompt_template(rag)
-        | ChatSAC(rag, plain=True)
+        | ChatSAC(rag)
     )
     asyncio.set_event_loop(None)  # LlamaIndex's sync calls would make one and not close it
     engine = SummaryIndex([TextNode(text=text) for text in TEXTS]).as_query_engine(
-        llm=SACLLM(rag, plain=True),
+        llm=SACLLM(rag),
         node_postprocessors=[SACPostprocessor(rag)],
         text_qa_template=text_qa_template(rag),
     )

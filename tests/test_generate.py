@@ -115,6 +115,12 @@ def test_one_stop_text_may_be_given_alone() -> None:
     assert Decoding(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
+def test_no_stop_texts_given_and_none_wanted_are_told_apart() -> None:
+    assert Decoding().stop is None
+    assert Decoding(stop=()).stop == ()
+    assert Decoding(stop=[]).stop == ()  # type: ignore[arg-type]
+
+
 # --- how an answer ends
 
 
@@ -191,6 +197,32 @@ def test_rows_end_each_on_its_own() -> None:
     assert batch.texts == [generation.texts[0] for generation in alone]
     assert batch.num_tokens == [generation.num_tokens[0] for generation in alone]
     assert batch.finish_reasons == ["stop", "stop", "stop", "eos"]
+
+
+STOPS = [("counted",), (), ("light", "T")]
+
+
+def test_each_row_ends_at_its_own_stop_texts() -> None:
+    generation = Generation(
+        generator := saying(SENTENCE), start(generator, [1], [1], [1]), Decoding(), STOPS
+    )
+    pieces = ["".join(row) for row in zip(*generation, strict=True)]
+    assert pieces == generation.texts == ["The lighthouse keeper ", SENTENCE, ""]
+    assert generation.finish_reasons == ["stop", "eos", "stop"]
+
+
+@pytest.mark.parametrize(("stop", "expected"), [((), SENTENCE), (("keeper",), "The lighthouse ")])
+def test_explicit_stop_texts_take_the_place_of_the_rows(
+    parrot: Generator, stop: tuple[str, ...], expected: str
+) -> None:
+    generation = Generation(parrot, start(parrot, [1], [1], [1]), Decoding(stop=stop), STOPS)
+    assert list(generation)
+    assert generation.texts == [expected] * 3
+
+
+def test_stop_texts_of_another_number_of_rows_are_refused(parrot: Generator) -> None:
+    with pytest.raises(ValueError, match="expected stop texts of 1 rows, got those of 3"):
+        Generation(parrot, start(parrot), Decoding(), STOPS)
 
 
 def test_a_token_the_model_config_names_ends_the_answer_too() -> None:
@@ -358,10 +390,14 @@ def test_pieces_joined_are_what_the_tokenizer_decodes(ids: list[int]) -> None:
     text=st.text(alphabet="ab 🚀é\n", max_size=40),
     stop=st.text(alphabet="ab 🚀é\n", min_size=1, max_size=4),
 )
-def test_a_text_is_cut_at_its_first_stop_text(text: str, stop: str) -> None:
+def test_a_text_is_cut_at_its_first_stop_text_that_ends_behind_its_first_word(
+    text: str, stop: str
+) -> None:
     pieces, writer = pieces_of(ids_of(text), [stop])
-    assert "".join(pieces) == writer.text == text.split(stop)[0].lstrip()
-    assert writer.stopped == (stop in text)
+    blank = len(text) - len(text.lstrip())
+    cuts = [i for i in range(len(text)) if text.startswith(stop, i) and i + len(stop) > blank]
+    assert "".join(pieces) == writer.text == text[: cuts[0] if cuts else None].lstrip()
+    assert writer.stopped == bool(cuts)
 
 
 @pytest.mark.parametrize("text", [" Mabel Strand", "  Mabel Strand", "\n\t Mabel Strand"])
@@ -377,13 +413,30 @@ def test_white_space_inside_and_behind_an_answer_stays() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(" Mabel Strand\nQuestion: Who", "Mabel Strand"), ("\nQuestion: Who", ""), (" \n a\n", "")],
+    [
+        (" Mabel Strand\nQuestion: Who", "Mabel Strand"),
+        ("\nMabel Strand\nQuestion: Who", "Mabel Strand"),
+        ("\n\n Mabel Strand\n", "Mabel Strand"),
+        (" \n a\n", "a"),
+    ],
 )
-def test_a_line_that_is_empty_is_an_empty_answer(text: str, expected: str) -> None:
-    """Skipped as white space, it would let the model answer with what it writes next."""
-    pieces, writer = pieces_of(ids_of(text), ["\n"])
+def test_a_stop_text_before_the_first_word_does_not_end_an_answer(text: str, expected: str) -> None:
+    pieces, writer = pieces_of(ids_of(text), ["\n", "\n\n"])
     assert "".join(pieces) == writer.text == expected
     assert writer.stopped
+
+
+def test_a_stop_text_that_has_the_first_word_in_it_ends_an_answer() -> None:
+    """Else the answer would be the next question."""
+    pieces, writer = pieces_of(ids_of("\n\nQuestion: Who?"), ["\n", "\nQuestion:"])
+    assert "".join(pieces) == writer.text == ""
+    assert writer.stopped
+
+
+def test_white_space_alone_is_an_empty_answer_that_no_stop_text_ends() -> None:
+    pieces, writer = pieces_of(ids_of(" \n\n"), ["\n"])
+    assert "".join(pieces) == writer.text == ""
+    assert not writer.stopped
 
 
 @settings(deadline=None)

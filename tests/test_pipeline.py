@@ -729,17 +729,38 @@ def test_a_plain_prompt_that_ends_in_a_chunk_is_refused(rag: SacRAG) -> None:
     assert rag.complete([]) == []
 
 
-def test_the_formats_stop_texts_end_answers_besides_the_decodings(
+@pytest.mark.parametrize("prompt_format", [PromptFormat(), SPANS], ids=["chat", "plain"])
+def test_the_formats_stop_texts_end_answers_unless_others_are_given(
+    make_rag: Callable[..., SacRAG], prompt_format: PromptFormat
+) -> None:
+    said = make_rag(format=replace(prompt_format, stop=())).answer(QUESTION, PROSE).text
+    own, other = said[2], said[4]
+    stopping = make_rag(format=replace(prompt_format, stop=(own,)))
+    assert stopping.answer(QUESTION, PROSE).text == said.split(own)[0]
+    assert stopping.answer(QUESTION, PROSE).finish_reason == "stop"
+    for stop, expected in (((other,), said.split(other)[0]), ((), said)):
+        decoding = replace(stopping.decoding, stop=stop)
+        assert stopping.answer(QUESTION, PROSE, decoding).text == expected
+        assert "".join(stopping.stream(QUESTION, PROSE, decoding)) == expected
+        default = make_rag(format=stopping.format, decoding=decoding)
+        assert default.answer(QUESTION, PROSE).text == expected
+
+
+def test_the_formats_stop_texts_end_completions_of_its_own_prompts_alone(
     make_rag: Callable[..., SacRAG],
 ) -> None:
-    rag = make_rag()
-    said = rag.answer(QUESTION, PROSE).text
-    first, second = said[len(said) // 2], said[2]
-    stopping = make_rag(format=PromptFormat(stop=(first,)))
-    assert stopping.answer(QUESTION, PROSE).text == said.split(first)[0]
-    assert stopping.answer(QUESTION, PROSE).finish_reason == "stop"
-    both = stopping.answer(QUESTION, PROSE, Decoding(max_new_tokens=8, stop=(second,)))
-    assert both.text == said.split(first)[0].split(second)[0]
+    own = [f"{SPANS.prefix}Text:\n", Chunk(PROSE[0]), f"\nQuestion: {QUESTION}\nAnswer:"]
+    other = ["Text:\n", Chunk(PROSE[0]), f"\nQuestion: {QUESTION}\nAnswer:"]
+    free = make_rag(format=replace(SPANS, stop=()))
+    said = [free.complete([prompt])[0].text for prompt in (own, other)]
+    stop = said[0][2], said[1][2]
+    stopping = make_rag(format=replace(SPANS, stop=stop))
+    expected = [min((said[0].split(text)[0] for text in stop), key=len), said[1]]
+    assert expected[0] != said[0]
+    assert [answer.text for answer in stopping.complete([own, other])] == expected
+    assert ["".join(stopping.stream_complete(p)) for p in (own, other)] == expected
+    none = replace(stopping.decoding, stop=())
+    assert [answer.text for answer in stopping.complete([own, other], none)] == said
 
 
 def test_the_formats_stop_texts_do_not_end_turns_of_a_chat(

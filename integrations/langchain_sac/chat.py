@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
@@ -24,10 +24,12 @@ from typing_extensions import Self
 
 from langchain_sac.messages import conversation, metadata_of, plain_prompt, usage_of
 from langchain_sac.together import Place, Together
+from sac_rag.chunk import Chunk
 from sac_rag.digests import digest_json
 from sac_rag.generate import Decoding
 from sac_rag.pipeline import SacRAG
 from sac_rag.reports import Answer
+from sac_rag.template import Message
 
 # LangChain's names for fields of a Decoding.
 _DECODING = {
@@ -40,8 +42,14 @@ _DECODING = {
 # What chains ask of models behind a network; there is nothing to do about it here.
 _IGNORED = {"stream", "stream_usage", "timeout", "max_retries"}
 
-# Turns or a plain prompt, how to answer, and the ratio of chunks that have none of their own.
-_Row: TypeAlias = tuple[list[Any], Decoding, int | None]
+
+class _Row(NamedTuple):
+    """One prompt, the turns of a chat or else a plain text, and how to answer it."""
+
+    turns: Sequence[Message]
+    text: Sequence[str | Chunk] | None
+    decoding: Decoding
+    ratio: int | None
 
 
 class ChatSAC(BaseChatModel):
@@ -59,7 +67,7 @@ class ChatSAC(BaseChatModel):
         ...         "question": RunnablePassthrough(),
         ...     }
         ...     | prompt_template(rag)
-        ...     | ChatSAC(rag, plain=True, max_tokens=8)
+        ...     | ChatSAC(rag, max_tokens=8)
         ... )
         >>> said = chain.invoke("Who kept the light?")
         >>> said.usage_metadata["input_tokens"] > 0
@@ -73,15 +81,17 @@ class ChatSAC(BaseChatModel):
     Attributes:
         rag: Answers; several components may share it.
         model: What the model is called in traces and metadata. Default: its config's own name.
-        plain: Whether the messages' contents are one plain prompt, without a chat template and
-            without roles, that ends at the stop texts of `rag.format` too. A pipeline whose
-            `format.chat` is False was made for such prompts and answers better from them.
+        plain: How messages are read. None: a prompt that `prompt_template(rag)` made is read as
+            `rag.answer` reads it, in a chat template or as plain text; everything else is a chat.
+            True: all contents are one plain text to complete, without a chat template and without
+            roles. False: everything is a chat.
         max_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; above 0 samples.
         top_p: Sample from the likeliest tokens that together have this probability.
         top_k: Sample from this many likeliest tokens; 0 for no such limit.
         seed: Makes sampling repeatable.
-        stop: Texts at which an answer ends. A `stop` given in a call takes their place.
+        stop: Texts at which an answer ends, in place of those of `rag.format`, which end answers to
+            its own plain prompts. A `stop` given in a call takes the place of both.
         ratio: Source tokens per KV entry of marked chunks, unless SACCompressor gave them one.
             None for the compressor's own.
         batch_size: At most so many inputs of a `batch` are answered in one padded batch;
@@ -93,7 +103,7 @@ class ChatSAC(BaseChatModel):
 
     rag: SacRAG = Field(repr=False, exclude=True)
     model: str
-    plain: bool = False
+    plain: bool | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -141,6 +151,9 @@ class ChatSAC(BaseChatModel):
         compressor, generator = self.rag.compressor, self.rag.generator
         config = compressor.compressor.config
         template = None if self.plain else getattr(generator.tokenizer, "chat_template", None)
+        # Decides which prompts are plain, and where answers to those end.
+        format = self.rag.format
+        rule = None if format.chat or self.plain is False else format.to_json()
         return {
             "model": self.model,
             "revision": generator.identity["weights"],
@@ -152,6 +165,7 @@ class ChatSAC(BaseChatModel):
             "namespace": compressor.text_id(""),
             "plain": self.plain,
             "template": digest_json(template),
+            "format": digest_json(rule),
             # Not "stop", which LangChain overwrites with that of the call.
             "decoding": asdict(self._decoding(None, {})),
         }
@@ -239,9 +253,11 @@ class ChatSAC(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        content, decoding, ratio = self._row(messages, stop, kwargs)
-        start = self.rag.stream_complete if self.plain else self.rag.stream_chat
-        stream = start(content, decoding, ratio=ratio)
+        row = self._row(messages, stop, kwargs)
+        if row.text is None:
+            stream = self.rag.stream_chat(row.turns, row.decoding, ratio=row.ratio)
+        else:
+            stream = self.rag.stream_complete(row.text, row.decoding, ratio=row.ratio)
         for piece in stream:
             yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
         metadata = metadata_of(stream.answer, self.model)
@@ -258,15 +274,28 @@ class ChatSAC(BaseChatModel):
     def _row(
         self, messages: list[BaseMessage], stop: list[str] | None, asked: dict[str, Any]
     ) -> _Row:
-        read = plain_prompt if self.plain else conversation
         ratio = self.ratio if asked.get("ratio") is None else asked["ratio"]
-        return read(messages, self.rag.compressor.key), self._decoding(stop, asked), ratio
+        decoding, key_of = self._decoding(stop, asked), self.rag.compressor.key
+        if self.plain:
+            return _Row((), plain_prompt(messages, key_of), decoding, ratio)
+        turns = conversation(messages, key_of)
+        if self.plain is None and [turn.role for turn in turns] == ["user"]:
+            content = turns[0].content
+            if self.rag.format.matches(content):
+                return _Row((), content, decoding, ratio)
+        return _Row(turns, None, decoding, ratio)
 
     def _answers(self, rows: Sequence[_Row]) -> list[Answer]:
-        """Answers rows in one padded batch; all of them come with the same decoding and ratio."""
-        answer = self.rag.complete if self.plain else self.rag.chat
-        _, decoding, ratio = rows[0]
-        return answer([content for content, _, _ in rows], decoding, ratio=ratio)
+        """Answers chats in one padded batch and plain prompts in one.
+
+        All rows come with the same decoding and ratio.
+        """
+        decoding, ratio = rows[0].decoding, rows[0].ratio
+        turns = [row.turns for row in rows if row.text is None]
+        texts = [row.text for row in rows if row.text is not None]
+        chats = iter(self.rag.chat(turns, decoding, ratio=ratio))
+        completions = iter(self.rag.complete(texts, decoding, ratio=ratio))
+        return [next(chats if row.text is None else completions) for row in rows]
 
     def _result(self, answer: Answer) -> ChatResult:
         metadata = metadata_of(answer, self.model)
@@ -295,10 +324,7 @@ class ChatSAC(BaseChatModel):
                 changes[ours] = value
         if (ends := self.stop if stop is None else stop) is not None:
             changes["stop"] = ends
-        decoding = replace(self.rag.decoding, **changes)
-        if not self.plain:
-            return decoding
-        return replace(decoding, stop=tuple(dict.fromkeys((*decoding.stop, *self.rag.format.stop))))
+        return replace(self.rag.decoding, **changes)
 
     def _groups(
         self,

@@ -15,9 +15,10 @@ def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
     """The prompt that `rag.answer` writes, with places for {context} and {question}.
 
     With `format_docs(rag)` for the context, ChatSAC answers as `rag.answer` does from the same
-    documents, of which there must be at least one: from a prompt in chat turns as it is, from a
-    plain one (`rag.format.chat` is False) with `plain=True`. A chat does not end at the format's
-    stop texts, if it has any; give them to ChatSAC.
+    documents, of which there must be at least one: it knows a plain prompt (`rag.format.chat` is
+    False) by the format's first and last words. Two things must be given to ChatSAC: `plain=True`
+    for a plain format whose prompts have neither in common, and a chat format's stop texts, at
+    which chats do not end by themselves.
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")

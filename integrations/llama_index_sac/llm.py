@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 ResponseT = TypeVar("ResponseT")
 
+# The turns of a chat, or the pieces of a plain text.
+_Prompt: TypeAlias = list[Message] | tuple[str | Chunk, ...]
+
 # What LlamaIndex's own LLMs call it.
 _ALIASES = {"max_tokens": "max_new_tokens"}
 
@@ -42,10 +45,11 @@ _ALIASES = {"max_tokens": "max_new_tokens"}
 class SACLLM(CustomLLM):
     """The frozen LM of a SacRAG; it attends to what a SACPostprocessor over the same SacRAG marked.
 
-    Answers are written in the model's chat template or, with `plain`, as the continuation of plain
-    text. `complete`, `chat`, their streams and async versions give the same answer; async ones work
-    in threads, and a stream that is left writes no more. `raw["usage"]` of a response counts what
-    was attended to, `additional_kwargs["sac"]` says what became of each chunk.
+    A prompt that `text_qa_template` made is read as `rag.answer` reads it; everything else is a
+    chat in the model's chat template, or as `plain` says. `complete`, `chat`, their streams and
+    async versions give the same answer; async ones work in threads, and a stream that is left
+    writes no more. `raw["usage"]` of a response counts what was attended to,
+    `additional_kwargs["sac"]` says what became of each chunk.
 
     >>> from llama_index.core.llms import ChatMessage
     >>> llm = SACLLM(rag)
@@ -58,10 +62,12 @@ class SACLLM(CustomLLM):
 
     Args:
         rag: Answers. Its `on_miss` deals with chunks that have left the store since retrieval.
-        plain: Prompts are plain text: no template, no roles, messages joined by blank lines.
-            Answers then end at the stop texts of `rag.format` too.
+        plain: How prompts are read. None: those in the plain format of `rag.format`, and those that
+            are completed with `formatted=True`, are plain text; all others are chats. True: all are
+            plain text: no template, no roles, messages joined by blank lines. False: all are chats.
         decoding: How answers are written. Default: the SacRAG's own. Each call may change its
-            fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`.
+            fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`. Without a `stop`, answers
+            to prompts in the plain format end at its stop texts.
         ratio: Source tokens per KV entry of marked chunks, unless a SACPostprocessor gave them one;
             an option of each call too. Default: the compressor's own.
         **settings: Those of LlamaIndex's LLM.
@@ -72,7 +78,9 @@ class SACLLM(CustomLLM):
             compressor does not have.
     """
 
-    plain: bool = Field(default=False, description="Whether prompts are plain text, no chats.")
+    plain: bool | None = Field(
+        default=None, description="Whether prompts are plain text, no chats; None decides for each."
+    )
     ratio: int | None = Field(
         default=None, strict=True, description="Source tokens per KV entry of marked chunks."
     )
@@ -85,7 +93,7 @@ class SACLLM(CustomLLM):
         self,
         rag: SacRAG,
         *,
-        plain: bool = False,
+        plain: bool | None = None,
         decoding: Decoding | None = None,
         ratio: int | None = None,
         **settings: Any,
@@ -106,7 +114,7 @@ class SACLLM(CustomLLM):
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path = "smollm2-135m", *, plain: bool = False, **options: Any
+        cls, model: str | Path = "smollm2-135m", *, plain: bool | None = None, **options: Any
     ) -> SACLLM:
         """Loads a model with its compressor; see `SacRAG.from_pretrained` for options and errors.
 
@@ -134,7 +142,7 @@ class SACLLM(CustomLLM):
         return LLMMetadata(
             context_window=generator.max_positions,
             num_output=self._decoding.max_new_tokens,
-            is_chat_model=not self.plain,
+            is_chat_model=self.plain is not True,
             model_name=Path(config._name_or_path or config.model_type).name,
         )
 
@@ -156,14 +164,20 @@ class SACLLM(CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        """Answers a prompt: one turn of a user or, with `plain`, text to go on with.
+        """Answers a prompt: one turn of a user, or plain text to go on with, as `plain` says.
+
+        Args:
+            prompt: Gets the LLM's `completion_to_prompt` around it, unless it is formatted.
+            formatted: Whether the prompt is as the model must read it, without a chat template
+                too, unless `plain` is False.
+            **options: Fields of Decoding, and ratio.
 
         Raises:
             Unanswerable: if it is too long, or contains a marker of unknown origin.
             ChunkMiss: with the SacRAG's on_miss="raise", if a chunk has left the store.
             TypeError: for an option that is neither a field of Decoding nor ratio.
         """
-        *_, last = self._steps(self._said(prompt, formatted), options)
+        *_, last = self._steps(self._completion(prompt, formatted), options)
         return completion(last)
 
     @llm_completion_callback()
@@ -171,25 +185,25 @@ class SACLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseGen:
         """The same, piece by piece; raises as `complete` does, at once."""
-        return _each(self._steps(self._said(prompt, formatted), options), completion)
+        return _each(self._steps(self._completion(prompt, formatted), options), completion)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
         """Writes the assistant's next turn. Raises as `complete` does."""
-        *_, last = self._steps(messages, options)
+        *_, last = self._steps(self._conversation(messages), options)
         return turn(last)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseGen:
         """The same, piece by piece; raises as `complete` does, at once."""
-        return _each(self._steps(messages, options), turn)
+        return _each(self._steps(self._conversation(messages), options), turn)
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponse:
         """As `complete`, in threads; cancelling it ends the work."""
-        stream = await self._aeach(self._said(prompt, formatted), options, completion)
+        stream = await self._aeach(self._completion(prompt, formatted), options, completion)
         return [response async for response in stream][-1]
 
     @llm_completion_callback()
@@ -197,53 +211,67 @@ class SACLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseAsyncGen:
         """As `stream_complete`, in threads."""
-        return await self._aeach(self._said(prompt, formatted), options, completion)
+        return await self._aeach(self._completion(prompt, formatted), options, completion)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
         """As `chat`, in threads; cancelling it ends the work."""
-        return [response async for response in await self._aeach(messages, options, turn)][-1]
+        stream = await self._aeach(self._conversation(messages), options, turn)
+        return [response async for response in stream][-1]
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **options: Any
     ) -> ChatResponseAsyncGen:
         """As `stream_chat`, in threads."""
-        return await self._aeach(messages, options, turn)
+        return await self._aeach(self._conversation(messages), options, turn)
 
-    def _said(self, prompt: str, formatted: bool) -> list[ChatMessage]:
+    def _completion(self, prompt: str, formatted: bool) -> _Prompt:
         text = prompt if formatted else (self.completion_to_prompt or str)(prompt)
-        return [ChatMessage(text, role=MessageRole.USER)]
+        pieces = self._markers.pieces(text)
+        if self.plain or (formatted and self.plain is None):
+            return pieces
+        return self._recognized([Message(MessageRole.USER.value, pieces)])
 
-    def _steps(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Iterator[Step]:
+    def _conversation(self, messages: Sequence[ChatMessage]) -> _Prompt:
+        if self.plain:
+            return self._markers.pieces((self.messages_to_prompt or _paragraphs)(messages))
+        turns = [
+            Message(message.role.value, self._markers.pieces(_text(message)))
+            for message in messages
+        ]
+        return self._recognized(turns)
+
+    def _recognized(self, turns: list[Message]) -> _Prompt:
+        """Turns of a chat, or the plain text that they are if they are in the plain format."""
+        if self.plain is None and [turn.role for turn in turns] == [MessageRole.USER.value]:
+            content = turns[0].content
+            if self._rag.format.matches(content):
+                return content
+        return turns
+
+    def _steps(self, prompt: _Prompt, options: dict[str, Any]) -> Iterator[Step]:
         """The answer as it grows, begun now: what is wrong with the prompt is raised here."""
         ratio = self.ratio if options.get("ratio") is None else options["ratio"]
         changes = {name: value for name, value in options.items() if name != "ratio"}
         decoding = _changed(self._decoding, changes)
         try:
-            if self.plain:
-                stop = dict.fromkeys((*decoding.stop, *self._rag.format.stop))
-                decoding = replace(decoding, stop=tuple(stop))
-                prompt = self._markers.pieces((self.messages_to_prompt or _paragraphs)(messages))
+            if isinstance(prompt, tuple):
                 stream = self._rag.stream_complete(prompt, decoding, ratio=ratio)
             else:
-                conversation = [
-                    Message(message.role.value, self._markers.pieces(_text(message)))
-                    for message in messages
-                ]
-                stream = self._rag.stream_chat(conversation, decoding, ratio=ratio)
+                stream = self._rag.stream_chat(prompt, decoding, ratio=ratio)
         except ValueError as error:
             raise Unanswerable(str(error)) from error
         return growing(stream)
 
     async def _aeach(
         self,
-        messages: Sequence[ChatMessage],
+        prompt: _Prompt,
         options: dict[str, Any],
         make: Callable[[Step], ResponseT],
     ) -> AsyncGenerator[ResponseT, None]:
         # One thread a step: whoever leaves the stream, or is cancelled, asks for no further one.
-        steps = await asyncio.to_thread(self._steps, messages, options)
+        steps = await asyncio.to_thread(self._steps, prompt, options)
 
         async def responses() -> AsyncGenerator[ResponseT, None]:
             while (step := await asyncio.to_thread(next, steps, None)) is not None:

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
     """The template with which a query engine asks as `rag.answer` does.
 
-    For a plain format, with a plain SACLLM. The answers are equal where the nodes have no metadata
-    for the LLM: then what stands between two chunks is what the format puts there.
+    The answers are equal where the nodes have no metadata for the LLM: then what stands between two
+    chunks is what the format puts there. SACLLM knows a plain prompt by the format's first and last
+    words; one whose prompts have neither in common needs `SACLLM(rag, plain=True)`.
 
     >>> from llama_index.core import SummaryIndex
     >>> from llama_index.core.schema import TextNode
     >>> from llama_index_sac import SACLLM, SACPostprocessor
     >>> texts = ["The keeper counted seven ships.", "The tower is 41 metres tall."]
     >>> engine = SummaryIndex([TextNode(text=text) for text in texts]).as_query_engine(
-    ...     llm=SACLLM(rag, plain=not rag.format.chat),
+    ...     llm=SACLLM(rag),
     ...     node_postprocessors=[SACPostprocessor(rag)],
     ...     text_qa_template=text_qa_template(rag),
     ... )

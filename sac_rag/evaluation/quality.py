@@ -148,7 +148,7 @@ def evaluate(
         "prompt": prompt,
         "heading": compressor.config.heading or None,
         "max_new_tokens": max_new_tokens,
-        "stop": list(decoding.stop),
+        "stop": list(rag.format.stop if decoding.stop is None else decoding.stop),
         "dtype": generator.dtype_name,
         "model": digest_json(generator.identity),
         "fingerprint": fingerprint,

@@ -148,6 +148,7 @@ FORMATS = [
     PromptFormat(system="Use {braces} {{as}} text.", user="{q} {chunks} {{question}} }{ end"),
     SPANS,
     replace(SPANS, prefix="Say {it} {{so}}.\n", chunk="{title}\n{chunk}", stop=("e", "\n")),
+    PromptFormat(chat=False, user="{question} {{}}\n{chunks}\nSo:", stop=("e",)),
 ]
 
 
@@ -162,7 +163,7 @@ def test_the_pipelines_prompt_gives_the_pipelines_answer(
             "question": RunnablePassthrough(),
         }
         | prompt_template(rag)
-        | ChatSAC(rag, plain=not rag.format.chat)
+        | ChatSAC(rag)
     )
     said = chain.invoke(QUESTION)
     answer = rag.answer(QUESTION, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from langchain_core.callbacks import (
     BaseCallbackHandler,
     get_usage_metadata_callback,
 )
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import ConfigurableField
-from langchain_sac import ChatSAC
+from langchain_sac import ChatSAC, SACCompressor, format_docs, prompt_template
 from langchain_sac.marker import mark
+from langchain_sac.messages import conversation
 from langchain_scenes import QUESTION, SHORT, home_of_module, make_rag  # noqa: F401
 
 from sac_rag import Chunk, ChunkMiss, Decoding, Message, PromptTooLong, SacRAG
@@ -110,12 +113,11 @@ def test_threads_get_the_answers_they_would_get_alone(rag: SacRAG, chat: ChatSAC
         assert [said.text for said in threads.map(chat.invoke, inputs)] == expected
 
 
-def test_a_plain_prompt_is_the_pipelines(llama: Generator) -> None:
+def test_a_completion_is_the_pipelines(llama: Generator) -> None:
     rag = make_rag(llama, format=SPANS, decoding=Decoding(max_new_tokens=24))
     chat = ChatSAC(rag, plain=True)
     prompt: list[str | Chunk] = ["Text:\n", Chunk(PROSE[0]), "\n\nQuestion: Who?\nAnswer:"]
-    stopping = Decoding(max_new_tokens=24, stop=SPANS.stop)
-    expected = rag.complete([prompt], stopping)[0].text
+    expected = rag.complete([prompt])[0].text
     marked = mark(PROSE[0], rag.compressor.key(PROSE[0]))
     messages = [SystemMessage(f"Text:\n{marked}"), HumanMessage("Question: Who?\nAnswer:")]
     assert chat.invoke(messages).text == expected
@@ -124,6 +126,86 @@ def test_a_plain_prompt_is_the_pipelines(llama: Generator) -> None:
     assert ChatSAC(rag).invoke(messages).text != expected
     with pytest.raises(ValueError, match="must end in text"):
         chat.invoke(marked)
+
+
+# --- which prompt
+
+
+def own_prompt(rag: SacRAG, *numbers: int) -> BaseMessage:
+    """A question in the format's prompt, as a chain writes it."""
+    documents = [Document(PROSE[i]) for i in numbers]
+    context = format_docs(rag)(SACCompressor(rag).invoke(documents))
+    prompt = prompt_template(rag).invoke({"context": context, "question": QUESTION})
+    (message,) = prompt.to_messages()
+    return message
+
+
+@pytest.fixture
+def spans(llama: Generator) -> SacRAG:
+    """A pipeline with a plain prompt whose answers end at their second letter."""
+    said = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    return make_rag(llama, format=replace(SPANS, stop=(said[1],)))
+
+
+async def test_the_formats_own_prompt_is_plain_and_ends_at_its_stop_texts(spans: SacRAG) -> None:
+    chat, messages = ChatSAC(spans), [own_prompt(spans, 0, 1)]
+    expected = spans.answer(QUESTION, PROSE[:2])
+    assert (len(expected.text), expected.finish_reason) == (1, "stop")
+    said = chat.invoke(messages)
+    assert said.text == expected.text
+    assert said.usage_metadata is not None
+    assert said.usage_metadata["input_tokens"] == expected.usage.positions_attended
+    assert (await chat.ainvoke(messages)).text == expected.text
+    assert "".join(piece.text for piece in chat.stream(messages)) == expected.text
+    assert [said.text for said in chat.batch([messages] * 2)] == [expected.text] * 2
+
+
+def test_everything_else_is_a_chat_that_ends_where_it_ends(spans: SacRAG) -> None:
+    own = own_prompt(spans, 0, 1)
+    key = spans.compressor.key
+    conversations: list[list[BaseMessage]] = [
+        [HumanMessage(QUESTION)],
+        [HumanMessage(f"What does {SPANS.prefix!r} mean?\nQuestion: Who?\nAnswer:")],
+        [HumanMessage(f"{own.text}\nBe brief.")],
+        [SystemMessage("Be brief."), own],
+        [SystemMessage(own.text)],
+        [HumanMessage(QUESTION), AIMessage("Seven."), own],
+        asked(spans, 0, 1),
+    ]
+    expected = [
+        spans.chat([conversation(messages, key)], replace(SHORT, stop=()))[0].text
+        for messages in conversations
+    ]
+    assert [ChatSAC(spans).invoke(messages).text for messages in conversations] == expected
+
+
+def test_a_batch_may_have_plain_prompts_among_chats(spans: SacRAG) -> None:
+    chat = ChatSAC(spans)
+    inputs: Any = [asked(spans, 2), [own_prompt(spans, 0, 1)], "Hello", [own_prompt(spans, 3)]]
+    expected = [chat.invoke(row).text for row in inputs]
+    assert expected[1] == spans.answer(QUESTION, PROSE[:2]).text
+    assert [said.text for said in chat.batch(inputs)] == expected
+
+
+def test_a_stop_of_the_model_or_the_call_takes_the_place_of_the_formats(
+    llama: Generator, spans: SacRAG
+) -> None:
+    messages = [own_prompt(spans, 0, 1)]
+    whole = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    assert ChatSAC(spans).invoke(messages).text != whole
+    assert ChatSAC(spans).invoke(messages, stop=[]).text == whole
+    assert ChatSAC(spans, stop=[]).invoke(messages).text == whole
+    assert (
+        ChatSAC(spans, stop=[]).invoke(messages, stop=[whole[3]]).text == whole.split(whole[3])[0]
+    )
+
+
+def test_how_prompts_are_read_can_be_fixed(spans: SacRAG) -> None:
+    messages = [own_prompt(spans, 0, 1)]
+    turns = conversation(messages, spans.compressor.key)
+    assert ChatSAC(spans, plain=False).invoke(messages).text == spans.chat([turns])[0].text
+    assert ChatSAC(spans, plain=True).invoke(messages).text == ChatSAC(spans).invoke(messages).text
+    assert ChatSAC(spans, plain=True).invoke("Hello").text == spans.complete([["Hello"]])[0].text
 
 
 # --- the account
@@ -457,7 +539,10 @@ def test_models_with_one_cache_never_share_an_answer(make_generator: Any) -> Non
         "another architecture": ChatSAC(make_rag(make_generator("qwen3")), cache=cache),
         "another tenant": ChatSAC(make_rag(llama, namespace="tenant"), cache=cache),
         "misses as text": ChatSAC(make_rag(llama, on_miss="text"), cache=cache),
-        "plain": ChatSAC(rag, cache=cache, plain=True),
+        "completions": ChatSAC(rag, cache=cache, plain=True),
+        "another prompt format": ChatSAC(make_rag(llama, format=SPANS), cache=cache),
+        "other words": ChatSAC(make_rag(llama, format=replace(SPANS, prefix="Q")), cache=cache),
+        "no stop": ChatSAC(make_rag(llama, format=SPANS), cache=cache, stop=[]),
         "longer": ChatSAC(rag, cache=cache, max_tokens=9),
         "another stop": ChatSAC(rag, cache=cache, stop=["e"]),
         "sampled": ChatSAC(rag, cache=cache, temperature=1.0, seed=1),

@@ -30,7 +30,5 @@ def test_a_query_engine_answers_as_the_pipeline_does(
     expected = rag.answer(QUESTION, [node.text for node in nodes]).text
     template = text_qa_template(rag)
     for mode in ("compact", "simple_summarize"):
-        engine = query_engine(
-            rag, nodes, plain=not rag.format.chat, text_qa_template=template, response_mode=mode
-        )
+        engine = query_engine(rag, nodes, text_qa_template=template, response_mode=mode)
         assert engine.query(QUESTION).response == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from conftest import PROSE, make_model, make_tokenizer
 from llama_index.core import Settings, SummaryIndex
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
-from llama_index_sac import SACLLM, SACPostprocessor, Unanswerable
+from llama_index_sac import SACLLM, SACPostprocessor, Unanswerable, text_qa_template
+from llama_index_sac.markers import markers_of
 from tiny_index import (  # noqa: F401
     QUESTION,
     SHORT,
@@ -25,39 +27,40 @@ from tiny_index import (  # noqa: F401
     scored,
 )
 
-from sac_rag import Chunk, ChunkMiss, Decoding, Message, PromptFormat, SacRAG
+from sac_rag import Chunk, ChunkMiss, Decoding, Message, SacRAG
 from sac_rag.generator import Generator
 from sac_rag.stream import AnswerStream
+from sac_rag.template import SPANS
 
-Ask = Callable[[SACLLM, str], Awaitable[str]]
+Ask = Callable[..., Awaitable[str]]
 
 
-async def complete(llm: SACLLM, prompt: str) -> str:
-    return llm.complete(prompt).text
+async def complete(llm: SACLLM, prompt: str, **options: Any) -> str:
+    return llm.complete(prompt, **options).text
 
 
 async def chat(llm: SACLLM, prompt: str) -> str:
     return str(llm.chat([ChatMessage(prompt)]).message.content)
 
 
-async def stream_complete(llm: SACLLM, prompt: str) -> str:
-    return "".join(str(r.delta) for r in llm.stream_complete(prompt))
+async def stream_complete(llm: SACLLM, prompt: str, **options: Any) -> str:
+    return "".join(str(r.delta) for r in llm.stream_complete(prompt, **options))
 
 
 async def stream_chat(llm: SACLLM, prompt: str) -> str:
     return "".join(str(r.delta) for r in llm.stream_chat([ChatMessage(prompt)]))
 
 
-async def acomplete(llm: SACLLM, prompt: str) -> str:
-    return (await llm.acomplete(prompt)).text
+async def acomplete(llm: SACLLM, prompt: str, **options: Any) -> str:
+    return (await llm.acomplete(prompt, **options)).text
 
 
 async def achat(llm: SACLLM, prompt: str) -> str:
     return str((await llm.achat([ChatMessage(prompt)])).message.content)
 
 
-async def astream_complete(llm: SACLLM, prompt: str) -> str:
-    return "".join([str(r.delta) async for r in await llm.astream_complete(prompt)])
+async def astream_complete(llm: SACLLM, prompt: str, **options: Any) -> str:
+    return "".join([str(r.delta) async for r in await llm.astream_complete(prompt, **options)])
 
 
 async def astream_chat(llm: SACLLM, prompt: str) -> str:
@@ -160,26 +163,93 @@ def test_roles_become_the_chat_templates_and_plain_paragraphs(llama: Generator) 
     assert plain == rag.complete([[f"Be brief.\n\n{QUESTION}"]])[0].text
 
 
-def test_plain_answers_end_at_the_formats_stop_texts(llama: Generator) -> None:
-    said = SACLLM(make_rag(llama), plain=True).complete(QUESTION).text
-    stop = said[len(said) // 2]
-    rag = make_rag(llama, format=PromptFormat(stop=(stop,)))
-    for others in ({}, {"stop": ("zz",)}):
-        assert SACLLM(rag, plain=True).complete(QUESTION, **others).text == said.split(stop)[0]
-    turn = SACLLM(rag).complete(QUESTION).text
-    assert turn == rag.chat([[Message("user", (QUESTION,))]])[0].text
+# --- which prompt
+
+
+@pytest.fixture
+def spans(llama: Generator) -> SacRAG:
+    """A pipeline with a plain prompt whose answers end at their second letter."""
+    said = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    return make_rag(llama, format=replace(SPANS, stop=(said[1],)))
+
+
+def own_prompt(rag: SacRAG, count: int = 2) -> str:
+    """A question about nodes in the format's prompt, as a response synthesizer writes it."""
+    nodes = SACPostprocessor(rag).postprocess_nodes(scored(make_nodes(count)))
+    context = "\n\n".join(node.get_content("llm") for node in nodes)
+    return text_qa_template(rag).format(context_str=context, query_str=QUESTION)
+
+
+@pytest.mark.parametrize("ask", SYNC + ASYNC)
+async def test_the_formats_own_prompt_is_plain_and_ends_at_its_stop_texts(
+    spans: SacRAG, ask: Ask
+) -> None:
+    expected = spans.answer(QUESTION, PROSE[:2])
+    assert (len(expected.text), expected.finish_reason) == (1, "stop")
+    assert await ask(SACLLM(spans), own_prompt(spans)) == expected.text
+
+
+def test_everything_else_is_a_chat_that_ends_where_it_ends(spans: SacRAG) -> None:
+    llm, own = SACLLM(spans), own_prompt(spans, 0)
+    conversations = [
+        [("user", QUESTION)],
+        [("user", f"What does {SPANS.prefix!r} mean?\nQuestion: Who?\nAnswer:")],
+        [("user", f"{own}\nBe brief.")],
+        [("system", "Be brief."), ("user", own)],
+        [("system", own)],
+        [("user", QUESTION), ("assistant", "Seven."), ("user", own)],
+    ]
+    for turns in conversations:
+        turn = [Message(role, (text,)) for role, text in turns]
+        (expected,) = spans.chat([turn], replace(SHORT, stop=()))
+        said = llm.chat([ChatMessage(text, role=role) for role, text in turns])
+        assert said.message.content == expected.text
+    (expected,) = spans.chat([[Message("user", (QUESTION,))]])
+    assert llm.complete(QUESTION).text == expected.text
+
+
+def test_a_stop_of_the_model_or_the_call_takes_the_place_of_the_formats(
+    llama: Generator, spans: SacRAG
+) -> None:
+    prompt = own_prompt(spans)
+    whole = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    assert SACLLM(spans).complete(prompt).text != whole
+    assert SACLLM(spans).complete(prompt, stop=()).text == whole
+    assert SACLLM(spans).complete(prompt, stop=whole[3]).text == whole.split(whole[3])[0]
+    unstopped = SACLLM(spans, decoding=replace(SHORT, stop=()))
+    assert unstopped.complete(prompt).text == whole
+
+
+@pytest.mark.parametrize("ask", [complete, stream_complete, acomplete, astream_complete])
+async def test_a_formatted_prompt_gets_no_template(spans: SacRAG, ask: Ask) -> None:
+    (completion,) = spans.complete([[QUESTION]])
+    (chat,) = spans.chat([[Message("user", (QUESTION,))]])
+    assert completion.text != chat.text
+    for plain, expected in ((None, completion), (True, completion), (False, chat)):
+        assert await ask(SACLLM(spans, plain=plain), QUESTION, formatted=True) == expected.text
+
+
+def test_how_prompts_are_read_can_be_fixed(spans: SacRAG) -> None:
+    prompt = own_prompt(spans)
+    turn = Message("user", tuple(markers_of(spans).pieces(prompt)))
+    assert SACLLM(spans, plain=False).complete(prompt).text == spans.chat([[turn]])[0].text
+    assert SACLLM(spans, plain=True).complete(prompt).text == SACLLM(spans).complete(prompt).text
+    assert SACLLM(spans, plain=True).complete(QUESTION).text == spans.complete([[QUESTION]])[0].text
 
 
 def test_a_prompt_wrapper_of_the_users_own_is_used(llama: Generator) -> None:
     wrapped = SACLLM(make_rag(llama), completion_to_prompt=lambda prompt: f"Q: {prompt}")
-    assert wrapped.complete("Why?").text == SACLLM(wrapped.rag).complete("Q: Why?").text
-    assert wrapped.complete("Q: Why?", formatted=True).text == wrapped.complete("Why?").text
+    bare = SACLLM(wrapped.rag)
+    assert wrapped.complete("Why?").text == bare.complete("Q: Why?").text
+    formatted = wrapped.complete("Q: Why?", formatted=True).text
+    assert formatted == bare.complete("Q: Why?", formatted=True).text
 
 
 def test_llama_index_is_told_lengths_and_kind(llm: SACLLM) -> None:
     metadata = llm.metadata
     assert metadata.context_window == 8192 > metadata.num_output == 6
     assert metadata.is_chat_model is not llm.plain
+    assert SACLLM(llm.rag).metadata.is_chat_model is True
     assert metadata.model_name == "llama"
 
 

@@ -72,8 +72,8 @@ def scored(nodes: list[TextNode]) -> list[NodeWithScore]:
     return [NodeWithScore(node=node, score=1 / (i + 2)) for i, node in enumerate(nodes)]
 
 
-def query_engine(rag: SacRAG, nodes: list[TextNode], plain: bool = False, **options: Any) -> Any:
+def query_engine(rag: SacRAG, nodes: list[TextNode], **options: Any) -> Any:
     """All nodes are retrieved, in their order."""
     return SummaryIndex(nodes).as_query_engine(
-        llm=SACLLM(rag, plain=plain), node_postprocessors=[SACPostprocessor(rag)], **options
+        llm=SACLLM(rag), node_postprocessors=[SACPostprocessor(rag)], **options
     )

@@ -8,7 +8,7 @@ from langchain_sac import ChatSAC, SACCompressor, format_docs, prompt_template
 
 assert importlib.util.find_spec("llama_index") is None
 
-chat = ChatSAC.from_pretrained("smollm2-135m", plain=True)
+chat = ChatSAC.from_pretrained("smollm2-135m")
 texts = ["Owls hunt at night.", "The kiosk at the pier sells blue paint."]
 retriever = RunnableLambda(lambda question: [Document(text) for text in texts])
 chain = (

@@ -8,7 +8,7 @@ from llama_index_sac import SACLLM, SACPostprocessor, text_qa_template
 
 assert importlib.util.find_spec("langchain_core") is None
 
-llm = SACLLM.from_pretrained("smollm2-135m", plain=True)
+llm = SACLLM.from_pretrained("smollm2-135m")
 texts = ["Owls hunt at night.", "The kiosk at the pier sells blue paint."]
 engine = SummaryIndex([TextNode(text=text) for text in texts]).as_query_engine(
     llm=llm,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
-from sac_rag.cli.tables import print_dtypes, print_lookups, print_reads
+from sac_rag.cli.tables import print_dropin, print_dtypes, print_lookups, print_reads
 from sac_rag.show import (
     notes,
     out,
@@ -20,6 +22,13 @@ from sac_rag.show import (
 )
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
+
+
+class ReadAs(str, Enum):
+    """What chunks are attended to as."""
+
+    text = "text"
+    anchors = "anchors"
 
 
 @app.command()
@@ -120,6 +129,99 @@ def quality(
         print_json({"model": model, "rows": [asdict(result) for result in results]})
     else:
         out.print(comparison.to_markdown(results), markup=False)
+
+
+@app.command()
+def dropin(
+    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for evaluate.")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Questions to draw.")] = 40,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, help="Chunks; may be repeated.")
+    ] = None,
+    ratio: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Source tokens per anchor; may be repeated. Default: the compressor's."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="retrieval-qa, rag-prompt, tutorial (LangChain), compact, refine, tree-summarize, "
+            "context-chat (LlamaIndex), own (the compressor's), summarise, list-facts or explain; "
+            "may be repeated. Default: all but the last three."
+        ),
+    ] = None,
+    framework: Annotated[
+        list[str] | None,
+        typer.Option(help="langchain or llama-index; may be repeated. Default: both."),
+    ] = None,
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="Also summarise, list-facts and explain.")
+    ] = False,
+    read_as: Annotated[
+        list[ReadAs] | None,
+        typer.Option(help="text or anchors; may be repeated. Default: both."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions, distractors and places.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Questions answered together in LangChain.")
+    ] = 8,
+    model: Annotated[
+        str, typer.Option(help="Default model, local folder or hub id.")
+    ] = "smollm2-135m",
+    compressor: Annotated[
+        str | None,
+        typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor."),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answers in LangChain's and LlamaIndex's own prompts, through the adapters."""
+    from sac_rag.evaluation.sample import draw
+    from sac_rag.questions import read_questions
+
+    examples = list(read_questions(data))
+    samples = [draw(examples, k=chunks, limit=limit, seed=seed) for chunks in k or (1, 4)]
+    with loading():
+        from sac_rag.evaluation.dropin import measure, select_prompts
+
+        prompts = select_prompts(prompt or (), framework or (), instructions=instructions)
+    if model in all_models():
+        pull_missing([model])
+    with loading():
+        from sac_rag import SacRAG
+        from sac_rag.stores import MemoryStore
+
+        rag = SacRAG.from_pretrained(
+            model,
+            compressor=compressor,
+            store=MemoryStore(6 * 2**30),
+            dtype=dtype.value if dtype else None,
+        )
+    rows = []
+    kinds = read_as or list(ReadAs)
+    settings = (ReadAs.text in kinds) + len({*(ratio or (1,))}) * (ReadAs.anchors in kinds)
+    total = settings * len(samples) * len(prompts)
+    with progress("answering", total=total, show=not as_json) as advance:
+        for row in measure(
+            rag,
+            samples,
+            prompts,
+            ratios=ratio or (),
+            read_as=[kind.value for kind in kinds],
+            max_new_tokens=max_tokens,
+            batch_size=batch_size,
+        ):
+            advance(1)
+            rows.append(row)
+            # Whatever ends a long run, this much is known.
+            notes.print(json.dumps(row.to_dict()), markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"model": model, "rows": [row.to_dict() for row in rows]})
+    else:
+        print_dropin(model, rag.generator.dtype_name, rows)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.table import Table
 from sac_rag.show import human_bytes, out
 
 if TYPE_CHECKING:
+    from sac_rag.evaluation.dropin import DropinResult
     from sac_rag.evaluation.dtypes import DtypeRow
     from sac_rag.evaluation.lookup_speed import LookupSpeed
     from sac_rag.evaluation.store_speed import ReadSpeed
@@ -35,6 +36,32 @@ def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
         )
     out.print(f"{model}, {dtype}, {rows[0].n} questions; logits: root mean square of errors\n")
     out.print(table)
+
+
+def print_dropin(model: str, dtype: str, rows: Sequence[DropinResult]) -> None:
+    """Prompts of the frameworks, a table for each number of chunks and what was attended to."""
+    columns = ("framework", "prompt", "n", "F1", "gold", "words", "ended", "empty", "repeated")
+    out.print(
+        f"{model}, {dtype}; gold: contained in the answer; words: median; repeated: word bigrams",
+        markup=False,
+    )
+    groups: dict[tuple[int, int], list[DropinResult]] = {}
+    for row in rows:
+        groups.setdefault((row.k, row.ratio or 0), []).append(row)
+    # Text first, then anchors by ratio; within that as they were measured.
+    for (k, ratio), group in sorted(groups.items()):
+        table = Table(*columns, box=None, pad_edge=False)
+        for row in group:
+            table.add_row(
+                row.framework,
+                row.prompt,
+                str(row.n),
+                *("-" if score is None else f"{score:.3f}" for score in (row.f1, row.contains)),
+                f"{row.words:.1f}",
+                *(f"{share:.2f}" for share in (row.ended, row.empty, row.repeated)),
+            )
+        out.print(f"\nk={k}, {f'anchors, {ratio}x' if ratio else 'text'}\n")
+        out.print(table)
 
 
 def print_reads(rows: Sequence[ReadSpeed]) -> None:

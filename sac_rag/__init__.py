@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sac_rag.cached import CachedCompressor
     from sac_rag.chunk import Chunk
     from sac_rag.compressors.config import CompressorConfig
-    from sac_rag.embedder import Embedder
     from sac_rag.errors import (
         ChunkMiss,
         CorruptEntry,
@@ -21,15 +20,17 @@ if TYPE_CHECKING:
         PromptTooLong,
         UnsupportedModel,
     )
-    from sac_rag.generate import Decoding
-    from sac_rag.generator import Generator
     from sac_rag.kv import AnchorKV
+    from sac_rag.lm.generator import Generator
     from sac_rag.pipeline import SacRAG
+    from sac_rag.prompts.chat import Message
+    from sac_rag.prompts.format import PromptFormat
+    from sac_rag.prompts.generate import Decoding
     from sac_rag.reports import Answer
-    from sac_rag.retrieval import ChunkIndex
+    from sac_rag.retrieval.embedder import Embedder
+    from sac_rag.retrieval.index import ChunkIndex
     from sac_rag.stores.disk import DiskStore
     from sac_rag.stores.memory import MemoryStore
-    from sac_rag.template import Message, PromptFormat
     from sac_rag.training.fit import fit
 
 __version__ = "0.1.0"
@@ -39,18 +40,18 @@ _HOME = {
     "Answer": "reports",
     "CachedCompressor": "cached",
     "Chunk": "chunk",
-    "ChunkIndex": "retrieval",
+    "ChunkIndex": "retrieval.index",
     "ChunkMiss": "errors",
     "CompressorConfig": "compressors.config",
     "CorruptEntry": "errors",
-    "Decoding": "generate",
+    "Decoding": "prompts.generate",
     "DiskStore": "stores.disk",
-    "Embedder": "embedder",
-    "Generator": "generator",
+    "Embedder": "retrieval.embedder",
+    "Generator": "lm.generator",
     "MemoryStore": "stores.memory",
-    "Message": "template",
+    "Message": "prompts.chat",
     "ModelUnavailable": "errors",
-    "PromptFormat": "template",
+    "PromptFormat": "prompts.format",
     "PromptTooLong": "errors",
     "SacRAG": "pipeline",
     "UnsupportedModel": "errors",

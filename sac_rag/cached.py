@@ -14,9 +14,9 @@ from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import Full
 from sac_rag.errors import ChunkMiss
 from sac_rag.guard import Guard
-from sac_rag.keys import Namespace
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.abilities import (
+from sac_rag.namespace import Namespace
+from sac_rag.stores.base import (
     DocumentStore,
     ExplainingStore,
     ForgettingStore,

@@ -19,16 +19,16 @@ from typing import Any
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.config import StoredDtype
-from sac_rag.embedder import Embedder
-from sac_rag.estimate import Estimate, estimate
 from sac_rag.loading import default_compressor, load_compressor
 from sac_rag.pipeline import SacRAG
-from sac_rag.precompress import increments
+from sac_rag.precompress.estimate import Estimate, estimate
+from sac_rag.precompress.job import increments
+from sac_rag.precompress.workers import Workers
 from sac_rag.reports import PrecompressReport
-from sac_rag.retrieval import ChunkIndex, Hit
-from sac_rag.splitter import split
+from sac_rag.retrieval.embedder import Embedder
+from sac_rag.retrieval.index import ChunkIndex, Hit
+from sac_rag.retrieval.splitter import split
 from sac_rag.stores.disk import DiskStore
-from sac_rag.workers import Workers
 
 FORMAT = 1
 

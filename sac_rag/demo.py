@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from sac_rag import models
+from sac_rag import default_models as models
+from sac_rag.benchmarks.first_token import full_text_seconds
 from sac_rag.chunk import Chunk
 from sac_rag.collection import Collection, in_reading_order
-from sac_rag.evaluation.speed import full_text_seconds
-from sac_rag.generate import Decoding
+from sac_rag.prompts.generate import Decoding
 
 LEADS = "wikipedia-leads"
 

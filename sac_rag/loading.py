@@ -13,10 +13,10 @@ from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import StoredDtype
 from sac_rag.compressors.full import Full
-from sac_rag.compressors.stored import Stored
-from sac_rag.generator import Generator
+from sac_rag.compressors.precompressed import Stored
+from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
-from sac_rag.template import PromptFormat
+from sac_rag.prompts.format import PromptFormat
 
 log = logging.getLogger(__name__)
 

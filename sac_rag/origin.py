@@ -14,8 +14,8 @@ from torch import Tensor
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
-from sac_rag.digests import digest_json, tensors_digest
-from sac_rag.template import PromptFormat
+from sac_rag.lm.digests import digest_json, tensors_digest
+from sac_rag.prompts.format import PromptFormat
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,26 +8,24 @@ from typing import Any
 
 import torch
 
-from sac_rag.archive import Archive
+from sac_rag.answering import AnswerStream, Run, evictions, prepare, token_ids
+from sac_rag.archive import Archive, Exported, export
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors.config import StoredDtype
-from sac_rag.export import Exported, export
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 from sac_rag.loading import load_compressor, load_stored
-from sac_rag.metrics import Meter, Metrics
 from sac_rag.origin import Origin
-from sac_rag.precompress import precompress
-from sac_rag.prefix import Prefixes
-from sac_rag.prepare import evictions, prepare, token_ids
+from sac_rag.precompress.job import precompress
+from sac_rag.prefix_cache import Prefixes
+from sac_rag.prompts.chat import Message, Piece, before_first_turn, plain, render
+from sac_rag.prompts.format import PromptFormat
+from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer, BadRecord, PrecompressReport
 from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
-from sac_rag.stream import AnswerStream, Run
-from sac_rag.telemetry import Trace
-from sac_rag.template import Message, Piece, PromptFormat, before_first_turn, plain, render
+from sac_rag.telemetry import Meter, Metrics, Trace
 
 
 class SacRAG:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from sac_rag.chunk import Chunk
-from sac_rag.generate import FinishReason
+from sac_rag.prompts.generate import FinishReason
 
 
 @dataclass(frozen=True)

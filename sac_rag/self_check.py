@@ -9,15 +9,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from sac_rag import models
-from sac_rag.assemble import assemble
-from sac_rag.attention import as_inputs
+from sac_rag import default_models as models
 from sac_rag.compressors.full import Full
-from sac_rag.digests import digest_json
 from sac_rag.errors import UnsupportedModel
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.rope import relocation_error
+from sac_rag.lm.attention import as_inputs
+from sac_rag.lm.digests import digest_json
+from sac_rag.lm.generator import Generator
+from sac_rag.lm.rope import relocation_error
+from sac_rag.prompts.assemble import assemble
 
 # Largest relative error that is still rounding. Measured on 2 to 30 layers: at most 1e-5 in
 # float32 and 0.03 in bfloat16; rotating the wrong pairs or ignoring a mask gives 0.3 and more.

@@ -33,14 +33,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sac_rag.assemble import Prompt
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import Prompt
+from sac_rag.prompts.chat import opening
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
-from sac_rag.template import opening
 
 # pytest-xdist's processes ignore Ctrl-C, and what they start would inherit that: there are tests
 # that send one.

@@ -39,6 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sac_rag.archive import export
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.collection import Collection, CollectionSettings
@@ -48,13 +49,12 @@ from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
 from sac_rag.errors import CorruptEntry
-from sac_rag.export import export
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
+from sac_rag.prompts.format import PromptFormat
 from sac_rag.stores import DiskStore
 from sac_rag.stores.cipher import Cipher
-from sac_rag.template import PromptFormat
 
 FOLDER = Path(__file__).parent / "data" / "pinned"
 NAMESPACE = "tenant"

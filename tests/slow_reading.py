@@ -1,9 +1,9 @@
 """Reads a prompt part by part, one head at a time: the oracle of reading it in one pass.
 
-Shares nothing with sac_rag.assemble and sac_rag.attention. Each chunk is a rectangle with a slot
-for every token in every head; what a head has not kept is filled with noise, which must never be
-seen. A part is a forward pass of its own, so that the cache holds what stands before it, and turns
-and padding are not needed.
+Shares nothing with sac_rag.prompts.assemble and sac_rag.lm.attention. Each chunk is a rectangle
+with a slot for every token in every head; what a head has not kept is filled with noise, which must
+never be seen. A part is a forward pass of its own, so that the cache holds what stands before it,
+and turns and padding are not needed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.rope import move
+from sac_rag.lm.generator import Generator
+from sac_rag.lm.rope import move
 
 NAME = "one_head_at_a_time"
 

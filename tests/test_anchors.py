@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sac_rag.anchors import num_anchors, segment_bounds, strided_anchors, top_anchors
+from sac_rag.compressors.anchor_selection import (
+    num_anchors,
+    segment_bounds,
+    strided_anchors,
+    top_anchors,
+)
 
 
 @pytest.mark.parametrize(("ratio", "count", "first"), [(5, 102, 2), (15, 34, 7), (51, 10, 25)])

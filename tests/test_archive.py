@@ -22,7 +22,7 @@ from stores import make_kv
 from typer.testing import CliRunner
 
 from sac_rag import SacRAG, archive
-from sac_rag.archive import Archive
+from sac_rag.archive import Archive, export
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.cli import app
@@ -30,17 +30,16 @@ from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry
 from sac_rag.evaluation.quality import System, evaluate
+from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.evaluation.sample import draw
-from sac_rag.export import export
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
-from sac_rag.questions import QAExample, Question
+from sac_rag.prompts.format import SPANS
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.stores.abilities import PartialStore
+from sac_rag.stores.base import PartialStore
 from sac_rag.stores.cipher import Cipher
-from sac_rag.template import SPANS
 
 QUESTION = "Who counted the ships?"
 SHORT = Decoding(max_new_tokens=8)

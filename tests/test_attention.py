@@ -17,13 +17,13 @@ from slow_reading import read_slowly
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sac_rag.assemble import Branches, Part, Prompt, assemble
-from sac_rag.attention import NAMES, Masks
+from sac_rag.compressors.anchor_selection import attention_when_read_again
 from sac_rag.compressors.full import read_plain
-from sac_rag.generate import Decoding, Generation, next_tokens
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.salience import attention_when_read_again
+from sac_rag.lm.attention import NAMES, Masks
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import Branches, Part, Prompt, assemble
+from sac_rag.prompts.generate import Decoding, Generation, next_tokens
 
 TOLERANCE = 1e-4  # as in test_exactness
 # bfloat16 has 8 binary digits; measured on these models: at most 0.03 of the largest logit.

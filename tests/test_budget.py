@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from slow_reading import read_slowly
 from torch import Tensor
 
-from sac_rag.anchors import num_anchors
-from sac_rag.assemble import Part, assemble
+from sac_rag.compressors.anchor_selection import num_anchors
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.budget import joint_order, num_entries, ranked_entries
 from sac_rag.compressors.sac import SAC
-from sac_rag.generate import Decoding, Generation
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import Part, assemble
+from sac_rag.prompts.generate import Decoding, Generation
 
 TOLERANCE = 1e-4  # as in test_exactness
 LAYERS, KV_HEADS = 3, 2  # of the tiny models

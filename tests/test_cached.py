@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
-from sac_rag.generator import Generator
-from sac_rag.keys import Namespace
+from sac_rag.errors import REASONS, ChunkMiss, CorruptEntry, PromptTooLong, name_of
 from sac_rag.kv import AnchorKV
-from sac_rag.misses import REASONS, name_of
+from sac_rag.lm.generator import Generator
+from sac_rag.namespace import Namespace
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.stores.abilities import DocumentStore, PartialStore, Wanted
+from sac_rag.stores.base import DocumentStore, PartialStore, Wanted
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_without_the_extra_the_rest_works_and_the_cipher_says_how_to_get_it() ->
     code = """
 import sys
 sys.modules["cryptography"] = None
-import sac_rag.stores.disk
+import sac_rag.stores.disk.store
 try:
     import sac_rag.stores.cipher
 except ImportError as error:

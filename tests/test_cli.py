@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from sac_rag.cli import app, job
 from sac_rag.collection import Collection
 from sac_rag.compressors import checkpoint
+from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.reports import PrecompressReport
-from sac_rag.template import SPANS, PromptFormat
-from sac_rag.training.choices import CHOICES
+from sac_rag.training.ablation import CHOICES
 
 TOWN = """# Port Ellery
 

@@ -18,8 +18,8 @@ from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
 from sac_rag.demo import QUESTIONS, ask_questions, wikipedia_leads
-from sac_rag.retrieval import ChunkIndex
-from sac_rag.template import SPANS
+from sac_rag.prompts.format import SPANS
+from sac_rag.retrieval.index import ChunkIndex
 
 pytestmark = pytest.mark.real_model
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd import backward
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sac_rag.assemble import Part, assemble
 from sac_rag.compressors import base, checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
@@ -31,7 +30,8 @@ from sac_rag.compressors.full import Full
 from sac_rag.compressors.layout import Layout, after_sink, causal
 from sac_rag.compressors.sac import SAC
 from sac_rag.errors import PromptTooLong
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import Part, assemble
 
 ROUNDING = 1e-4
 SINK = "<|im_start|>system\n"
@@ -341,7 +341,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from conftest import make_model, make_tokenizer
 from sac_rag.compressors import checkpoint
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 compressor = checkpoint.load(sys.argv[2], Generator(make_model("llama"), make_tokenizer()))
 print(hash("sac"), compressor.fingerprint)
 """

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sac_rag.chunk import Chunk
-from sac_rag.corpus import read_documents
-from sac_rag.splitter import split
+from sac_rag.retrieval.readers import read_documents
+from sac_rag.retrieval.splitter import split
 
 
 def read(*paths: str | Path) -> list[Chunk]:
@@ -498,6 +498,7 @@ def test_the_work_grows_with_the_text_and_no_faster(tokenizer: Any, text: str) -
 
 
 def test_reading_files_loads_no_torch() -> None:
-    code = "import sys, sac_rag.corpus, sac_rag.splitter; print('torch' in sys.modules)"
+    modules = "sac_rag.retrieval.readers, sac_rag.retrieval.splitter"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from sac_rag.chunk import Chunk
-from sac_rag.corpus import read_documents
+from sac_rag.retrieval.readers import read_documents
 
 Bad = list[tuple[str, str]]
 
@@ -272,8 +272,8 @@ def test_without_pyarrow_the_command_that_helps_is_named_before_anything_is_read
 
 def test_reading_exports_imports_no_framework_and_no_pyarrow() -> None:
     code = (
-        "import sys, sac_rag.corpus; print(sorted({'langchain_core', 'llama_index', 'pyarrow', "
-        "'torch'} & set(sys.modules)))"
+        "import sys, sac_rag.retrieval.readers; print(sorted("
+        "{'langchain_core', 'llama_index', 'pyarrow', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

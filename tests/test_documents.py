@@ -12,7 +12,7 @@ from stores import bytes_in, file_of, flip, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntry
 from sac_rag.stores import DiskStore
-from sac_rag.stores.entries import Extent
+from sac_rag.stores.disk.entries import Extent
 
 TEXT_ID = "5e" * 32
 FINGERPRINT = "f1" * 32

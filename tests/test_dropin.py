@@ -34,13 +34,13 @@ from sac_rag.evaluation.frameworks import (
     Reply,
     asker,
 )
+from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.evaluation.sample import Sample, draw
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample, Question
+from sac_rag.prompts.chat import Message
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import MemoryStore
-from sac_rag.template import Message
 
 EXAMPLES = [
     QAExample(

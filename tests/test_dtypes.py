@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import PROSE, make_compressor
 
+from sac_rag.benchmarks.dtypes import measure
+from sac_rag.benchmarks.store import chunk, measure_reads
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.evaluation.dtypes import measure
+from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.evaluation.sample import draw
-from sac_rag.evaluation.store_speed import chunk, measure_reads
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample, Question
 
 EXAMPLES = [
     QAExample((Chunk(PROSE[0]),), (Question("a", "How many ships?", ("seven ships",)),)),

@@ -12,8 +12,8 @@ from torch import Tensor
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
-from sac_rag.encoder import without_last_mlp
-from sac_rag.generator import Generator
+from sac_rag.lm.encoder import without_last_mlp
+from sac_rag.lm.generator import Generator
 
 
 def cached(stack: Any, generator: Generator) -> list[Tensor]:

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sac_rag.errors import CorruptEntry
-from sac_rag.kv import AnchorKV
-from sac_rag.quantize import QuantizedKV, quantize
+from sac_rag.kv import AnchorKV, QuantizedKV, quantize
 from sac_rag.stores import DiskStore
 from sac_rag.stores.cipher import Cipher
 from sac_rag.stores.entry import decode, decode_first, encode, reencrypt

@@ -17,14 +17,14 @@ from conftest import ARCHITECTURES, PROSE, make_compressor
 from slow_reading import SlowPart, SlowReader, read_slowly
 from torch import Tensor
 
-from sac_rag.assemble import Branches, Part, assemble
-from sac_rag.attention import Masks
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import read_plain
-from sac_rag.generate import Decoding, Generation
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.rope import move
+from sac_rag.lm.attention import Masks
+from sac_rag.lm.generator import Generator
+from sac_rag.lm.rope import move
+from sac_rag.prompts.assemble import Branches, Part, assemble
+from sac_rag.prompts.generate import Decoding, Generation
 
 TOLERANCE = 1e-4
 METHODS = ("full", "sac", "learned", "shared")

@@ -19,11 +19,11 @@ import sac_rag
 from sac_rag.cli import app
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.sac import SAC
-from sac_rag.generator import Generator
+from sac_rag.evaluation.questions import read_questions
+from sac_rag.lm.generator import Generator
 from sac_rag.loading import default_compressor
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import read_questions
-from sac_rag.template import SPANS
+from sac_rag.prompts.format import SPANS
 from sac_rag.training import fit as fitting
 from sac_rag.training.fit import PASSAGES, Fitted, fit
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sac_rag.assemble import Prompt, assemble
-from sac_rag.generate import Decoding, Generation, _Writer
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import Prompt, assemble
+from sac_rag.prompts.generate import Decoding, Generation, _Writer
 
 TOKENIZER = make_tokenizer()
 SAMPLED = Decoding(max_new_tokens=24, temperature=1.0, seed=7)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from sac_rag.errors import UnsupportedModel
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 
 IDS = torch.tensor([[5, 300, 17, 44, 301, 8]])
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])

@@ -9,20 +9,20 @@ import pytest
 import torch
 from conftest import PROSE, logits_of, make_compressor, make_model, make_tokenizer
 
-from sac_rag.assemble import Prompt, assemble
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.evaluation.comparison import to_markdown
 from sac_rag.evaluation.quality import evaluate
+from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.evaluation.sample import draw
-from sac_rag.generate import Decoding, next_tokens
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample, Question
-from sac_rag.template import SPANS
+from sac_rag.prompts.assemble import Prompt, assemble
+from sac_rag.prompts.format import SPANS
+from sac_rag.prompts.generate import Decoding, next_tokens
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import RowMaker
 

@@ -12,10 +12,10 @@ from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
 from sac_rag.guard import Guard
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.generate import Decoding
 
 CHARS, TOKENS, NBYTES = 2000, 500, 2_000_000
 

@@ -96,7 +96,7 @@ def test_eviction_is_logged_counted_and_remembered(
 def test_what_is_remembered_of_departed_entries_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sac_rag.stores.departed.LIMIT", 10)
+    monkeypatch.setattr("sac_rag.stores.disk.tombstones.LIMIT", 10)
     with DiskStore(tmp_path, max_bytes=SIZE) as store:
         for i in range(30):
             store[key_of(i)] = make_kv(i)

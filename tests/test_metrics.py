@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sac_rag.evaluation.metrics import contains, exact_match, f1, interval
+from sac_rag.evaluation.scores import contains, exact_match, f1, interval
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.metrics import Metrics
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import MemoryStore
+from sac_rag.telemetry import Metrics
 
 QUESTION = "Who counted the ships?"
 EXPORTER = InMemorySpanExporter()
@@ -258,10 +258,10 @@ def test_an_answer_is_a_span_with_its_phases_as_children(
         end = child.end_time
     assert root.status.is_ok or root.status.status_code is otel_trace.StatusCode.UNSET
     assert dict(root.attributes or {}) == {
-        "sac_rag.questions": 1,
+        "sac_rag.evaluation.questions": 1,
         "sac_rag.chunks": 8,
         "sac_rag.hits": 0,
-        "sac_rag.anchors": answer.usage.anchors_computed,
+        "sac_rag.compressors.anchor_selection": answer.usage.anchors_computed,
         "sac_rag.source_tokens": answer.usage.source_tokens,
         "sac_rag.prompt_tokens": answer.usage.plain_tokens,
         "sac_rag.reused_tokens": answer.usage.plain_tokens_reused,
@@ -323,16 +323,16 @@ def test_metrics_have_the_names_and_numbers_of_the_snapshot(
             was, now = (was or (0, 0))[1], now[1]
         assert now - was == pytest.approx(together), name
     for reason in ("corrupt", "fingerprint", "absent"):
-        was = before.get("sac_rag.misses", {}).get(reason, 0)
+        was = before.get("sac_rag.errors", {}).get(reason, 0)
         expected = one["misses"].get(reason, 0) + two["misses"].get(reason, 0)
-        assert after["sac_rag.misses"][reason] - was == expected > 0
+        assert after["sac_rag.errors"][reason] - was == expected > 0
 
 
 def test_without_opentelemetry_nothing_of_it_is_imported_and_nothing_is_missing() -> None:
     script = """
 import sys
 sys.modules["opentelemetry"] = None  # what importing finds where it is not installed
-from sac_rag.metrics import Meter
+from sac_rag.telemetry import Meter
 from sac_rag.telemetry import Trace, is_installed
 meter = Meter()
 meter.add(hits=3)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sac_rag import models
+from sac_rag import default_models as models
 from sac_rag.errors import ModelUnavailable
 
 WEIGHTS = b"the weights of a very small model " * 1000
@@ -432,7 +432,7 @@ def test_anything_else_does_not_resolve(
 
 def test_importing_models_loads_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "gguf", "numpy", "tokenizers", "safetensors"}
-    code = f"import sys, sac_rag.models; print(sorted({heavy!r} & set(sys.modules)))"
+    code = f"import sys, sac_rag.default_models; print(sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -13,12 +13,11 @@ import pytest
 from stores import age, file_of, flip, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntry
-from sac_rag.kv import AnchorKV
-from sac_rag.quantize import as_stored
+from sac_rag.kv import AnchorKV, as_stored
 from sac_rag.stores import DiskStore, MemoryStore
 from sac_rag.stores.cipher import Cipher
-from sac_rag.stores.files import Files
-from sac_rag.stores.index import Row
+from sac_rag.stores.disk.files import Files
+from sac_rag.stores.disk.index import Row
 
 KEY, OTHER = key_of(0), key_of(1)
 CIPHER = Cipher(b"k" * 32)

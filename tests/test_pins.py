@@ -38,18 +38,17 @@ from stores import bytes_in, make_kv
 from torch import Tensor
 
 from sac_rag import SacRAG
-from sac_rag.archive import Archive
+from sac_rag.archive import Archive, export
 from sac_rag.cached import CachedCompressor
 from sac_rag.collection import Collection, CollectionSettings
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.errors import CorruptEntry
-from sac_rag.export import export
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
-from sac_rag.keys import Namespace
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
+from sac_rag.namespace import Namespace
 from sac_rag.origin import Origin
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
 from sac_rag.stores.cipher import Cipher
 

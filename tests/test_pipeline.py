@@ -16,18 +16,20 @@ import pytest
 import torch
 from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 
-from sac_rag import SacRAG, models
+from sac_rag import SacRAG
+from sac_rag import default_models as models
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMiss, PromptTooLong, UnsupportedModel
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
+from sac_rag.prompts.chat import Message
+from sac_rag.prompts.format import SPANS, PromptFormat
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.template import SPANS, Message, PromptFormat
 
 SHORT = Decoding(max_new_tokens=8)
 PREFIX = 1  # a pipeline's first answer also reads the prefix, in a pass of its own

@@ -29,13 +29,13 @@ from sac_rag.chunk import Chunk
 from sac_rag.collection import open_compressor
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import PromptTooLong
-from sac_rag.estimate import estimate
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
-from sac_rag.precompress import WINDOW, increments, precompress, windows
+from sac_rag.lm.generator import Generator
+from sac_rag.precompress.estimate import estimate
+from sac_rag.precompress.job import WINDOW, increments, precompress, windows
+from sac_rag.precompress.workers import Workers
 from sac_rag.reports import BadRecord, PrecompressReport
 from sac_rag.stores import AnchorStore, DiskStore
-from sac_rag.workers import Workers
 
 TOO_LONG = "lighthouse " * 4200
 

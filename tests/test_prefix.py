@@ -13,16 +13,17 @@ import pytest
 import torch
 from conftest import PROSE, logits_of, make_compressor, make_model, make_tokenizer
 
-from sac_rag.assemble import Part, assemble
+from sac_rag.answering import tokenize
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors.base import Compressor
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.prefix import Prefixes, Split
-from sac_rag.prepare import tokenize
-from sac_rag.template import SPANS, Message, PromptFormat
+from sac_rag.prefix_cache import Prefixes, Split
+from sac_rag.prompts.assemble import Part, assemble
+from sac_rag.prompts.chat import Message
+from sac_rag.prompts.format import SPANS, PromptFormat
+from sac_rag.prompts.generate import Decoding
 
 SHORT = Decoding(max_new_tokens=12)
 QUESTION = "Who counted the ships?"

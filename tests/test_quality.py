@@ -16,12 +16,12 @@ from sac_rag.chunk import Chunk
 from sac_rag.compressors.config import Budget
 from sac_rag.evaluation.comparison import FIGURES, compare, to_markdown
 from sac_rag.evaluation.quality import QualityResult, System, as_read, evaluate
+from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.evaluation.sample import Sample, draw
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample, Question
-from sac_rag.template import SPANS, PromptFormat
+from sac_rag.prompts.format import SPANS, PromptFormat
+from sac_rag.prompts.generate import Decoding
 
 SYSTEMS: tuple[System, ...] = get_args(System)
 

@@ -11,12 +11,11 @@ from conftest import PROSE, make_compressor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sac_rag.assemble import assemble
 from sac_rag.cached import CachedCompressor
-from sac_rag.generator import Generator
-from sac_rag.kv import AnchorKV
+from sac_rag.kv import AnchorKV, QuantizedKV, quantize
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.quantize import QuantizedKV, quantize
+from sac_rag.prompts.assemble import assemble
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
 
 KEY = "ab" * 32

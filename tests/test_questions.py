@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from sac_rag.chunk import Chunk
-from sac_rag.passages import PassagePool
-from sac_rag.questions import QAExample, Question, normalised, read_questions, says
+from sac_rag.evaluation.passages import PassagePool
+from sac_rag.evaluation.questions import QAExample, Question, normalised, read_questions, says
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -10,12 +10,12 @@ import torch
 from conftest import logits_of, make_compressor
 from slow_reading import read_slowly
 
-from sac_rag.assemble import assemble
 from sac_rag.cached import CachedCompressor
-from sac_rag.generate import Decoding, Generation
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.template import PromptFormat
+from sac_rag.prompts.assemble import assemble
+from sac_rag.prompts.format import PromptFormat
+from sac_rag.prompts.generate import Decoding, Generation
 
 pytestmark = pytest.mark.real_model
 

@@ -21,14 +21,13 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import CorruptEntry
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
-from sac_rag.keys import Namespace
+from sac_rag.errors import REASONS, CorruptEntry, name_of
 from sac_rag.kv import AnchorKV
-from sac_rag.misses import REASONS, name_of
+from sac_rag.lm.generator import Generator
+from sac_rag.namespace import Namespace
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.stores.abilities import (
+from sac_rag.stores.base import (
     DocumentStore,
     ExplainingStore,
     ForgettingStore,

@@ -26,16 +26,18 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from sac_rag import SacRAG
-from sac_rag.assemble import assemble
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.compressors import checkpoint, reference
+from sac_rag.compressors import checkpoint
+from sac_rag.compressors import paper_checkpoints as reference
 from sac_rag.compressors.full import read_plain
 from sac_rag.compressors.sac import SAC
 from sac_rag.errors import PromptTooLong
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
-from sac_rag.template import Markup, PromptFormat
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import assemble
+from sac_rag.prompts.chat import Markup
+from sac_rag.prompts.format import PromptFormat
+from sac_rag.prompts.generate import Decoding
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import RowMaker
 

@@ -19,8 +19,8 @@ import pytest
 from numpy.typing import NDArray
 
 from sac_rag.chunk import Chunk
-from sac_rag.embedder import Embedder
-from sac_rag.retrieval import ChunkIndex, Hit
+from sac_rag.retrieval.embedder import Embedder
+from sac_rag.retrieval.index import ChunkIndex, Hit
 
 
 class WordHashEmbedder:
@@ -303,7 +303,7 @@ KILLED_WHILE_SAVING = """
 import itertools, os, sys
 sys.path.insert(0, sys.argv[1])
 from test_retrieval import TEXTS, WordHashEmbedder
-from sac_rag.retrieval import ChunkIndex
+from sac_rag.retrieval.index import ChunkIndex
 
 def save_and_die_at(steps, folder):
     ChunkIndex.build(TEXTS, WordHashEmbedder()).save(folder)
@@ -539,8 +539,8 @@ def test_the_identity_covers_weights_settings_and_tokenizer_but_not_use(minilm: 
 
 ANOTHER_PROCESS = """
 import json, sys
-from sac_rag.embedder import Embedder
-from sac_rag.retrieval import ChunkIndex
+from sac_rag.retrieval.embedder import Embedder
+from sac_rag.retrieval.index import ChunkIndex
 
 index = ChunkIndex.load(sys.argv[1], Embedder.from_pretrained("minilm", device="cpu"))
 hits = [index.search(question, k=5) for question in json.loads(sys.argv[2])]

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from sac_rag.errors import UnsupportedModel
-from sac_rag.rope import frequencies_of, move, relocation_error, require_movable
+from sac_rag.lm.rope import frequencies_of, move, relocation_error, require_movable
 
 EXACT = 1e-5
 FREQUENCIES = 10000.0 ** -(torch.arange(8) / 8)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import PROSE, make_compressor
 
-from sac_rag.anchors import top_anchors
-from sac_rag.generator import Generator
-from sac_rag.salience import attention_when_read_again, surprisal
+from sac_rag.compressors.anchor_selection import attention_when_read_again, surprisal, top_anchors
+from sac_rag.lm.generator import Generator
 
 ROUNDING = 1e-4
 

@@ -12,9 +12,9 @@ import transformers
 from conftest import ARCHITECTURES, PROSE, make_compressor, make_model, passes_of
 from transformers import PreTrainedTokenizerFast
 
-from sac_rag.assemble import assemble
 from sac_rag.errors import UnsupportedModel
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.assemble import assemble
 from sac_rag.self_check import self_check
 
 SHAPE = {

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from conftest import PROSE, make_compressor
 
+from sac_rag.benchmarks.first_token import cut, full_text_seconds, measure
 from sac_rag.cached import CachedCompressor
-from sac_rag.evaluation.speed import cut, full_text_seconds, measure
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.template import SPANS, PromptFormat
+from sac_rag.prompts.format import SPANS, PromptFormat
 
 TEXTS = PROSE * 20
 

@@ -96,7 +96,7 @@ def test_forget_leaves_no_byte(folder: Path) -> None:
 
 
 def test_forget_knows_namespaces(folder: Path) -> None:
-    from sac_rag.keys import Namespace
+    from sac_rag.namespace import Namespace
 
     with DiskStore(folder) as store:
         store.put(key_of(7), make_kv(), [Namespace("tenant").document_id("contract")])
@@ -144,7 +144,7 @@ def test_a_folder_that_is_no_store_is_refused_and_left_alone(tmp_path: Path, com
 
 
 def test_looking_things_up_is_timed(tmp_path: Path) -> None:
-    from sac_rag.evaluation.lookup_speed import measure_lookups
+    from sac_rag.benchmarks.store import measure_lookups
 
     seen: list[int] = []
     speed = measure_lookups(tmp_path, entries=20, repeats=5, on_progress=seen.append)

@@ -25,9 +25,9 @@ from stores import file_of, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntry
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
+from sac_rag.stores.disk.files import Files
+from sac_rag.stores.disk.index import Row
 from sac_rag.stores.entry import decode, encode
-from sac_rag.stores.files import Files
-from sac_rag.stores.index import Row
 
 KEY = "ab" * 32
 OTHER = "cd" * 32

@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from sac_rag.chunk import Chunk
-from sac_rag.template import (
-    SPANS,
-    Markup,
-    Message,
-    PromptFormat,
-    before_first_turn,
-    leading,
-    opening,
-    render,
-)
+from sac_rag.prompts.chat import Markup, Message, before_first_turn, leading, opening, render
+from sac_rag.prompts.format import SPANS, PromptFormat
 
 ONE, TWO = Chunk("first passage", id="d1", title="One"), Chunk("second passage")
 TRIMMING = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import PROSE, passes_of
 
-from sac_rag.evaluation.throughput import measure, plain_prefill
-from sac_rag.generator import Generator
+from sac_rag.benchmarks.throughput import measure, plain_prefill
+from sac_rag.lm.generator import Generator
 
 TEXTS = PROSE * 20
 

@@ -26,24 +26,24 @@ from conftest import PROSE, make_compressor, make_model, make_tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from sac_rag.anchors import top_anchors
-from sac_rag.assemble import Branches, assemble
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
+from sac_rag.compressors.anchor_selection import showing_attention, top_anchors
 from sac_rag.compressors.sac import SAC
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.evaluation.passages import PassagePool
+from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.kv import AnchorKV
-from sac_rag.passages import PassagePool
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample, Question
-from sac_rag.salience import showing_attention
-from sac_rag.template import SPANS, PromptFormat
+from sac_rag.prompts.assemble import Branches, assemble
+from sac_rag.prompts.format import SPANS, PromptFormat
+from sac_rag.prompts.generate import Decoding
+from sac_rag.training.ablation import Outcome, compare, to_markdown
+from sac_rag.training.anchor_oracle import compare_anchors
 from sac_rag.training.batches import BatchStream, mixed, read_documents, split_examples
-from sac_rag.training.choices import Outcome, compare, to_markdown
 from sac_rag.training.config import TrainConfig
-from sac_rag.training.headroom import compare_anchors
+from sac_rag.training.fit_scorer import fit_scorer
 from sac_rag.training.instructions import (
     read_instructions,
     without_repetition,
@@ -52,7 +52,6 @@ from sac_rag.training.instructions import (
 from sac_rag.training.objective import Objective, target_places
 from sac_rag.training.prompts import HELD_OUT, TRAINED, prompt_format
 from sac_rag.training.rows import Row, RowMaker, Source, Target, batched, padded_tokens
-from sac_rag.training.scorer import fit_scorer
 from sac_rag.training.trainer import claim, train
 
 ROUNDING = 1e-4

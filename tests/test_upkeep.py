@@ -157,7 +157,7 @@ def test_what_was_in_quarantine_for_a_week_is_collected(
     with pytest.raises(CorruptEntry):
         disk[key_of(0)]
     assert disk.gc().quarantined == 0
-    monkeypatch.setattr("sac_rag.stores.upkeep._QUARANTINE_SECONDS", 0)
+    monkeypatch.setattr("sac_rag.stores.disk.maintenance._QUARANTINE_SECONDS", 0)
     assert disk.gc().quarantined == 1
     assert disk.stats().quarantined == 0
 

@@ -20,8 +20,8 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.collection import FORMAT, CollectionSettings, open_compressor
 from sac_rag.kv import AnchorKV
-from sac_rag.precompress import increments
-from sac_rag.workers import Workers
+from sac_rag.precompress.job import increments
+from sac_rag.precompress.workers import Workers
 
 
 def make_collection(folder: Path) -> Path:

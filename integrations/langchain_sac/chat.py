@@ -25,11 +25,11 @@ from typing_extensions import Self
 from langchain_sac.messages import conversation, metadata_of, plain_prompt, usage_of
 from langchain_sac.together import Place, Together
 from sac_rag.chunk import Chunk
-from sac_rag.digests import digest_json
-from sac_rag.generate import Decoding
+from sac_rag.lm.digests import digest_json
 from sac_rag.pipeline import SacRAG
+from sac_rag.prompts.chat import Message
+from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer
-from sac_rag.template import Message
 
 # LangChain's names for fields of a Decoding.
 _DECODING = {

@@ -24,8 +24,8 @@ from langchain_core.messages.ai import UsageMetadata
 
 from langchain_sac.marker import KeyOf, find, fits
 from sac_rag.chunk import Chunk
+from sac_rag.prompts.chat import Message
 from sac_rag.reports import Answer
-from sac_rag.template import Message
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),

@@ -27,11 +27,11 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index_sac.markers import Markers, Unanswerable, escape, markers_of
 from llama_index_sac.responses import Step, completion, growing, turn
 from sac_rag.chunk import Chunk
-from sac_rag.template import Message
+from sac_rag.prompts.chat import Message
 
 if TYPE_CHECKING:
-    from sac_rag.generate import Decoding
     from sac_rag.pipeline import SacRAG
+    from sac_rag.prompts.generate import Decoding
 
 ResponseT = TypeVar("ResponseT")
 

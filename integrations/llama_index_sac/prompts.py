@@ -10,7 +10,7 @@ from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, Pro
 
 from llama_index_sac.markers import MARKER, markers_of
 from sac_rag.chunk import Chunk
-from sac_rag.template import Markup
+from sac_rag.prompts.chat import Markup
 
 if TYPE_CHECKING:
     from sac_rag.pipeline import SacRAG

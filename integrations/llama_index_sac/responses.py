@@ -16,8 +16,8 @@ from llama_index.core.base.llms.types import (
 from llama_index_sac.markers import escape
 
 if TYPE_CHECKING:
+    from sac_rag.answering import AnswerStream
     from sac_rag.reports import Answer
-    from sac_rag.stream import AnswerStream
 
 
 @dataclass(frozen=True)

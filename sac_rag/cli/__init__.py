@@ -25,7 +25,7 @@ from sac_rag.cli import (
     train,
     training,
 )
-from sac_rag.show import notes
+from sac_rag.cli.render import notes
 
 app = typer.Typer(
     name="sac-rag",

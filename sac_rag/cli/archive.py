@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sac_rag.cli.console import AsJson, progress
+from sac_rag.cli.render import human_bytes, notes, out, print_json
 from sac_rag.cli.store import Folder, KeyEnv, KeyFile, cipher_of, in_full, open_store
-from sac_rag.show import human_bytes, notes, out, print_json
 
 if TYPE_CHECKING:
     from sac_rag.stores.disk import DiskStore
@@ -43,8 +43,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Writes a store's chunks into one file, to serve them without their compressor."""
+    from sac_rag.archive import export
     from sac_rag.compressors import checkpoint
-    from sac_rag.export import export
     from sac_rag.origin import Origin
 
     if compressor is None:

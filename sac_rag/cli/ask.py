@@ -15,7 +15,7 @@ from sac_rag.cli.console import (
     progress,
     pull_missing,
 )
-from sac_rag.show import (
+from sac_rag.cli.render import (
     answer_as_json,
     out,
     print_account,
@@ -33,7 +33,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Answers five questions from Wikipedia leads, with cached anchors and with the text."""
-    from sac_rag import models
+    from sac_rag import default_models as models
     from sac_rag.demo import LEADS, ask_questions, index_leads
 
     folder = store or models.home() / "leads"
@@ -68,7 +68,7 @@ def ask(
     """Finds the chunks most like a question and answers from their cached anchors."""
     collection = open_collection(store, must_exist=True)
     from sac_rag.collection import in_reading_order
-    from sac_rag.generate import Decoding
+    from sac_rag.prompts.generate import Decoding
 
     hits = collection.search(question, k)
     stream = collection.rag.stream(

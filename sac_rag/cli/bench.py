@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
-from sac_rag.cli.tables import print_dropin, print_dtypes, print_lookups, print_reads
-from sac_rag.show import (
+from sac_rag.cli.render import (
     notes,
     out,
     print_json,
     print_speed,
     print_throughput,
 )
+from sac_rag.cli.tables import print_dropin, print_dtypes, print_lookups, print_reads
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -47,10 +47,10 @@ def speed(
     """Times the first token: cached anchors against reading the text, in one process."""
     pull_missing()
     with loading():
+        from sac_rag.benchmarks.first_token import measure
         from sac_rag.compressors import checkpoint
         from sac_rag.demo import wikipedia_leads
-        from sac_rag.evaluation.speed import measure
-        from sac_rag.generator import Generator
+        from sac_rag.lm.generator import Generator
 
         generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
         folder = checkpoint.find(checkpoint.default(model), model)
@@ -101,8 +101,8 @@ def quality(
     as_json: AsJson = False,
 ) -> None:
     """Answers the same questions from text, from nothing and from anchors at several ratios."""
+    from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw
-    from sac_rag.questions import read_questions
 
     examples = list(read_questions(data))
     samples = [draw(examples, k=chunks, limit=limit, seed=seed) for chunks in k or (1, 4)]
@@ -179,8 +179,8 @@ def dropin(
     as_json: AsJson = False,
 ) -> None:
     """Answers in LangChain's and LlamaIndex's own prompts, through the adapters."""
+    from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw
-    from sac_rag.questions import read_questions
 
     examples = list(read_questions(data))
     samples = [draw(examples, k=chunks, limit=limit, seed=seed) for chunks in k or (1, 4)]
@@ -241,9 +241,9 @@ def precompress(
     """Times compressing into a store: against a plain prefill of the same tokens, by turns."""
     pull_missing()
     with loading():
+        from sac_rag.benchmarks.throughput import measure
         from sac_rag.demo import wikipedia_leads
-        from sac_rag.evaluation.throughput import measure
-        from sac_rag.generator import Generator
+        from sac_rag.lm.generator import Generator
 
         generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
     rows = []
@@ -283,16 +283,16 @@ def dtypes(
     as_json: AsJson = False,
 ) -> None:
     """Compares stored dtypes: bytes, logits, greedy answers and their F1."""
+    from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw
-    from sac_rag.questions import read_questions
 
     sample = draw(read_questions(data), k=k, limit=limit, seed=seed)
     pull_missing()
     with loading():
         from sac_rag import SacRAG
+        from sac_rag.benchmarks.dtypes import measure
         from sac_rag.compressors import checkpoint
-        from sac_rag.evaluation.dtypes import measure
-        from sac_rag.template import SPANS
+        from sac_rag.prompts.format import SPANS
 
         folder = checkpoint.find(compressor or checkpoint.default(model), model)
         own = checkpoint.load_format(folder) if folder else None
@@ -319,8 +319,7 @@ def store(
     """Times reading a chunk of 510 tokens at 5x, beside bare safetensors, and looking chunks up."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         with loading():
-            from sac_rag.evaluation.lookup_speed import measure_lookups
-            from sac_rag.evaluation.store_speed import measure_reads
+            from sac_rag.benchmarks.store import measure_lookups, measure_reads
 
             rows = measure_reads(Path(place), repeats=repeats)
         with progress("filling a store", total=entries, show=not as_json) as advance:

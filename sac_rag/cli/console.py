@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sac_rag.show import notes
+from sac_rag.cli.render import notes
 
 if TYPE_CHECKING:
     from sac_rag.collection import Collection
@@ -31,14 +31,14 @@ class Dtype(str, Enum):
 
 def all_models() -> list[str]:
     """Names of the default models and the demo's text."""
-    from sac_rag import models
+    from sac_rag import default_models as models
 
     return list(models.names())
 
 
 def pull_missing(names: list[str] | None = None) -> None:
     """Downloads default models that are not there yet. Default: all of them."""
-    from sac_rag import models
+    from sac_rag import default_models as models
 
     for name in names or all_models():
         with notes.status(name) as status:

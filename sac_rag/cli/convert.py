@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sac_rag.cli.console import AsJson, all_models, loading, pull_missing
-from sac_rag.show import out, print_json
+from sac_rag.cli.render import out, print_json
 
 
 def convert(
@@ -27,7 +27,7 @@ def convert(
     if base in all_models():
         pull_missing([base])
     with loading():
-        from sac_rag.compressors import reference
+        from sac_rag.compressors import paper_checkpoints as reference
 
         config = reference.convert(adapter, base, folder, ratio=ratio).config
     if as_json:

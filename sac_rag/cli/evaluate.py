@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
-from sac_rag.show import notes, print_json, print_quality
+from sac_rag.cli.render import notes, print_json, print_quality
 
 
 class System(str, Enum):
@@ -74,8 +74,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Answers questions whose answers are known, and scores: EM, F1, contains."""
+    from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw
-    from sac_rag.questions import read_questions
 
     bad: list[str] = []
 
@@ -95,7 +95,7 @@ def evaluate(
         from sac_rag import SacRAG
         from sac_rag.compressors import checkpoint
         from sac_rag.evaluation import quality
-        from sac_rag.template import SPANS, PromptFormat
+        from sac_rag.prompts.format import SPANS, PromptFormat
 
         # One and the same prompt for every system, whether or not it needs the compressor.
         folder = checkpoint.find(compressor or checkpoint.default(model), model)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, Dtype, all_models, loading, pull_missing
+from sac_rag.cli.render import human_bytes, human_time, notes, out, print_json
 from sac_rag.cli.tables import print_fit
-from sac_rag.show import human_bytes, human_time, notes, out, print_json
 
 
 def fit(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sac_rag.show import human_bytes, human_time, notes
+from sac_rag.cli.render import human_bytes, human_time, notes
 
 if TYPE_CHECKING:
     from sac_rag.reports import PrecompressReport

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sac_rag.cli.console import AsJson, all_models, pull_missing
-from sac_rag.show import out, print_json, print_models
+from sac_rag.cli.render import out, print_json, print_models
 
 app = typer.Typer(no_args_is_help=True, help="The default models and the demo's text.")
 
@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="The default models and the demo's 
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """Shows the default models, where they come from and what of them is on this disk."""
-    from sac_rag import models
+    from sac_rag import default_models as models
 
     rows = [
         {
@@ -48,7 +48,7 @@ def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Default: all that are pulled.")] = None,
 ) -> None:
     """Hashes everything that was pulled and says what has changed."""
-    from sac_rag import models
+    from sac_rag import default_models as models
 
     found = False
     for name in names or [n for n in all_models() if models.bytes_on_disk(n) is not None]:

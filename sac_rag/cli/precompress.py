@@ -17,12 +17,12 @@ import typer
 
 from sac_rag.cli.console import AsJson, Store, open_collection, progress, pull_missing
 from sac_rag.cli.job import job_progress
-from sac_rag.show import notes, out, print_estimate, print_json, print_precompressed
+from sac_rag.cli.render import notes, out, print_estimate, print_json, print_precompressed
 
 if TYPE_CHECKING:
     from sac_rag.chunk import Chunk
     from sac_rag.collection import Collection
-    from sac_rag.estimate import Estimate
+    from sac_rag.precompress.estimate import Estimate
     from sac_rag.reports import BadRecord, PrecompressReport
 
 # Done, but not with everything: scripts may go on, and somebody has to look.
@@ -173,8 +173,8 @@ class _Job:
         return self._summary(self._compress(chunks, expected, workers), expected)
 
     def _read(self, advance: Any = None, report: bool = True) -> Iterator[Chunk]:
-        from sac_rag.corpus import read_documents
         from sac_rag.reports import BadRecord
+        from sac_rag.retrieval.readers import read_documents
 
         def on_bad(place: str, problem: str) -> None:
             if report:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, loading, progress
-from sac_rag.show import human_bytes, out, print_json, print_store
+from sac_rag.cli.render import human_bytes, out, print_json, print_store
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
@@ -117,7 +117,7 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Deletes what only these documents use; no byte of it stays, in a collection of no text."""
-    from sac_rag.keys import Namespace
+    from sac_rag.namespace import Namespace
 
     ids = [Namespace(namespace).document_id(document) for document in documents]
     with open_store(folder, key_env, key_file) as store:

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sac_rag.show import human_bytes, out
+from sac_rag.cli.render import human_bytes, out
 
 if TYPE_CHECKING:
+    from sac_rag.benchmarks.dtypes import DtypeRow
+    from sac_rag.benchmarks.store import LookupSpeed, ReadSpeed
     from sac_rag.evaluation.dropin import DropinResult
-    from sac_rag.evaluation.dtypes import DtypeRow
-    from sac_rag.evaluation.lookup_speed import LookupSpeed
-    from sac_rag.evaluation.store_speed import ReadSpeed
+    from sac_rag.training.anchor_oracle import AnchorChoice
     from sac_rag.training.fit import FitFigure
-    from sac_rag.training.headroom import AnchorChoice
-    from sac_rag.training.speed import StepSpeed
+    from sac_rag.training.step_speed import StepSpeed
 
 
 def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:

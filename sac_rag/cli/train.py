@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, all_models, loading, progress, pull_missing
-from sac_rag.show import notes, out, print_json
+from sac_rag.cli.render import notes, out, print_json
 
 
 def train(
@@ -74,7 +74,7 @@ def train_instructions(
     if model in all_models():
         pull_missing([model])
     with loading():
-        from sac_rag.generator import Generator
+        from sac_rag.lm.generator import Generator
         from sac_rag.training.batches import split_examples
         from sac_rag.training.instructions import write_instructions
 

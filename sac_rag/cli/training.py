@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from sac_rag.cli.console import AsJson, all_models, loading, progress, pull_missing
+from sac_rag.cli.render import notes, out, print_json
 from sac_rag.cli.tables import print_anchors, print_steps
-from sac_rag.show import notes, out, print_json
 
 
 def choices(
@@ -32,7 +32,7 @@ def choices(
 ) -> None:
     """Compares design choices of training on equal time, at one ratio."""
     with loading():
-        from sac_rag.training.choices import compare, to_markdown
+        from sac_rag.training.ablation import compare, to_markdown
         from sac_rag.training.config import TrainConfig
     values: dict[str, Any] = TrainConfig.read(config) if config else {}
     values["data"] = [str(path) for path in data]
@@ -67,16 +67,16 @@ def anchors(
     as_json: AsJson = False,
 ) -> None:
     """Answers from anchors that others would have chosen: how much a better choice would bring."""
-    from sac_rag.questions import read_questions
+    from sac_rag.evaluation.questions import read_questions
 
     examples = list(read_questions(data))
     if model in all_models():
         pull_missing([model])
     with loading():
         from sac_rag.compressors import checkpoint
-        from sac_rag.generator import Generator
-        from sac_rag.template import SPANS
-        from sac_rag.training.headroom import compare_anchors
+        from sac_rag.lm.generator import Generator
+        from sac_rag.prompts.format import SPANS
+        from sac_rag.training.anchor_oracle import compare_anchors
         from sac_rag.training.objective import Objective
         from sac_rag.training.rows import RowMaker
 
@@ -109,7 +109,7 @@ def steps(
     """Times steps of training, by turns with the bare model over the same tokens."""
     with loading():
         from sac_rag.training.config import TrainConfig
-        from sac_rag.training.speed import measure
+        from sac_rag.training.step_speed import measure
 
     values = {**(TrainConfig.read(config) if config else {}), "data": [str(path) for path in data]}
     run = TrainConfig.from_dict(values)

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sac_rag.anchors import segment_bounds
+from sac_rag.compressors.anchor_selection import segment_bounds
+from sac_rag.compressors.batching import Segment, padded_tokens, passes
 from sac_rag.compressors.budget import heads_together, num_entries
 from sac_rag.compressors.config import Budget, CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
-from sac_rag.compressors.passes import Segment, padded_tokens, passes
-from sac_rag.digests import digest_json, tensors_digest
 from sac_rag.errors import PromptTooLong
-from sac_rag.generator import Generator
-from sac_rag.kv import AnchorKV
-from sac_rag.quantize import quantize
+from sac_rag.kv import AnchorKV, quantize
+from sac_rag.lm.digests import digest_json, tensors_digest
+from sac_rag.lm.generator import Generator
 
 # Raise it when the same weights and config come to mean other KV: old entries then miss.
 KV_FORMAT = 1
@@ -224,7 +223,7 @@ class Compressor(ABC):
             if len(ids) > limit:
                 raise PromptTooLong(
                     f"chunk {number} has {len(ids)} tokens, but the model has {limit} positions; "
-                    "split it (sac_rag.splitter.split)"
+                    "split it (sac_rag.retrieval.splitter.split)"
                 )
         return self.compress_tokens(chunks)
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sac_rag.anchors import num_anchors
+from sac_rag.compressors.anchor_selection import num_anchors
 from sac_rag.compressors.config import Budget
 
 

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sac_rag import models
+from sac_rag import default_models as models
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
-from sac_rag.generator import Generator
-from sac_rag.template import PromptFormat
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import PromptFormat
 
 METHODS: dict[str, type[Compressor]] = {SAC.method: SAC, Full.method: Full}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 
 
 class Full(Compressor):

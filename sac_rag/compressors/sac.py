@@ -9,15 +9,20 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from sac_rag import salience
-from sac_rag.anchors import num_anchors, strided_anchors, top_anchors
+from sac_rag.compressors import anchor_selection as salience
+from sac_rag.compressors.anchor_selection import (
+    Scorer,
+    num_anchors,
+    strided_anchors,
+    token_features,
+    top_anchors,
+)
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.budget import heads_together, joint_order, ranked_entries
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
-from sac_rag.compressors.scorer import Scorer, token_features
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 
 # In the first layer a word that comes twice has twice the same keys and values, and so the same
 # score but for rounding. So much more for each token further on, and it is never rounding that

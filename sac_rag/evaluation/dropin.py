@@ -23,8 +23,8 @@ from sac_rag.evaluation.frameworks import (
     asker,
     require,
 )
-from sac_rag.evaluation.metrics import contains, f1
 from sac_rag.evaluation.sample import Sample, Trial
+from sac_rag.evaluation.scores import contains, f1
 from sac_rag.pipeline import SacRAG
 
 ReadAs = Literal["text", "anchors"]

@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sac_rag.anchors import num_anchors, segment_bounds
 from sac_rag.cached import CachedCompressor, OnMiss
 from sac_rag.chunk import Chunk
+from sac_rag.compressors.anchor_selection import num_anchors, segment_bounds
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import Budget
-from sac_rag.digests import digest_json
-from sac_rag.evaluation.answers import Answers
-from sac_rag.evaluation.metrics import contains, exact_match, f1, interval
+from sac_rag.evaluation.answer_log import Answers
 from sac_rag.evaluation.sample import Sample, Trial
-from sac_rag.generator import Generator
+from sac_rag.evaluation.scores import contains, exact_match, f1, interval
+from sac_rag.lm.digests import digest_json
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
 from sac_rag.reports import Answer
 

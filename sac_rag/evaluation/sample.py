@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sac_rag.chunk import Chunk
-from sac_rag.passages import PassagePool
-from sac_rag.questions import QAExample, Question
+from sac_rag.evaluation.passages import PassagePool
+from sac_rag.evaluation.questions import QAExample, Question
 
 
 @dataclass(frozen=True)

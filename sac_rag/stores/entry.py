@@ -30,7 +30,7 @@ import xxhash
 
 from sac_rag.errors import CorruptEntry
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.abilities import Wanted
+from sac_rag.stores.base import Wanted
 from sac_rag.stores.payload import Layout, from_bytes, shape_of, stored_dtype, to_bytes
 
 if TYPE_CHECKING:

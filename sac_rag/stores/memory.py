@@ -9,7 +9,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.abilities import Wanted
+from sac_rag.stores.base import Wanted
 
 logger = logging.getLogger(__name__)
 

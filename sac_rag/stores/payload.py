@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sac_rag.kv import AnchorKV
-from sac_rag.quantize import QuantizedKV
+from sac_rag.kv import AnchorKV, QuantizedKV
 
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _INT8 = "int8"

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from torch.utils.data import IterableDataset
 
-from sac_rag.passages import PassagePool
-from sac_rag.questions import QAExample, Question, read_questions
+from sac_rag.evaluation.passages import PassagePool
+from sac_rag.evaluation.questions import QAExample, Question, read_questions
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.instructions import read_instructions
 from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker, batched

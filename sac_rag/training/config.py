@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sac_rag.compressors.config import CompressorConfig
-from sac_rag.template import SPANS, PromptFormat
+from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.training.objective import Match
 from sac_rag.training.prompts import prompt_format
 

@@ -23,14 +23,14 @@ from torch import Tensor
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
-from sac_rag.generator import Generator
+from sac_rag.evaluation.questions import QAExample, read_questions
 from sac_rag.kv import AnchorKV
-from sac_rag.questions import QAExample, read_questions
-from sac_rag.template import SPANS, PromptFormat
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.training.batches import read_documents
+from sac_rag.training.fit_scorer import fit_scorer
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker
-from sac_rag.training.scorer import fit_scorer
 
 # Passages with questions that come with the package; README.md beside them names their licence.
 PASSAGES = Path(__file__).parents[1] / "data" / "passages.json.gz"

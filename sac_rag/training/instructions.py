@@ -21,11 +21,11 @@ from typing import Any
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.full import Full
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
-from sac_rag.passages import PassagePool
+from sac_rag.evaluation.passages import PassagePool
+from sac_rag.evaluation.questions import QAExample
+from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample
+from sac_rag.prompts.generate import Decoding
 from sac_rag.training.prompts import OPEN, TRAINED
 
 # Each with the number of passages it is about; "{question}" is one of the passage's own.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sac_rag.assemble import Branches, Part, Prompt, assemble
+from sac_rag.compressors.anchor_selection import most_received, showing_attention
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import read_plain
 from sac_rag.kv import AnchorKV
-from sac_rag.salience import most_received, showing_attention
+from sac_rag.prompts.assemble import Branches, Part, Prompt, assemble
 from sac_rag.training.rows import Row, Source
 
 # What is matched of a teacher: hidden states or logits of the frozen LM reading the full text, or

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
-from sac_rag.template import SPANS, PromptFormat
+from sac_rag.prompts.format import SPANS, PromptFormat
 
 # Where a draft of the answer stands in a prompt that refines one.
 DRAFT = "{draft}"

@@ -10,9 +10,10 @@ from itertools import islice, takewhile
 from typing import TypeAlias
 
 from sac_rag.chunk import Chunk
-from sac_rag.generator import Generator
-from sac_rag.questions import Question
-from sac_rag.template import Markup, Piece, PromptFormat, leading
+from sac_rag.evaluation.questions import Question
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.chat import Markup, Piece, leading
+from sac_rag.prompts.format import PromptFormat
 from sac_rag.training.prompts import DRAFT
 
 # Of prose, in tokens.

@@ -24,14 +24,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.sac import SAC
-from sac_rag.generator import Generator
-from sac_rag.questions import QAExample
+from sac_rag.evaluation.questions import QAExample
+from sac_rag.lm.generator import Generator
 from sac_rag.training.batches import Batch, BatchStream, rows_for_scorer, split_examples
 from sac_rag.training.config import WATCHING, TrainConfig
-from sac_rag.training.curves import draw_curves
+from sac_rag.training.fit_scorer import fit_scorer
 from sac_rag.training.objective import Objective
+from sac_rag.training.plots import draw_curves
 from sac_rag.training.rows import Row, RowMaker
-from sac_rag.training.scorer import fit_scorer
 from sac_rag.training.validation import Validator
 
 CONFIG, HISTORY, CURVES, FINAL = "train.json", "history.json", "curves.png", "compressor"

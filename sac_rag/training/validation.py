@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from sac_rag.cached import CachedCompressor
-from sac_rag.evaluation.metrics import f1
-from sac_rag.generate import Decoding
+from sac_rag.evaluation.questions import QAExample
+from sac_rag.evaluation.scores import f1
 from sac_rag.pipeline import SacRAG
-from sac_rag.questions import QAExample
+from sac_rag.prompts.generate import Decoding
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import Row, RowMaker, Source, batched

@@ -15,8 +15,8 @@ from stores import file_of, key_of, make_kv
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.errors import CorruptEntry
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore
 from sac_rag.stores.cipher import Cipher
 

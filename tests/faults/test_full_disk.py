@@ -23,8 +23,8 @@ from test_kill import child
 
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore
 
 QUESTION = "Who counted the ships?"

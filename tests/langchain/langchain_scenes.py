@@ -15,8 +15,8 @@ from langchain_core.embeddings import Embeddings
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
-from sac_rag.generate import Decoding
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.generate import Decoding
 
 QUESTION = "Who counted the ships?"
 SHORT = Decoding(max_new_tokens=8)

@@ -18,8 +18,8 @@ from langchain_sac import ChatSAC, SACCompressor, SACRetriever, format_docs, pro
 from langchain_scenes import DOCUMENTS, QUESTION, Words, home_of_module, make_rag  # noqa: F401
 
 from sac_rag import Chunk, Decoding, Message, PromptFormat, SacRAG
-from sac_rag.generator import Generator
-from sac_rag.template import SPANS
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from langchain_sac.messages import conversation
 from langchain_scenes import QUESTION, SHORT, home_of_module, make_rag  # noqa: F401
 
 from sac_rag import Chunk, ChunkMiss, Decoding, Message, PromptTooLong, SacRAG
-from sac_rag.generator import Generator
-from sac_rag.template import SPANS
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 
 @pytest.fixture

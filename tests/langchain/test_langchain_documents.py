@@ -18,7 +18,7 @@ from langchain_sac.marker import find
 from langchain_scenes import DOCUMENTS, QUESTION, Words, home_of_module, make_rag  # noqa: F401
 
 from sac_rag import Chunk, PromptTooLong, SacRAG
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 from sac_rag.stores import DiskStore
 
 

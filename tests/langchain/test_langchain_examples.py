@@ -17,8 +17,8 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_scenes import DOCUMENTS, Words, home_of_module, make_rag  # noqa: F401
 
 from sac_rag import SacRAG
-from sac_rag.generator import Generator
-from sac_rag.template import SPANS
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 
 @pytest.mark.parametrize("name", langchain_sac.__all__)

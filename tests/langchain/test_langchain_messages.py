@@ -23,7 +23,7 @@ from langchain_sac.messages import conversation, plain_prompt
 from langchain_scenes import home_of_module, make_rag  # noqa: F401
 
 from sac_rag import Chunk, Message
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 
 
 def key_of(text: str) -> str:

@@ -16,7 +16,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests, Retriev
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from sac_rag import SacRAG
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 
 Details = list[
     Literal[

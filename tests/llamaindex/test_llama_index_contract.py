@@ -21,8 +21,8 @@ from llama_index_sac import SACLLM, SACPostprocessor
 from tiny_index import QUESTION, SHORT, compressor_of, home_of_module, make_nodes, no_loop_is_left  # noqa: F401
 
 from sac_rag import CachedCompressor, Chunk, Message, SacRAG
-from sac_rag.generator import Generator
-from sac_rag.stream import AnswerStream
+from sac_rag.answering import AnswerStream
+from sac_rag.lm.generator import Generator
 
 MODES = (
     "compact",

@@ -7,8 +7,8 @@ from llama_index_sac import text_qa_template
 from tiny_index import QUESTION, home_of_module, make_nodes, make_rag, no_loop_is_left, query_engine  # noqa: F401
 
 from sac_rag import PromptFormat
-from sac_rag.generator import Generator
-from sac_rag.template import SPANS
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 FORMATS = {
     "the default chat": PromptFormat(),

@@ -15,8 +15,8 @@ import pytest
 from tiny_index import home_of_module, make_rag, no_loop_is_left  # noqa: F401
 
 from sac_rag import Decoding
-from sac_rag.generator import Generator
-from sac_rag.template import SPANS
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 PAGE = Path(__file__).parents[2] / "docs" / "llama_index.md"
 MODULES = ("llm", "markers", "node", "postprocessor", "precompress", "prompts")

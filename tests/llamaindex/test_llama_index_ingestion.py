@@ -18,7 +18,7 @@ from tiny_index import compressor_of, home_of_module, make_nodes, make_rag, no_l
 
 from sac_rag import CachedCompressor, DiskStore, SacRAG
 from sac_rag.compressors import checkpoint
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 
 DOCUMENTS = [Document(text=" ".join(PROSE[i : i + 3]), id_=f"document {i}") for i in range(2)]
 SPLITTER = SentenceSplitter(chunk_size=24, chunk_overlap=0)

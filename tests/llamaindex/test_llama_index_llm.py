@@ -28,9 +28,9 @@ from tiny_index import (  # noqa: F401
 )
 
 from sac_rag import Chunk, ChunkMiss, Decoding, Message, SacRAG
-from sac_rag.generator import Generator
-from sac_rag.stream import AnswerStream
-from sac_rag.template import SPANS
+from sac_rag.answering import AnswerStream
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 Ask = Callable[..., Awaitable[str]]
 

@@ -22,8 +22,8 @@ from tiny_index import (  # noqa: F401
 )
 
 from sac_rag import Chunk, Message, SacRAG
-from sac_rag.generator import Generator
-from sac_rag.stream import AnswerStream
+from sac_rag.answering import AnswerStream
+from sac_rag.lm.generator import Generator
 
 FORGED = f"<|sac:{'0' * 32}|>"
 

@@ -35,8 +35,8 @@ from tiny_index import (  # noqa: F401
 )
 
 from sac_rag import ChunkMiss, DiskStore, PromptTooLong
-from sac_rag.generator import Generator
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 
 METADATA = {"file": "log {content}.txt", "page": 4, "author": "Ingrid", "secret": None}
 MARKER = f"<|sac:{'0' * 32}|>"

@@ -15,7 +15,7 @@ from llama_index_sac import SACLLM, SACPostprocessor
 
 from sac_rag import CachedCompressor, Decoding, SacRAG
 from sac_rag.compressors.base import Compressor
-from sac_rag.generator import Generator
+from sac_rag.lm.generator import Generator
 
 QUESTION = "Who counted the ships?"
 SHORT = Decoding(max_new_tokens=6)

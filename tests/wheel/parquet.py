@@ -3,7 +3,7 @@
 import pyarrow
 import pyarrow.parquet
 
-from sac_rag.corpus import read_documents
+from sac_rag.retrieval.readers import read_documents
 
 pyarrow.parquet.write_table(pyarrow.table({"text": ["Owls hunt at night."]}), "owls.parquet")
 (document,) = read_documents(["owls.parquet"])

@@ -1,0 +1,1 @@
+"""Measurements of time, bytes and numbers that anyone can take again."""

@@ -1,0 +1,226 @@
+"""How long a chunk takes to be read: from a store, and its bare bytes. Knows no models."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sac_rag.kv import AnchorKV, as_stored
+from sac_rag.stores.disk import DiskStore
+from sac_rag.stores.disk.maintenance import Progress
+from sac_rag.stores.entry import decode
+from sac_rag.stores.payload import stored_dtype, to_bytes
+
+# 510 tokens at 5x in SmolLM2-135M.
+_SHAPE = (30, 3, 102, 64)
+_KEY = "ab" * 32
+
+
+@dataclass(frozen=True)
+class ReadSpeed:
+    """One chunk, read over and over from files that are in memory; the best of many.
+
+    Seconds are those until every byte of its tensors was used once, by copying it: safetensors maps
+    a file, and reads nothing of it before that.
+
+    Attributes:
+        stored_dtype: What its keys and values are kept in.
+        encrypted: Whether the store has a key.
+        nbytes: Of its entry.
+        store_s: Seconds to read it from the store, everything verified.
+        half_s: Seconds to read the first half of its KV entries from the store.
+        safetensors_s: Seconds for safetensors to load the same tensors, nothing verified.
+        unused_s: Seconds for safetensors to map them, and not use them.
+        read_s: Seconds to read the entry's file at once and decode it.
+        mapped_s: Seconds to map the entry's file and decode it.
+    """
+
+    stored_dtype: str
+    encrypted: bool
+    nbytes: int
+    store_s: float
+    half_s: float
+    safetensors_s: float
+    unused_s: float
+    read_s: float
+    mapped_s: float
+
+    @property
+    def ratio(self) -> float:
+        """The store's time in terms of safetensors'."""
+        return self.store_s / self.safetensors_s
+
+
+def chunk(shape: tuple[int, int, int, int] = _SHAPE) -> AnchorKV:
+    """Random anchors of a given shape, five tokens each."""
+    random = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(shape, generator=random).bfloat16() for _ in range(2))
+    positions = torch.arange(shape[2], dtype=torch.int32) * 5
+    return AnchorKV.uniform(keys, values, positions, 5 * shape[2])
+
+
+def measure_reads(
+    folder: Path, kv: AnchorKV | None = None, *, encrypted: bool = False, repeats: int = 200
+) -> list[ReadSpeed]:
+    """Times reading a chunk in bfloat16 and in int8.
+
+    Args:
+        folder: On the disk to measure; what is written there stays.
+        kv: The chunk. Default: one of 510 tokens at 5x.
+        encrypted: Whether to encrypt it, with a key made for this; needs the "encrypt" extra.
+        repeats: Best of so many.
+    """
+    kv = chunk() if kv is None else kv
+    stored = (kv, as_stored(kv, "int8"))
+    return [_measure(folder / stored_dtype(value), value, encrypted, repeats) for value in stored]
+
+
+def _measure(folder: Path, kv: AnchorKV, encrypted: bool, repeats: int) -> ReadSpeed:
+    cipher = None
+    if encrypted:
+        from sac_rag.stores.cipher import Cipher
+
+        cipher = Cipher(os.urandom(32))
+    with DiskStore(folder, cipher=cipher) as store:
+        store[_KEY] = kv
+        (path,) = store.folder.glob("entries/*/*.kv")
+        bare = folder.with_suffix(".safetensors")
+        bare.write_bytes(to_bytes(kv))
+
+        def read() -> AnchorKV:
+            return decode(_KEY, np.fromfile(path, dtype=np.uint8).data, cipher)
+
+        def mapped() -> AnchorKV:
+            with path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return decode(_KEY, memoryview(data), cipher)
+
+        ways: tuple[Callable[[], object], ...] = (
+            lambda: _use(store[_KEY].tensors()),
+            lambda: _use(store.read(_KEY, lambda _: kv.num_entries // 2).tensors()),
+            lambda: _use(load_file(bare)),
+            lambda: load_file(bare),
+            lambda: _use(read().tensors()),
+            lambda: _use(mapped().tensors()),
+        )
+        seconds = _best(ways, repeats)
+        return ReadSpeed(stored_dtype(kv), encrypted, store.nbytes, *seconds)
+
+
+def _use(tensors: Mapping[str, Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.clone()
+
+
+def _best(ways: tuple[Callable[[], object], ...], repeats: int) -> list[float]:
+    """The shortest time of each way; in turn, so that all are disturbed alike."""
+    best = [float("inf")] * len(ways)
+    for _ in range(repeats):
+        for number, way in enumerate(ways):
+            started = time.perf_counter()
+            way()
+            best[number] = min(best[number], time.perf_counter() - started)
+    return best
+
+
+@dataclass(frozen=True)
+class LookupSpeed:
+    """A store of many entries, measured; medians.
+
+    Attributes:
+        entries: In the store.
+        entry_nbytes: Bytes of one.
+        index_nbytes: Bytes of the index.
+        open_ms: To open the store, and close it.
+        hit_ms: To read an entry that is there.
+        read_ms: To read the bytes of its file and decode them, without a store.
+        miss_ms: To find out that an entry is not there.
+        put_ms: To write an entry so that it survives a power cut.
+        forget_ms: To forget a document that has one entry, to the last byte.
+    """
+
+    entries: int
+    entry_nbytes: int
+    index_nbytes: int
+    open_ms: float
+    hit_ms: float
+    read_ms: float
+    miss_ms: float
+    put_ms: float
+    forget_ms: float
+
+    @property
+    def lookup_ms(self) -> float:
+        """What the store adds to reading an entry."""
+        return self.hit_ms - self.read_ms
+
+
+def measure_lookups(
+    folder: Path, entries: int = 10_000, repeats: int = 200, on_progress: Progress | None = None
+) -> LookupSpeed:
+    """Fills a new store with small entries and measures it.
+
+    Args:
+        folder: Where; its store is left there.
+        entries: How many to fill it with.
+        repeats: Of each measurement.
+        on_progress: Called with the entries written since the last call.
+    """
+    kv = _small()
+    puts = []
+    with DiskStore(folder) as store:
+        for number in range(entries):
+            puts.append(_timed(lambda n=number: store.put(_key(n), kv, [f"document {n}"])))  # type: ignore[misc]
+            if on_progress is not None:
+                on_progress(1)
+    opening = [_timed(lambda: DiskStore(folder).close()) for _ in range(min(repeats, 20))]
+    with DiskStore(folder) as store:
+        step = max(1, entries // repeats)
+        keys = [_key(number) for number in range(0, entries, step)]
+        paths = {path.name.partition("-")[0]: path for path in folder.glob("entries/*/*.kv")}
+        for key in keys:  # the second time, the files are in memory in either case
+            store[key]
+        hits = [_timed(lambda key=key: store[key]) for key in keys]  # type: ignore[misc]
+        reads = [_timed(lambda key=key: decode(key, paths[key].read_bytes())) for key in keys]  # type: ignore[misc]
+        misses = [_timed(lambda n=n: store.get(_key(-n))) for n in range(1, repeats)]  # type: ignore[misc]
+        stats = store.stats()
+        forgotten = range(min(entries, 5))
+        forgets = [_timed(lambda n=n: store.forget(f"document {n}")) for n in forgotten]  # type: ignore[misc]
+    return LookupSpeed(
+        entries=stats.entries,
+        entry_nbytes=stats.nbytes // stats.entries,
+        index_nbytes=stats.index_nbytes,
+        open_ms=statistics.median(opening),
+        hit_ms=statistics.median(hits),
+        read_ms=statistics.median(reads),
+        miss_ms=statistics.median(misses),
+        put_ms=statistics.median(puts),
+        forget_ms=statistics.median(forgets),
+    )
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - started)
+
+
+def _key(number: int) -> str:
+    return xxhash.xxh3_128_hexdigest(str(number).encode())
+
+
+def _small() -> AnchorKV:
+    """So small that what is measured is not the disk."""
+    tensor = torch.zeros(2, 2, 4, 16, dtype=torch.bfloat16)
+    return AnchorKV.uniform(tensor, tensor, torch.arange(4, dtype=torch.int32), 20)

@@ -1,0 +1,1 @@
+"""The frozen language model: weights, positions, attention, its own encoder."""

@@ -1,0 +1,288 @@
+"""Generator, the frozen LM and its tokenizer. Knows nothing of chunks, anchors or prompts."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sac_rag import default_models as models
+from sac_rag.errors import UnsupportedModel
+from sac_rag.lm import attention, rope
+from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
+from sac_rag.lm.encoder import merged, without_last_mlp
+
+# What of a config never changes a key: names, versions, training settings, what comes after the
+# last layer. Everything else may (each architecture has multipliers of its own) and is digested.
+_NOT_IN_A_KEY = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "tie_word_embeddings",
+    "transformers_version",
+    "use_cache",
+}
+
+
+class Generator:
+    """One loaded causal LM, frozen, that encodes chunks and writes answers.
+
+    The weights are read and hashed once, at construction; changing them afterwards is not seen.
+
+    Attributes:
+        model: The HF causal LM, in evaluation mode, no parameter trainable. Its attention is that
+            of `sac_rag.lm.attention`, which without our masks is the one it came with.
+        encoder: Its decoder stack without what keys and values do not need; weights are shared.
+        tokenizer: Its HF tokenizer.
+        frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
+        identity: Digests of everything in the model that determines a KV, by name.
+
+    Raises:
+        UnsupportedModel: if the model's keys cannot be moved (see `rope.require_movable`), or its
+            attention implementation takes no mask.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        usual = model.config._attn_implementation
+        if usual in attention.NAMES:
+            model.set_attn_implementation(attention.NAMES[usual])
+        elif usual not in attention.NAMES.values():
+            raise UnsupportedModel(
+                "attention must take a mask over single entries: load the model with "
+                f"attn_implementation='sdpa' or 'eager', was: {usual!r}"
+            )
+        self.frequencies = rope.frequencies_of(model)
+        self.model = model.eval().requires_grad_(False)
+        self.encoder = without_last_mlp(model.base_model)
+        self.kv_shape = _kv_shape(model)
+        self.tokenizer = tokenizer
+        # Whether special tokens are special is state of the shared tokenizer, set by each call.
+        self._tokenizing = threading.Lock()
+        self.identity = {
+            "weights": weights_digest(model),
+            "tokenizer": tokenizer_digest(tokenizer),
+            "model": digest_json(
+                {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_A_KEY}
+            ),
+            # Not told by the config alone: model.to(bfloat16) rounds them, loading does not.
+            "frequencies": digest_json(self.frequencies.double().tolist()),
+        }
+        # Whether LoRA is on is state of the shared model, so everything that runs it takes turns.
+        self._lock = threading.RLock()
+        self._adapters: dict[str, list[tuple[str, nn.Parameter]]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "smollm2-135m",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Generator:
+        """Loads a default model by name, a local folder, or a hub id.
+
+        Args:
+            model: For example "smollm2-135m", "models/my-llama/" or "Qwen/Qwen3-0.6B".
+            device: Default: CUDA if there is one, else CPU.
+            dtype: torch.float32, torch.bfloat16, torch.float16 or their names. Default: bfloat16
+                where the device computes in it, else float32 on CPU and float16 on CUDA.
+
+        Raises:
+            ValueError: for an unknown name or dtype.
+            ModelUnavailable: if a default model cannot be fetched.
+            UnsupportedModel: before any weights are read, if its keys cannot be moved.
+        """
+        source = models.resolve(model)
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{source!r} is not a causal LM that transformers can load: {error}"
+            ) from error
+        rope.require_movable(config)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device))
+        return cls(network.to(device), AutoTokenizer.from_pretrained(source))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as configs and reports spell it: "float32", "bfloat16" or "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def max_positions(self) -> int:
+        """Positions the model was made for; no prompt may pass them."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the input embeddings."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Turns text into token ids, without adding any.
+
+        Args:
+            text: What to tokenize.
+            special: Whether "<|im_end|>" in the text is that special token (the template's own
+                words) or ten ordinary characters (everybody else's: a chunk or a question must not
+                be able to end its turn).
+        """
+        # Half a surrogate pair, left by a cut JSON escape, is no text that a tokenizer takes.
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with self._tokenizing:
+            ids: list[int] = self.tokenizer(
+                whole, add_special_tokens=False, split_special_tokens=not special, verbose=False
+            ).input_ids
+        return ids
+
+    def attention_mask(self, sees: Tensor) -> Tensor:
+        """What the model adds to attention scores, see `attention.additive`.
+
+        Args:
+            sees: bool. Shape: (rows, 1, queries, keys)
+        """
+        return attention.additive(sees, self.dtype)
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Input embeddings of token ids. Shape: (tokens,) to (tokens, hidden)."""
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self.device)
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)
+        return embeddings
+
+    def add_adapter(self, name: str, config: Any) -> list[tuple[str, nn.Parameter]]:
+        """Adds LoRA weights beside the frozen ones, switched off.
+
+        Args:
+            name: Must be new.
+            config: A peft.LoraConfig.
+
+        Returns:
+            Names, without the adapter's own, and parameters, in the model's order.
+        """
+        with self._lock, warnings.catch_warnings():
+            # peft warns of a second adapter; one compressor each is what they are for.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            try:
+                self.model.add_adapter(config, adapter_name=name)
+            except ValueError:
+                # transformers notes that there are adapters before peft has refused this one.
+                self.model._hf_peft_config_loaded = bool(self._adapters)
+                raise
+            self._adapters[name] = [
+                (path.replace(f".{name}.", "."), parameter)
+                for path, parameter in self.model.named_parameters()
+                if f".{name}." in path
+            ]
+            for _, parameter in self._adapters[name]:
+                # Small steps of training would be lost in bfloat16.
+                parameter.data = parameter.data.float()
+            self._switch_off()
+        return self._adapters[name]
+
+    def merged_encoder(self, adapter: str) -> Any:
+        """The encoder with an adapter merged into weights of its own, to run with all adapters off.
+
+        Takes as much memory as the weights that the adapter is for.
+        """
+        with self._lock:
+            return merged(self.encoder, adapter)
+
+    @contextmanager
+    def running(self, adapter: str | None = None) -> Iterator[Any]:
+        """Gives the model to one thread: frozen as it came, or with one adapter on.
+
+        Never hold it across a `yield` to a caller: the model would wait for that caller.
+        """
+        with self._lock:
+            if adapter is None:
+                yield self.model
+                return
+            self.model.set_adapter(adapter)
+            self.model.enable_adapters()
+            try:
+                yield self.model
+            finally:
+                self._switch_off()
+
+    def _switch_off(self) -> None:
+        self.model.disable_adapters()
+        # peft stops their gradients too, even those of a pass that is still to run backward.
+        for parameters in self._adapters.values():
+            for _, parameter in parameters:
+                parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _kv_shape(model: Any) -> tuple[int, int, int]:
+    """(layers, kv_heads, head_dim) of what the model itself caches for a token.
+
+    Raises:
+        UnsupportedModel: if layers, or keys and values, differ.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model.base_model(input_ids=token, use_cache=True).past_key_values.layers
+    shapes = {tuple(t.shape) for layer in layers for t in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        raise UnsupportedModel(
+            f"{model.config.model_type}: keys and values of all layers must have one shape, "
+            f"were: {sorted(shapes)}"
+        )
+    ((_, heads, _, head_dim),) = shapes
+    return len(layers), heads, head_dim
+
+
+def _dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted, None) or wanted
+    if wanted is None:
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, was: {wanted}")
+    return wanted
+
+
+def _cpu_computes_bfloat16() -> bool:
+    # Without these instructions bfloat16 is emulated and slower than float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

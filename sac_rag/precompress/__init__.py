@@ -1,0 +1,1 @@
+"""The offline job that compresses a corpus into a store."""

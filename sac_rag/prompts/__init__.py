@@ -1,0 +1,1 @@
+"""Questions and chunks to model input, and model output to text."""

@@ -1,0 +1,170 @@
+"""Messages and chat templates: turns to pieces of a prompt, cut where chunks stand."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sac_rag.chunk import Chunk
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat, its content any interleaving of text and chunks.
+
+    Attributes:
+        role: "system", "user", "assistant", or what else the model's chat template knows.
+        content: Text and chunks in reading order.
+    """
+
+    role: str
+    content: tuple[str | Chunk, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.content, str):
+            raise TypeError(
+                f"a message's content must be a tuple of texts and chunks, was one str: "
+                f"{self.content!r:.100}"
+            )
+
+
+@dataclass(frozen=True)
+class Markup:
+    """The template's own words, in which special tokens count as such."""
+
+    text: str
+
+
+# What a prompt is made of: the template's words, the caller's words, chunks.
+Piece: TypeAlias = Markup | str | Chunk
+
+
+def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
+    """Puts messages into the tokenizer's chat template, ready for the assistant's turn.
+
+    The template sees a placeholder for each content, so nothing in a text or a chunk can be taken
+    for the template's own markup, and chunks need not be text when the prompt is put together.
+
+    Args:
+        tokenizer: An HF tokenizer. One without a chat template gets the contents as plain
+            paragraphs behind its BOS.
+        messages: At least one.
+
+    Returns:
+        Pieces in reading order.
+
+    Raises:
+        ValueError: if there are no messages, or the template refuses them or drops one.
+    """
+    if not messages:
+        raise ValueError("expected at least one message, got none")
+    if not getattr(tokenizer, "chat_template", None):
+        paragraphs = [part for message in messages for part in (*message.content, "\n\n")]
+        return _behind_bos(tokenizer, paragraphs)
+    nonce = secrets.token_hex(8)
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [{"role": m.role, "content": f"<{nonce}:{i}>"} for i, m in enumerate(messages)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception as error:  # templates raise whatever Jinja or their author chose
+        raise ValueError(
+            f"the model's chat template refused the roles {[m.role for m in messages]}: {error}"
+        ) from error
+    pieces: list[Piece] = []
+    parts = re.split(f"<{nonce}:([0-9]+)>", text)
+    if [int(i) for i in parts[1::2]] != list(range(len(messages))):
+        raise ValueError(
+            f"the model's chat template must render each of {len(messages)} messages once, in "
+            f"order, but rendered numbers {parts[1::2]}"
+        )
+    for i, part in enumerate(parts):
+        if i % 2:
+            pieces += messages[int(part)].content
+        elif part:
+            pieces.append(Markup(part))
+    return pieces
+
+
+def plain(tokenizer: Any, content: Sequence[str | Chunk]) -> list[Piece]:
+    """A text to go on with as it is: the tokenizer's BOS, if it has one, and the content.
+
+    Raises:
+        ValueError: if the last of the content is not text, where the answer is to go on.
+    """
+    words = joined(content)
+    if not words or not isinstance(words[-1], str):
+        raise ValueError(
+            "a plain prompt must end in text, which the answer goes on with, ended in "
+            f"{'a chunk' if words else 'nothing'}"
+        )
+    return _behind_bos(tokenizer, words)
+
+
+def leading(pieces: Sequence[Piece]) -> list[Markup | str]:
+    """The prefix: what stands before the first chunk."""
+    plain: list[Markup | str] = []
+    for piece in pieces:
+        if isinstance(piece, Chunk):
+            break
+        plain.append(piece)
+    return plain
+
+
+def before_first_turn(tokenizer: Any, messages: Sequence[Message]) -> list[Markup | str]:
+    """What a chat begins with, whatever is said in it: system prompt and template.
+
+    Ends at the first chunk, if one stands in the system prompt.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    first = next((i for i, message in enumerate(messages) if message.role != "system"), None)
+    return leading(
+        render(
+            tokenizer,
+            [
+                Message(message.role, (Chunk("?"),)) if i == first else message
+                for i, message in enumerate(messages)
+            ],
+        )
+    )
+
+
+def opening(tokenizer: Any) -> str:
+    """What every prompt of this tokenizer starts with, whatever the messages: the natural sink."""
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer_bos(tokenizer)
+    try:
+        first = render(tokenizer, [Message("system", ("a",)), Message("user", ("a",))])[0]
+    except ValueError:  # Gemma's, for one, knows no system role
+        first = render(tokenizer, [Message("user", ("a",))])[0]
+    if not isinstance(first, Markup):
+        return tokenizer_bos(tokenizer)
+    return first.text
+
+
+def _behind_bos(tokenizer: Any, content: Sequence[Piece]) -> list[Piece]:
+    bos = tokenizer_bos(tokenizer)
+    return [*([Markup(bos)] if bos else []), *content]
+
+
+def tokenizer_bos(tokenizer: Any) -> str:
+    """The BOS, if the tokenizer itself puts one in front of a text."""
+    starts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if starts and tokenizer.bos_token else ""
+
+
+def joined(content: Sequence[str | Chunk]) -> tuple[str | Chunk, ...]:
+    """Neighbouring texts as one, so that they are tokenized as one; empty ones dropped."""
+    joined: list[str | Chunk] = []
+    for piece in content:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "":
+            joined.append(piece)
+    return tuple(joined)

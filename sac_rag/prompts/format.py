@@ -1,0 +1,298 @@
+"""PromptFormat: how a question and its chunks become the turns of a chat, or plain text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sac_rag.chunk import Chunk
+from sac_rag.prompts.chat import (
+    Markup,
+    Message,
+    Piece,
+    joined,
+    leading,
+    opening,
+    plain,
+    render,
+    tokenizer_bos,
+)
+
+_SYSTEM = "Answer the question from the passages. Be brief."
+
+
+# Where a chunk stands in a text.
+_CHUNK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a question and its chunks become a prompt: the turns of a chat, or plain text.
+
+    A plain prompt is the prefix and the user's text behind it, without any chat template: the way
+    to show a small model by examples what an answer looks like (`SPANS`).
+
+    Attributes:
+        system: System prompt of a chat; "" for none. A plain prompt has none: its default is "".
+            {chunks} may stand here in place of in `user`.
+        chunk: A chunk's surroundings, plain text, with {number} from 1, {title}, {id} and {chunk}.
+        user: The user's turn, with {chunks} and {question}.
+        separator: Plain text between chunks.
+        prefix: What every plain prompt begins with, word for word: nothing in it is filled in.
+        chat: Whether the prompt is a chat in the tokenizer's template.
+        raw: Whether a plain prompt is its own words and no more, as a template is: special tokens
+            in them count, the BOS too must be among them, and the question is tokenized apart.
+        stop: Texts at which an answer to a prompt of this format ends, unless the Decoding has
+            some of its own.
+
+    Raises:
+        ValueError: if a place is missing, or a field is of the wrong kind or of the other kind of
+            prompt.
+    """
+
+    system: str = _SYSTEM
+    chunk: str = "{title}\n{chunk}"
+    user: str = "{chunks}\n\nQuestion: {question}"
+    separator: str = "\n\n"
+    prefix: str = ""
+    chat: bool = True
+    raw: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("chat", "raw"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"the prompt format's {name!r} must be a bool, was: {getattr(self, name)!r}"
+                )
+        if not self.chat and self.system == _SYSTEM:
+            object.__setattr__(self, "system", "")
+        stop = tuple(self.stop) if isinstance(self.stop, (list, tuple)) else (self.stop,)
+        object.__setattr__(self, "stop", stop)
+        for name in ("system", "chunk", "user", "separator", "prefix"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"the prompt format's {name!r} must be a str, was: {getattr(self, name)!r}"
+                )
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(
+                "the prompt format's 'stop' must be made of texts that are not empty, "
+                f"was: {self.stop!r}"
+            )
+        for name, needed in (
+            ("chunk", "{chunk}"),
+            ("user", "{question}"),
+            ("system" if "{chunks}" in self.system else "user", "{chunks}"),
+        ):
+            if getattr(self, name).count(needed) != 1:
+                raise ValueError(
+                    f"the prompt format's {name!r} must contain {needed} once, "
+                    f"was: {getattr(self, name)!r}"
+                )
+        if "{chunks}" in self.system and "{chunks}" in self.user:
+            raise ValueError(
+                "the prompt format must contain {chunks} once, in 'system' or 'user', was in both"
+            )
+        if self.chat and self.prefix:
+            raise ValueError(
+                "a chat begins with its template's own words, so it has no 'prefix', was: "
+                f"{self.prefix!r:.100}; put it into 'system', or give chat=False for a plain prompt"
+            )
+        if self.chat and self.raw:
+            raise ValueError(
+                "a chat is in its template's words, so it cannot be 'raw'; give chat=False for a "
+                "plain prompt"
+            )
+        if self.system and not self.chat:
+            raise ValueError(
+                f"a plain prompt (chat=False) has no 'system', was: {self.system!r:.100}; "
+                "put it into 'prefix'"
+            )
+
+    def pieces(self, tokenizer: Any, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
+        """The prompt that asks a question about chunks, in their order.
+
+        Args:
+            tokenizer: An HF tokenizer, for its chat template and its BOS.
+            question: What to answer.
+            chunks: Stand in the prompt as they are; none is a question without text.
+
+        Returns:
+            Pieces in reading order, the last of them text.
+
+        Raises:
+            ValueError: if the question is empty, or the chat template refuses the messages.
+        """
+        if self.chat:
+            return render(tokenizer, self.messages(question, chunks))
+        if self.raw:
+            return self._raw(question, chunks)
+        _require_text(question)
+        return plain(
+            tokenizer, [self.prefix, *self._filled(self.user, {"question": question}, chunks)]
+        )
+
+    def messages(self, question: str, chunks: Sequence[Chunk]) -> list[Message]:
+        """The chat that asks a question about chunks, in their order.
+
+        Raises:
+            ValueError: if the question is empty, or this is the format of a plain prompt.
+        """
+        if not self.chat:
+            raise ValueError("a plain prompt (chat=False) is no chat; use `pieces`")
+        _require_text(question)
+        system = self._filled(self.system, {}, chunks)
+        user = self._filled(self.user, {"question": question}, chunks)
+        # Without chunks there is nothing to set the question apart from.
+        turns = [Message("system", joined(system))] if self.system else []
+        return [*turns, Message("user", joined(user) if chunks else (question,))]
+
+    def passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
+        """The chunks in their surroundings: what takes the place of {chunks} in a prompt."""
+        passages: list[str | Chunk] = []
+        for number, chunk in enumerate(chunks, start=1):
+            passages += [self.separator] if passages else []
+            after = _fill(self.chunk.split("{chunk}")[1], _names(chunk, number))
+            passages += [self._heading(chunk, number), chunk, after]
+        return passages
+
+    def matches(self, content: Sequence[str | Chunk]) -> bool:
+        """Whether a text is a plain prompt of this format, chunks in it as such or as text.
+
+        It is if it begins and ends as every such prompt does and has the words that stand between
+        chunks and question. Nothing matches a chat format, a raw one, or one in which prompts have
+        neither first nor last words in common.
+        """
+        if self.chat or self.raw:
+            return False
+        before, between, after = re.split(r"\{(?:chunks|question)\}", self.user)
+        begins = self.prefix + before
+        if not (begins + after).strip():
+            return False
+        # What a chunk says is none of the format's words.
+        text = "".join(piece if isinstance(piece, str) else _CHUNK for piece in content)
+        rest = text.removeprefix(begins)
+        return (
+            text.startswith(begins)
+            and rest.endswith(after)
+            and not rest.endswith(_CHUNK)  # the answer continues text
+            and between in rest[: len(rest) - len(after)]
+        )
+
+    def beginning(self, tokenizer: Any) -> list[Markup | str]:
+        """The part of the prefix that does not depend on question or chunks: read once, for all.
+
+        Raises:
+            ValueError: if the chat template refuses the messages.
+        """
+        return leading(self.pieces(tokenizer, "?", [Chunk("?")]))
+
+    def opening(self, tokenizer: Any) -> str:
+        """What every prompt starts with, or a plain one's first example, up to where text begins.
+
+        The natural sink of a compressor whose chunks stand in such prompts: short, and with the
+        words before a chunk last.
+        """
+        if self.chat:
+            return opening(tokenizer)
+        heading = self._heading(Chunk("text"), 1)
+        begins = self.user.split("{chunks}")[0] + heading
+        text = self.prefix + begins
+        end = text.find(begins) + len(begins) if begins else len(text)
+        return text[:end] if self.raw else tokenizer_bos(tokenizer) + text[:end]
+
+    def to_json(self) -> str:
+        """The fields, one a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PromptFormat:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is not a JSON object, or has a field this version does not know.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a prompt format must be JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a prompt format must be a JSON object, was: {values!r:.80}")
+        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"unknown fields in a prompt format: {', '.join(unknown)}; "
+                "it was written by a newer sac_rag: upgrade"
+            )
+        return cls(**values)
+
+    def _filled(
+        self, words: str, fields: dict[str, Any], chunks: Sequence[Chunk]
+    ) -> list[str | Chunk]:
+        """The words of a turn with its fields and, at {chunks}, the passages in their places."""
+        before, *after = words.split("{chunks}")
+        passages = self.passages(chunks) if after else []
+        return [_fill(before, fields), *passages, *(_fill(words, fields) for words in after)]
+
+    def _raw(self, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
+        """The prompt with its own words as markup, each apart from the caller's."""
+        _require_text(question)
+        pieces: list[Piece] = [Markup(self.prefix)]
+        before, after = self.user.split("{chunks}")
+        for words, then in ((before, self.passages(chunks)), (after, [])):
+            head, *tail = words.split("{question}")
+            pieces += [Markup(head), *((question, Markup(tail[0])) if tail else ()), *then]
+        return [piece for piece in pieces if piece not in ("", Markup(""))]
+
+    def _heading(self, chunk: Chunk, number: int) -> str:
+        heading = _fill(self.chunk.split("{chunk}")[0], _names(chunk, number))
+        # The line of a title that is not there is no line.
+        return heading if heading.strip() else ""
+
+
+# Answers are spans of the text: behind these examples a small model gives a few words of it where,
+# asked in a chat, it gives sentences of its own.
+SPANS = PromptFormat(
+    prefix="""\
+Answer each question with a few words from the text.
+
+Text:
+The harbour of Port Ellery was dredged in 1931 by the engineer Mabel Strand, and its lighthouse, \
+41 metres tall, was painted in red and white bands three years later.
+Question: Who dredged the harbour?
+Answer: Mabel Strand
+Question: How tall is the lighthouse?
+Answer: 41 metres
+
+Text:
+Barley is sown in March in the upper valley. Farmers sell the straw to the paper mills of Orsk, \
+which stopped importing reed after the flood of 1987.
+Question: What do farmers sell to the mills?
+Answer: straw
+Question: Why did the mills stop importing reed?
+Answer: the flood of 1987
+
+""",
+    chat=False,
+    chunk="Text:\n{chunk}",
+    separator="\n\n",
+    user="{chunks}\nQuestion: {question}\nAnswer:",
+    stop=("\n",),
+)
+
+
+def _require_text(question: str) -> None:
+    if not question.strip():
+        raise ValueError("the question must have text, was: empty or only white space")
+
+
+def _names(chunk: Chunk, number: int) -> dict[str, Any]:
+    return {"number": number, "title": chunk.title or "", "id": chunk.id or ""}
+
+
+def _fill(template: str, fields: dict[str, Any]) -> str:
+    """Replaces {name}; braces in the values are left alone, unknown names too."""
+    return re.sub(r"\{(\w+)\}", lambda m: str(fields.get(m[1], m[0])), template)

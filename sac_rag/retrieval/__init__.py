@@ -1,0 +1,1 @@
+"""Finding chunks: splitting, embedding, searching, reading documents."""

@@ -1,0 +1,10 @@
+"""Files to documents, a file a family of formats. Knows nothing of tokens, models or chunks' sizes.
+
+Nothing that is read is executed, and no framework whose exports are read is imported.
+"""
+
+from __future__ import annotations
+
+from sac_rag.retrieval.readers.files import read_documents
+
+__all__ = ["read_documents"]

@@ -1,0 +1,45 @@
+"""txt and md: a file is a document. Knows nothing of where files are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from sac_rag.chunk import Chunk
+from sac_rag.retrieval.readers.records import checked
+
+_HEADING = re.compile(r"\s*#{1,6}[ \t]+(?P<title>[^\n]+)")
+
+
+def read_text(
+    content: bytes,
+    name: str,
+    stem: str | None,
+    has_heading: bool,
+    on_bad: Callable[[str, str], None],
+) -> Iterator[Chunk]:
+    """The document that a file is, if it can be read.
+
+    Args:
+        content: UTF-8, a byte-order mark or not, any line ends.
+        name: Its path: its id.
+        stem: Its title, if it has no better one.
+        has_heading: Whether a Markdown heading at its start is its title.
+        on_bad: As for `read_documents`.
+    """
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line_number = content.count(b"\n", 0, error.start) + 1
+        on_bad(f"{name}:{line_number}", f"a text must be UTF-8, but: {error}")
+        return
+    title = stem
+    if has_heading and (heading := _HEADING.match(text)):
+        # "## Title ##" is a heading closed on the right.
+        title = re.sub(r"\s#+$", "", heading["title"].rstrip()).strip() or stem
+    try:
+        document = checked(Chunk(text, id=name, title=title))
+    except ValueError as error:
+        on_bad(name, str(error))
+    else:
+        yield document

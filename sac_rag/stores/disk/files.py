@@ -1,0 +1,269 @@
+"""The files of a DiskStore: one an entry, written once. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from sac_rag.errors import CorruptEntry
+from sac_rag.stores.disk.index import Row
+from sac_rag.stores.entry import is_key
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# Where files cannot be locked, one without a row is a dead writer's when it is this old.
+_ABANDONED_SECONDS = 3600.0
+_INDEX = "cache.db"
+
+
+class Files:
+    """The files of the entries. Follows no name out of the folder.
+
+    A file is locked by its writer until its row is there. One that has neither row nor lock is
+    what a killed writer left behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "entries"
+        self.quarantine = folder / "quarantine"
+
+    def make(self) -> None:
+        """Makes the folders, unless they are there."""
+        for path in (self.folder, self.quarantine):
+            make_folder(path)
+
+    @contextlib.contextmanager
+    def written(self, key: str, data: bytes) -> Iterator[str]:
+        """Writes a new file that would survive a power cut, and gives its name.
+
+        If the block, in which the name gets its row, fails, the file is deleted again.
+        """
+        parent = self.folder / key[:2]
+        if make_folder(parent):
+            flush_folder(self.folder)
+        name = f"{key[:2]}/{key}-{secrets.token_hex(8)}.kv"
+        draft = self.folder / f"{name}.new"
+        try:
+            with _create_locked(draft) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                draft.replace(self.folder / name)
+                flush_folder(parent)
+                yield name
+        except BaseException:
+            for path in (draft, self.folder / name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
+
+    def read(self, row: Row) -> memoryview:
+        """The bytes of an entry, see `opened`."""
+        with self.opened(row) as first:
+            return first(row.size or 0)
+
+    @contextlib.contextmanager
+    def opened(self, row: Row) -> Iterator[Callable[[int], memoryview]]:
+        """Gives what reads the first bytes of an entry, any number, into memory of their own.
+
+        Read and not mapped: mapping 2.2 MiB, verifying and using them takes 0.41 ms in place of
+        0.61, but a file that is cut short while it is mapped ends the process, and one that is
+        changed after it was verified changes what is attended to.
+
+        Raises:
+            CorruptEntry: if the row or the file is not as we write them.
+            FileNotFoundError: if there is no file.
+        """
+        if row.name is None:
+            raise CorruptEntry(
+                f"its row is not one of a DiskStore (mode {row.mode}, file {row.filename!r:.200}); "
+                "nothing was unpickled or opened"
+            )
+        path = self._path(row.name)
+        size = path.stat().st_size
+        if size != row.size:
+            raise CorruptEntry(f"its file has {size} bytes, {row.size} were written")
+        # Unbuffered: a buffer would read ahead of the first bytes.
+        with path.open("rb", buffering=0) as file:
+            yield partial(_read_first, file)
+
+    def has(self, row: Row) -> bool:
+        """Whether the file of a row is there, if the row is one of ours."""
+        return row.name is not None and os.path.lexists(self.folder / row.name)
+
+    def remove(self, row: Row) -> None:
+        """Deletes the file of a row that is no longer there, if the row was one of ours."""
+        if row.name is not None:
+            with contextlib.suppress(OSError, CorruptEntry):
+                self._path(row.name).unlink()
+
+    def flush(self, names: Iterable[str]) -> None:
+        """Makes it survive a power cut that files were deleted."""
+        for parent in {(self.folder / name).parent for name in names}:
+            flush_folder(parent)
+
+    def set_aside(self, row: Row, inline: bytes | None) -> None:
+        """Keeps the bytes of a bad entry in quarantine, as far as they are ours to move."""
+        target = self.quarantine / (row.key or f"row-{row.rowid}")
+        if inline is not None:
+            path = target.with_suffix(".row")
+            path.unlink(missing_ok=True)
+            with open(path, "xb", opener=owner_only) as file:
+                file.write(inline)
+        if row.name is not None:
+            with contextlib.suppress(FileNotFoundError, CorruptEntry):
+                self._path(row.name).replace(target)
+
+    def quarantined(self) -> list[Path]:
+        """What was set aside."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(path for path in self.quarantine.iterdir() if not path.is_dir())
+        return []
+
+    def discard(self, key: str) -> None:
+        """Deletes what was set aside of an entry."""
+        if not is_key(key):
+            return  # nothing of ours, and perhaps a way out of the folder
+        for path in (self.quarantine / key, self.quarantine / f"{key}.row"):
+            path.unlink(missing_ok=True)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; 0 if it is not there."""
+        with contextlib.suppress(OSError):
+            return (self.folder / name).lstat().st_size
+        return 0
+
+    def strangers(self, known: Callable[[str], bool]) -> list[str]:
+        """Names of files in the entries' folder for which nothing speaks; the index's left out."""
+        names = []
+        for folder, folders, files in os.walk(self.folder):
+            place = Path(folder).relative_to(self.folder)
+            names += [
+                str(place / name)
+                for name in files
+                if not (folder == str(self.folder) and name.startswith(_INDEX))
+            ]
+            # A link to a folder is listed as a folder, and not walked into.
+            names += [str(place / name) for name in folders if (Path(folder) / name).is_symlink()]
+        return sorted(name for name in names if not known(name))
+
+    def sweep(self, known: Callable[[str], bool]) -> list[str]:
+        """Deletes what killed writers left behind; files that are being written stay."""
+        swept = []
+        for name in self.strangers(known):
+            path = self.folder / name
+            with contextlib.suppress(FileNotFoundError), _unlocked(path) as is_free:
+                # Asked again, now that nobody is about to give it a row.
+                if is_free and not known(name):
+                    path.unlink()
+                    swept.append(name)
+        return swept
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / name
+        if not stat.S_ISDIR(path.parent.lstat().st_mode) or not stat.S_ISREG(path.lstat().st_mode):
+            raise CorruptEntry(f"{path} is not a plain file in a folder; it was not followed")
+        return path
+
+
+def _read_first(file: FileIO, nbytes: int) -> memoryview:
+    data = np.empty(nbytes, dtype=np.uint8).data  # unlike a bytearray, not filled with zeros first
+    file.seek(0)
+    begin = 0
+    while count := file.readinto(data[begin:]):  # which may be fewer than there are, above 2 GiB
+        begin += count
+    return data[:begin]
+
+
+def _create_locked(path: Path) -> BinaryIO:
+    while True:
+        file = open(path, "xb", opener=owner_only)  # noqa: SIM115 (its caller closes it)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # swept before it was locked
+
+
+@contextlib.contextmanager
+def _unlocked(path: Path) -> Iterator[bool]:
+    """Whether nobody is writing a file; while the block lasts, nobody gives it a row."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        yield True
+        return
+    with open(path, "rb", opener=_without_following) as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno == errno.EWOULDBLOCK:
+                    yield False
+                    return
+            else:
+                yield True
+                return
+        yield time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+
+
+def make_folder(path: Path) -> bool:
+    """Makes a folder for its owner alone, unless it is there; says whether it was not.
+
+    Raises:
+        NotADirectoryError: if something else is there, or a link.
+    """
+    made = False
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(0o700, parents=True)
+        made = True
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise NotADirectoryError(f"a store needs a folder, {path} is something else")
+    return made
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all, and survives a power cut."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(draft, "xb", opener=owner_only) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        flush_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def flush_folder(path: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def owner_only(path: str, flags: int) -> int:
+    """Opens a new file that only its owner can read."""
+    return os.open(path, flags, 0o600)
+
+
+def _without_following(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))

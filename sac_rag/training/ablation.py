@@ -1,0 +1,172 @@
+"""Compares design choices on equal time. Knows only settings of runs, not what they mean."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sac_rag.lm.generator import Generator
+from sac_rag.training.config import TrainConfig
+from sac_rag.training.trainer import HISTORY, OnEvent, claim, train
+
+RESULTS = "results.json"
+
+# What is set otherwise than in the run that all are compared with.
+# Only learned anchors have budgets of heads; the other choices have equal heads.
+_UNIFORM = {"compressor.anchors": "uniform", "compressor.budget": "uniform"}
+_MARKED = {**_UNIFORM, "compressor.anchor_embedding": "shared"}
+CHOICES: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "anchors: uniform": {**_MARKED},
+    "anchors: uniform, not marked": {**_UNIFORM},
+    "anchors: surprisal": {**_MARKED, "compressor.anchors": "surprisal"},
+    "anchors: attention when read again": {**_UNIFORM, "compressor.anchors": "attention"},
+    "scorer: linear": {"compressor.scorer_width": 0},
+    "mask: anchors see all": {**_MARKED, "compressor.attention": "anchors"},
+    "mask: all see all": {"compressor.attention": "full"},
+    "mask: all see all, uniform": {**_MARKED, "compressor.attention": "full"},
+    "no sink": {"sink": False},
+    "anchor embedding: one a slot": {**_MARKED, "compressor.anchor_embedding": "slot"},
+    "no cue": {"compressor.cue": False},
+    "LoRA on q, v": {"compressor.lora_targets": ["q_proj", "v_proj"]},
+    "LoRA rank 8": {"compressor.lora_rank": 8, "compressor.lora_alpha": 16},
+    "LoRA rank 128": {"compressor.lora_rank": 128, "compressor.lora_alpha": 256},
+    "LoRA on all projections, rank 16": {
+        "compressor.lora_rank": 16,
+        "compressor.lora_alpha": 32,
+        "compressor.lora_targets": [
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ],
+    },
+    # The generator is then no longer the one that came.
+    "generator adapter, rank 16": {"compressor.generator_adapter_rank": 16},
+    "match hidden states": {"match": "hidden"},
+    "match logits": {"match": "logits"},
+    "prose alone for 9 steps, then questions": {"text_first": 9},
+    "half prose": {"text_share": 0.5},
+    "half prose, also repeated": {"text_share": 0.5, "repeat": True},
+}
+_OF_PROSE = {"text_share", "text_first"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a choice came to.
+
+    Attributes:
+        choice: Its name in CHOICES.
+        seed: Of the run.
+        steps: Steps done in the time.
+        tokens: Tokens read in them.
+        ratio, loss, accuracy, first_accuracy, content: As the last validation had them.
+    """
+
+    choice: str
+    seed: int
+    steps: int
+    tokens: int
+    ratio: int
+    loss: float
+    accuracy: float
+    first_accuracy: float
+    content: float
+
+
+def compare(
+    base: TrainConfig,
+    out: Path,
+    *,
+    names: Iterable[str] = (),
+    seeds: Iterable[int] = (0, 1),
+    on_event: OnEvent | None = None,
+) -> Iterator[Outcome]:
+    """Trains every choice for the same time, and says how it stands then.
+
+    What is done already (results.json in `out`) is not done again; a run that was interrupted
+    begins anew, since it has to have its time in one piece.
+
+    Args:
+        base: What is shared; its `max_minutes` is the time each run has.
+        out: Folder for results and runs.
+        names: Some of CHOICES. Default: all that `base` has the data for.
+        seeds: Of the runs; all choices have the first before any has the second.
+        on_event: As for `train`.
+
+    Raises:
+        ValueError: for an unknown choice, without a time, or if `out` holds runs that shared other
+            settings.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    if not base.max_minutes:
+        raise ValueError("max_minutes must be the time each choice has, was: 0")
+    feasible = (n for n, c in CHOICES.items() if base.text or not c.keys() & _OF_PROSE)
+    chosen = list(names) or list(feasible)
+    if unknown := sorted(set(chosen) - set(CHOICES)):
+        raise ValueError(f"choices must be among {', '.join(CHOICES)}; unknown: {unknown}")
+    claim(out, base, free=frozenset())
+    results = out / RESULTS
+    rows = json.loads(results.read_text()) if results.is_file() else []
+    done = {(row["choice"], row["seed"]): Outcome(**row) for row in rows}
+    for seed in seeds:
+        for name in chosen:
+            if (name, seed) not in done:
+                folder = out / f"{len(done):03d}"
+                done[name, seed] = _run(base, name, seed, folder, on_event)
+                part = results.with_suffix(".part")
+                part.write_text(json.dumps([asdict(row) for row in done.values()], indent=1) + "\n")
+                part.replace(results)
+            yield done[name, seed]
+
+
+def to_markdown(outcomes: Sequence[Outcome]) -> str:
+    """A table of one row a choice, its seeds side by side, by the mean of their losses."""
+    columns = ("choice", "steps", "tokens", "loss", "accuracy", "content")
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    by_choice: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_choice.setdefault(outcome.choice, []).append(outcome)
+    ordered = sorted(by_choice.items(), key=lambda item: fmean(o.loss for o in item[1]))
+    for name, runs in ordered:
+        cells = [
+            name,
+            *(", ".join(str(getattr(run, what)) for run in runs) for what in columns[1:3]),
+            *(", ".join(f"{getattr(run, what):.3f}" for run in runs) for what in columns[3:]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run(
+    base: TrainConfig, name: str, seed: int, folder: Path, on_event: OnEvent | None
+) -> Outcome:
+    if folder.exists():
+        shutil.rmtree(folder)
+    # Each its own model: LoRA stays on a model that it was put on.
+    generator = Generator.from_pretrained(base.model, dtype=base.dtype or None)
+    train(_chosen(base, name, seed), folder, generator=generator, on_event=on_event)
+    history = json.loads((folder / HISTORY).read_text())
+    steps = history["steps"]
+    last = history["validations"][-1] if history["validations"] else {"step": 0}
+    if last["step"] < len(steps):
+        # The trainer saves after Ctrl-C, and returns; only a run that had its time is validated.
+        raise KeyboardInterrupt
+    return Outcome(
+        choice=name,
+        seed=seed,
+        steps=len(steps),
+        tokens=sum(step["tokens"] for step in steps),
+        **{k: last[k] for k in ("ratio", "loss", "accuracy", "first_accuracy", "content")},
+    )
+
+
+def _chosen(base: TrainConfig, name: str, seed: int) -> TrainConfig:
+    values = base.to_dict()
+    for setting, value in CHOICES[name].items():
+        table, _, inner = setting.rpartition(".")
+        (values[table] if table else values)[inner or setting] = value
+    return replace(TrainConfig.from_dict(values), seed=seed)

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
-from stores import make_kv
+from support.models import PROSE, make_compressor, make_model, make_tokenizer, passes_of
+from support.stores import make_kv
 from typer.testing import CliRunner
 
 from sac_rag import SacRAG, archive

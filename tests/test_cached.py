@@ -7,9 +7,9 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pytest
-from conftest import PROSE, make_compressor, passes_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import PROSE, make_compressor, passes_of
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import PROSE, make_compressor, passes_of
+from support.models import PROSE, make_compressor, passes_of
 
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor

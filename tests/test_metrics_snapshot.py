@@ -13,7 +13,6 @@ from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
 import pytest
-from conftest import PROSE, make_compressor
 from opentelemetry import metrics as otel_metrics
 from opentelemetry import trace as otel_trace
 from opentelemetry.sdk.metrics import MeterProvider
@@ -21,6 +20,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.models import PROSE, make_compressor
 
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor

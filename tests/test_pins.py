@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pinned
 import pytest
+import support.pins as pinned
 import torch
-from pinned import (
+from safetensors.torch import load_file
+from support.pins import (
     CHECKPOINT,
     CHUNKS,
     CIPHER,
@@ -33,8 +34,7 @@ from pinned import (
     STORED,
     TEXTS,
 )
-from safetensors.torch import load_file
-from stores import bytes_in, make_kv
+from support.stores import bytes_in, make_kv
 from torch import Tensor
 
 from sac_rag import SacRAG

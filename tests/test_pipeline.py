@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
+from support.models import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 
 from sac_rag import SacRAG
 from sac_rag import default_models as models

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, make_compressor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import PROSE, make_compressor
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.kv import AnchorKV, QuantizedKV, quantize

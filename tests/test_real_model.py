@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of, make_compressor
-from slow_reading import read_slowly
+from support.models import logits_of, make_compressor
+from support.slow_reading import read_slowly
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.lm.generator import Generator

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, PROSE, make_compressor, make_model, passes_of
+from support.models import ARCHITECTURES, PROSE, make_compressor, make_model, passes_of
 from transformers import PreTrainedTokenizerFast
 
 from sac_rag.errors import UnsupportedModel

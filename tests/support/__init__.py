@@ -1,0 +1,1 @@
+"""What tests share: tiny models, values, stores, oracles. No test in here."""

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from sac_rag.chunk import Chunk
     from sac_rag.compressors.config import CompressorConfig
     from sac_rag.errors import (
-        ChunkMiss,
-        CorruptEntry,
-        ModelUnavailable,
-        PromptTooLong,
-        UnsupportedModel,
+        ChunkMissError,
+        CorruptEntryError,
+        ModelUnavailableError,
+        PromptTooLongError,
+        UnsupportedModelError,
     )
     from sac_rag.kv import AnchorKV
     from sac_rag.lm.generator import Generator
@@ -41,20 +41,20 @@ _HOME = {
     "CachedCompressor": "cached",
     "Chunk": "chunk",
     "ChunkIndex": "retrieval.index",
-    "ChunkMiss": "errors",
+    "ChunkMissError": "errors",
     "CompressorConfig": "compressors.config",
-    "CorruptEntry": "errors",
+    "CorruptEntryError": "errors",
     "Decoding": "prompts.generate",
     "DiskStore": "stores.disk",
     "Embedder": "retrieval.embedder",
     "Generator": "lm.generator",
     "MemoryStore": "stores.memory",
     "Message": "prompts.chat",
-    "ModelUnavailable": "errors",
+    "ModelUnavailableError": "errors",
     "PromptFormat": "prompts.format",
-    "PromptTooLong": "errors",
+    "PromptTooLongError": "errors",
     "SacRAG": "pipeline",
-    "UnsupportedModel": "errors",
+    "UnsupportedModelError": "errors",
     "fit": "training.fit",
 }
 
@@ -64,20 +64,20 @@ __all__ = [
     "CachedCompressor",
     "Chunk",
     "ChunkIndex",
-    "ChunkMiss",
+    "ChunkMissError",
     "CompressorConfig",
-    "CorruptEntry",
+    "CorruptEntryError",
     "Decoding",
     "DiskStore",
     "Embedder",
     "Generator",
     "MemoryStore",
     "Message",
-    "ModelUnavailable",
+    "ModelUnavailableError",
     "PromptFormat",
-    "PromptTooLong",
+    "PromptTooLongError",
     "SacRAG",
-    "UnsupportedModel",
+    "UnsupportedModelError",
     "fit",
 ]
 

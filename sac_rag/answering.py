@@ -68,8 +68,8 @@ def prepare(
         trace: The call that this is part of; the run ends it.
 
     Raises:
-        PromptTooLong: if a prompt and its answer pass the model's last position.
-        ChunkMiss: with on_miss="raise", if a chunk is not in the store.
+        PromptTooLongError: if a prompt and its answer pass the model's last position.
+        ChunkMissError: with on_miss="raise", if a chunk is not in the store.
         ValueError: for a ratio that the compressor does not have.
     """
     ratio = compressor.ratio_for(ratio)

@@ -30,7 +30,7 @@ from typing import Any, NoReturn, TypeAlias
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
 from sac_rag.stores.base import DocumentStore, ExplainingStore, PartialStore, Wanted
@@ -142,7 +142,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         """Reads an entry.
 
         Raises:
-            KeyError: if there is none; a `CorruptEntry` if it is damaged.
+            KeyError: if there is none; a `CorruptEntryError` if it is damaged.
             OSError: if the file cannot be read.
         """
         if key not in self.records:
@@ -153,7 +153,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         """Reads an entry's first KV entries and little else; see `abilities.PartialStore`.
 
         Raises:
-            KeyError: if there is none; a `CorruptEntry` if what was read of it is damaged.
+            KeyError: if there is none; a `CorruptEntryError` if what was read of it is damaged.
             OSError: if the file cannot be read.
             ValueError: if fewer than 1 are wanted.
         """
@@ -188,7 +188,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         for key, record in self.records.items():
             try:
                 self._verified(key, record)
-            except CorruptEntry as error:
+            except CorruptEntryError as error:
                 problems.append(f"{key}: {error.detail}")
             if on_progress is not None:
                 on_progress(1)
@@ -208,7 +208,7 @@ class Archive(MutableMapping[str, AnchorKV]):
             How many entries were copied, or got documents.
 
         Raises:
-            CorruptEntry: at the first damaged entry; those before it are there.
+            CorruptEntryError: at the first damaged entry; those before it are there.
             OSError: if the store cannot be written.
         """
         copied = 0
@@ -268,17 +268,17 @@ class Archive(MutableMapping[str, AnchorKV]):
     def _verified(self, key: str, record: Record) -> AnchorKV:
         data = self._read(_place(key))
         if _sha256(data) != record.sha256:
-            raise CorruptEntry("its bytes are not the ones that were written")
+            raise CorruptEntryError("its bytes are not the ones that were written")
         kv = decode(key, data)
         if (kv.num_tokens, kv.num_entries) != self.extent(key):
-            raise CorruptEntry("it is not as large as the manifest says")
+            raise CorruptEntryError("it is not as large as the manifest says")
         return kv
 
     def _read(self, name: str) -> memoryview:
         with self._opened(name) as (first, nbytes):
             data = first(nbytes)
         if zlib.crc32(data) != self._members[name].CRC:
-            raise CorruptEntry(f"the bytes of {name} are not the ones that were written")
+            raise CorruptEntryError(f"the bytes of {name} are not the ones that were written")
         return data
 
     @contextlib.contextmanager
@@ -286,7 +286,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         """Gives what reads the first bytes of a file in the archive, and how many it has."""
         member = self._members[name]
         if member.compress_type != zipfile.ZIP_STORED:
-            raise CorruptEntry(f"{name} is compressed")
+            raise CorruptEntryError(f"{name} is compressed")
         # Opened anew: the position in an open file would be shared with forked processes.
         with self.path.open("rb") as file:
             file.seek(member.header_offset + _NAME_LENGTH_AT)
@@ -294,7 +294,7 @@ class Archive(MutableMapping[str, AnchorKV]):
             begin = file.tell() + sum(lengths)
             # Asked before reading: room is made for as many bytes as are said to be there.
             if begin + member.file_size > os.fstat(file.fileno()).st_size:
-                raise CorruptEntry(f"{name} ends too early")
+                raise CorruptEntryError(f"{name} ends too early")
 
             def first(nbytes: int) -> memoryview:
                 data = memoryview(bytearray(nbytes))
@@ -420,7 +420,7 @@ def export(
             else:
                 try:
                     yield key, store[key], store.documents(key), text_id
-                except CorruptEntry as error:
+                except CorruptEntryError as error:
                     bad.append(f"{key}: {error}")
                 except KeyError:
                     pass  # evicted or forgotten meanwhile

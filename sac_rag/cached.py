@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from sac_rag.chunk import require_ratio
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import Full
-from sac_rag.errors import ChunkMiss
+from sac_rag.errors import ChunkMissError
 from sac_rag.guard import Guard
 from sac_rag.kv import AnchorKV
 from sac_rag.namespace import Namespace
@@ -190,8 +190,8 @@ class CachedCompressor:
                 raise to refuse texts that together do not fit.
 
         Raises:
-            ChunkMiss: with on_miss="raise".
-            PromptTooLong: for a text longer than the model's context.
+            ChunkMissError: with on_miss="raise".
+            PromptTooLongError: for a text longer than the model's context.
             ValueError: for an empty text, an unknown on_miss, or a ratio that `ratio_for` refuses.
         """
         require_on_miss(on_miss)
@@ -218,7 +218,7 @@ class CachedCompressor:
         hits = {key for key, miss in zip(keys, misses, strict=True) if miss is None}
         missing = {k: t for k, t, miss in zip(keys, texts, misses, strict=True) if miss is not None}
         if missing and on_miss == "raise":
-            raise ChunkMiss(misses)
+            raise ChunkMissError(misses)
         started = time.perf_counter()
         computed: dict[str, AnchorKV] = {}
         failed = 0
@@ -294,7 +294,7 @@ class CachedCompressor:
                 guard.loaded(len(text), kv.num_tokens, kv.nbytes, time.perf_counter() - started)
             return kv
         except KeyError as miss:
-            # Stores name the reason (CorruptEntry); a plain KeyError means that it is not there.
+            # Stores name the reason (CorruptEntryError); a plain KeyError means it is not there.
             reason: str | None = getattr(miss, "reason", None)
             return reason or self._why_absent(key, text)
         except OSError as error:

@@ -216,7 +216,7 @@ def open_compressor(folder: Path) -> CachedCompressor:
         settings.compressor,
         ratio=settings.ratio,
         stored_dtype=settings.stored_dtype,
-        format=None,
+        prompt_format=None,
         device=None,
         dtype=None,
     )

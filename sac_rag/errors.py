@@ -5,19 +5,19 @@ from __future__ import annotations
 """The few exceptions a caller would catch. Knows nothing else of the package."""
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModelError(ValueError):
     """The model's keys cannot be moved to another position, so its chunks cannot be cached."""
 
 
-class PromptTooLong(ValueError):
+class PromptTooLongError(ValueError):
     """The prompt would pass the model's last position."""
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailableError(RuntimeError):
     """A default model could not be fetched, or its bytes are not the pinned ones."""
 
 
-class CorruptEntry(KeyError):
+class CorruptEntryError(KeyError):
     """A store holds bytes under this key, but not the ones that were written.
 
     A `KeyError`, so that to every user of the mapping the entry is simply not there.
@@ -36,7 +36,7 @@ class CorruptEntry(KeyError):
         return f"{self.reason}: {self.detail}"
 
 
-class ChunkMiss(KeyError):
+class ChunkMissError(KeyError):
     """A chunk is not in the store and the caller asked for `on_miss="raise"`.
 
     Attributes:

@@ -27,7 +27,7 @@ def load_compressor(
     *,
     ratio: int | None,
     stored_dtype: StoredDtype | None,
-    format: PromptFormat | None,
+    prompt_format: PromptFormat | None,
     device: str | torch.device | None,
     dtype: torch.dtype | str | None,
 ) -> tuple[Compressor, PromptFormat | None]:
@@ -44,15 +44,15 @@ def load_compressor(
         asked = {"ratio": ratio, "stored_dtype": stored_dtype}
         changes = {name: value for name, value in asked.items() if value is not None}
         loaded = checkpoint.load(folder, generator, **changes)
-        return loaded, format or checkpoint.load_format(folder)
+        return loaded, prompt_format or checkpoint.load_prompt_format(folder)
     if ratio not in (None, 1):
         raise ValueError(
             f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; give the folder of "
             f"a compressor, or fit one: {_fitting(model)}"
         )
-    sink = (format or PromptFormat()).opening(generator.tokenizer)
+    sink = (prompt_format or PromptFormat()).opening(generator.tokenizer)
     config = Full.default_config(sink=sink, stored_dtype=stored_dtype or generator.dtype_name)
-    return checkpoint.make(generator, config), format
+    return checkpoint.make(generator, config), prompt_format
 
 
 def default_compressor(model: str | os.PathLike[str]) -> str:

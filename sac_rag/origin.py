@@ -26,7 +26,7 @@ class Origin:
         fields: The compressor's fingerprint fields.
         config: The compressor's.
         cue: The compressor's, if it has one. Shape: (hidden,)
-        format: The prompts that the chunks are for, if it is known.
+        prompt_format: The prompts that the chunks are for, if it is known.
 
     Raises:
         ValueError: if config or cue are not those of the fields, or prompts with the anchors need a
@@ -36,7 +36,7 @@ class Origin:
     fields: Mapping[str, str]
     config: CompressorConfig
     cue: Tensor | None = None
-    format: PromptFormat | None = None
+    prompt_format: PromptFormat | None = None
 
     def __post_init__(self) -> None:
         told = {name: v for name, v in self.fields.items() if name.startswith("config.")}
@@ -62,10 +62,10 @@ class Origin:
         return digest_json(dict(self.fields))
 
     @classmethod
-    def of(cls, compressor: Compressor, format: PromptFormat | None = None) -> Origin:
+    def of(cls, compressor: Compressor, prompt_format: PromptFormat | None = None) -> Origin:
         """What a loaded compressor would be the origin of."""
         fields, cue = compressor.fingerprint_fields(), compressor.cue
-        return cls(fields, compressor.config, None if cue is None else cue.detach(), format)
+        return cls(fields, compressor.config, None if cue is None else cue.detach(), prompt_format)
 
     @classmethod
     def from_folder(cls, fields: Mapping[str, str], folder: Path | None) -> Origin:
@@ -98,8 +98,8 @@ class Origin:
                 f"{'none' if folder is None else f'those in {folder}'}; "
                 "give the folder of the compressor they were compressed with"
             )
-        format = checkpoint.load_format(folder) if folder is not None else None
-        return cls(fields, config, weights.get("cue"), format)
+        prompt_format = checkpoint.load_prompt_format(folder) if folder is not None else None
+        return cls(fields, config, weights.get("cue"), prompt_format)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the cue, as JSON holds it."""
@@ -107,7 +107,9 @@ class Origin:
             "fingerprint": self.fingerprint,
             "fields": dict(self.fields),
             "config": self.config.to_dict(),
-            "prompt_format": None if self.format is None else json.loads(self.format.to_json()),
+            "prompt_format": None
+            if self.prompt_format is None
+            else json.loads(self.prompt_format.to_json()),
         }
 
     @classmethod
@@ -123,7 +125,7 @@ class Origin:
             fields=dict(about["fields"]),
             config=CompressorConfig.from_json(json.dumps(about["config"])),
             cue=cue,
-            format=None if text is None else PromptFormat.from_json(json.dumps(text)),
+            prompt_format=None if text is None else PromptFormat.from_json(json.dumps(text)),
         )
         if about["fingerprint"] != origin.fingerprint:
             raise ValueError("the fingerprint is not that of the fields given for it")

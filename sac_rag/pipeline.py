@@ -33,10 +33,10 @@ class SacRAG:
 
     Attributes:
         compressor: Turns chunks into anchors, asking its store first.
-        format: How question and chunks become a prompt. Its stop texts end answers to its own
-            prompts, not turns of a chat or other completions, and only where the Decoding has none.
+        prompt_format: How question and chunks become a prompt. Its stop texts end answers to its
+            own prompts, not turns of a chat or other completions, where the Decoding has none.
         on_miss: What to do with a chunk that is not in the store: "compress", read it as "text",
-            or "raise" ChunkMiss.
+            or "raise" ChunkMissError.
         decoding: Used where a call gives none.
         prefixes: KV of what prompts begin with, read once and kept in memory.
     """
@@ -45,7 +45,7 @@ class SacRAG:
         self,
         compressor: CachedCompressor,
         *,
-        format: PromptFormat | None = None,
+        prompt_format: PromptFormat | None = None,
         on_miss: OnMiss = "compress",
         decoding: Decoding | None = None,
     ) -> None:
@@ -56,7 +56,7 @@ class SacRAG:
                 "was: 'compress'"
             )
         self.compressor = compressor
-        self.format = format or PromptFormat()
+        self.prompt_format = prompt_format or PromptFormat()
         self.on_miss: OnMiss = on_miss
         self.decoding = decoding or Decoding()
         self.prefixes = Prefixes(self.generator)
@@ -71,7 +71,7 @@ class SacRAG:
         store: MutableMapping[str, AnchorKV] | None = None,
         compressor: str | os.PathLike[str] | None = None,
         ratio: int | None = None,
-        format: PromptFormat | None = None,
+        prompt_format: PromptFormat | None = None,
         namespace: str = "",
         stored_dtype: StoredDtype | None = None,
         guard: bool = True,
@@ -88,7 +88,7 @@ class SacRAG:
                 (every token is kept; needs no training), or the folder of a trained compressor.
                 Default: "shipped" if there is one for this model, else "full".
             ratio: Source tokens per anchor, instead of the compressor's own; any is possible.
-            format: How question and chunks become a prompt. Default: the format that the
+            prompt_format: How question and chunks become a prompt. Default: the format that the
                 compressor was trained for, if it was for one.
             namespace: The secret of every key: one tenant's chunks are no hits for another.
             stored_dtype: What keys and values are kept in, instead of the compressor's own.
@@ -99,21 +99,21 @@ class SacRAG:
 
         Raises:
             ValueError: for an unknown model or compressor.
-            ModelUnavailable: if a default model cannot be fetched.
-            UnsupportedModel: if the model's keys cannot be moved.
+            ModelUnavailableError: if a default model cannot be fetched.
+            UnsupportedModelError: if the model's keys cannot be moved.
         """
-        plain, format = load_compressor(
+        plain, prompt_format = load_compressor(
             model,
             compressor,
             ratio=ratio,
             stored_dtype=stored_dtype,
-            format=format,
+            prompt_format=prompt_format,
             device=device,
             dtype=dtype,
         )
         kept = MemoryStore() if store is None else store
         cached = CachedCompressor(plain, kept, namespace=namespace, guard=guard)
-        return cls(cached, format=format, **options)
+        return cls(cached, prompt_format=prompt_format, **options)
 
     @classmethod
     def from_archive(
@@ -122,7 +122,7 @@ class SacRAG:
         model: str | os.PathLike[str] = "smollm2-135m",
         *,
         store: MutableMapping[str, AnchorKV] | None = None,
-        format: PromptFormat | None = None,
+        prompt_format: PromptFormat | None = None,
         namespace: str = "",
         ratio: int | None = None,
         device: str | torch.device | None = None,
@@ -135,7 +135,7 @@ class SacRAG:
             archive: What `export` wrote.
             model: The one that the chunks were compressed for. It is loaded in the same dtype.
             store: Where the archive was imported to. Default: the archive itself.
-            format: Default: the format that the chunks were made for, if it is known.
+            prompt_format: Default: the format that the chunks were made for, if it is known.
             on_miss: "text" or "raise": what is not in the store cannot be compressed.
             namespace: The one that they were compressed in.
             ratio: Source tokens per anchor, instead of that of the compressor that was exported;
@@ -146,7 +146,7 @@ class SacRAG:
         Raises:
             ValueError: if the file is no archive, the model is another one, naming what differs, or
                 there is no such ratio.
-            ModelUnavailable: if a default model cannot be fetched.
+            ModelUnavailableError: if a default model cannot be fetched.
         """
         opened = Archive(archive)
         stored = load_stored(model, opened.origin, device)
@@ -154,7 +154,12 @@ class SacRAG:
             stored = stored.at_ratio(ratio)
         kept = opened if store is None else store
         cached = CachedCompressor(stored, kept, namespace=namespace, guard=False)
-        return cls(cached, format=format or opened.origin.format, on_miss=on_miss, **options)
+        return cls(
+            cached,
+            prompt_format=prompt_format or opened.origin.prompt_format,
+            on_miss=on_miss,
+            **options,
+        )
 
     @property
     def generator(self) -> Generator:
@@ -165,7 +170,7 @@ class SacRAG:
         """Proves on the loaded model that moved chunks read like plain text.
 
         Done at construction, once for a model, and remembered. Returns the largest relative error;
-        raises UnsupportedModel where it is more than rounding.
+        raises UnsupportedModelError where it is more than rounding.
         """
         budget = self.compressor.compressor.config.budget
         return self_check(self.generator, ragged=budget != "uniform")
@@ -192,7 +197,7 @@ class SacRAG:
                 store has of its former version is deleted when all chunks are stored.
 
         Raises:
-            PromptTooLong: for a chunk longer than the model's context; those before it are stored.
+            PromptTooLongError: for a chunk longer than the model's context; others are stored.
             OSError: if the store cannot be written.
         """
         return precompress(
@@ -224,7 +229,7 @@ class SacRAG:
 
         Raises as `export.export` does.
         """
-        origin = Origin.of(self.compressor.compressor, self.format)
+        origin = Origin.of(self.compressor.compressor, self.prompt_format)
         return export(self.compressor.store, archive, origin, decrypt=decrypt)
 
     def metrics(self) -> Metrics:
@@ -252,8 +257,8 @@ class SacRAG:
 
         Raises:
             ValueError: if the question is empty, or the compressor has no such ratio.
-            PromptTooLong: if question, chunks and answer pass the model's last position.
-            ChunkMiss: with on_miss="raise", if a chunk is not in the store.
+            PromptTooLongError: if question, chunks and answer pass the model's last position.
+            ChunkMissError: with on_miss="raise", if a chunk is not in the store.
         """
         return self.batch([(question, chunks)], decoding, ratio=ratio)[0]
 
@@ -320,9 +325,9 @@ class SacRAG:
     ) -> list[Answer]:
         """Goes on with each plain prompt, chunks anywhere in it but at its end.
 
-        Nothing is added but the tokenizer's BOS: no chat template, no words of `format`. The stop
-        texts of `format` count where the prompt is one of its own (`format.matches`). For decoding
-        and ratio see `answer`.
+        Nothing is added but the tokenizer's BOS: no chat template, no words of `prompt_format`,
+        whose stop texts count where the prompt is one of its own (`prompt_format.matches`). For
+        decoding and ratio see `answer`.
 
         Raises:
             ValueError: if a prompt does not end in text.
@@ -351,13 +356,13 @@ class SacRAG:
         A prompt may leave them at its last few, where text of its own is tokenized together with
         them.
         """
-        return token_ids(self.format.beginning(self.generator.tokenizer), self.compressor)
+        return token_ids(self.prompt_format.beginning(self.generator.tokenizer), self.compressor)
 
     def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Piece]:
         if isinstance(chunks, str):
             raise TypeError("chunks must be a sequence of chunks, was: one str; put it in a list")
         given = [Chunk.of(chunk) for chunk in chunks]
-        return self.format.pieces(self.generator.tokenizer, question, given)
+        return self.prompt_format.pieces(self.generator.tokenizer, question, given)
 
     def _start(
         self,
@@ -368,7 +373,7 @@ class SacRAG:
         return self._run(
             lambda: [self._ask(question, chunks) for question, chunks in questions],
             self.beginning_ids,
-            [self.format.stop] * len(questions),
+            [self.prompt_format.stop] * len(questions),
             decoding,
             ratio,
         )
@@ -400,7 +405,10 @@ class SacRAG:
         return self._run(
             lambda: [plain(self.generator.tokenizer, prompt) for prompt in prompts],
             self.beginning_ids,
-            [self.format.stop if self.format.matches(prompt) else () for prompt in prompts],
+            [
+                self.prompt_format.stop if self.prompt_format.matches(prompt) else ()
+                for prompt in prompts
+            ],
             decoding,
             ratio,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sac_rag import default_models as models
 from sac_rag.compressors.full import Full
-from sac_rag.errors import UnsupportedModel
+from sac_rag.errors import UnsupportedModelError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.attention import as_inputs
 from sac_rag.lm.digests import digest_json
@@ -39,7 +39,7 @@ def self_check(generator: Generator, *, ragged: bool = False) -> float:
         The largest relative error seen, now or when it was measured.
 
     Raises:
-        UnsupportedModel: if it is more than rounding: answers would be wrong.
+        UnsupportedModelError: if it is more than rounding: answers would be wrong.
     """
     about = {
         **generator.identity,
@@ -66,7 +66,7 @@ def self_check(generator: Generator, *, ragged: bool = False) -> float:
     error = float(torch.tensor(errors).max())  # NaN if any is, which Python's max would lose
     allowed = _ROUNDING[generator.dtype]
     if not error <= allowed:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{generator.model.config.model_type}: a moved chunk must read like plain text "
             f"(relative error at most {allowed} in {generator.dtype}), was: {error:.3g}; "
             + (

@@ -28,7 +28,7 @@ from sac_rag.chunk import Chunk
 from sac_rag.cli import app
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import ChunkMiss, CorruptEntry
+from sac_rag.errors import ChunkMissError, CorruptEntryError
 from sac_rag.evaluation.quality import System, evaluate
 from sac_rag.evaluation.questions import QAExample, Question
 from sac_rag.evaluation.sample import draw
@@ -67,7 +67,7 @@ def sac(make_generator: Callable[..., Generator]) -> Compressor:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, sac: Compressor) -> Path:
     folder = tmp_path_factory.mktemp("compressor")
-    checkpoint.save(sac, folder, format=SPANS)
+    checkpoint.save(sac, folder, prompt_format=SPANS)
     return folder
 
 
@@ -109,11 +109,11 @@ def test_answers_without_the_compressor_are_those_with_it(
     make_generator: Callable[..., Generator], saved: Path, tmp_path: Path, method: str, dtype: Any
 ) -> None:
     compressor = make_compressor(make_generator("llama"), method).storing(dtype)
-    rag = SacRAG(CachedCompressor(compressor, {}), format=SPANS, decoding=SHORT)
+    rag = SacRAG(CachedCompressor(compressor, {}), prompt_format=SPANS, decoding=SHORT)
     path = tmp_path / "corpus.sacrag"
     archive.write(path, Origin.of(compressor, SPANS), entries(CachedCompressor(compressor, {})))
     served = SacRAG.from_archive(path, saved, device="cpu", decoding=SHORT)
-    assert served.format == SPANS
+    assert served.prompt_format == SPANS
     for chunks in (PROSE, PROSE[:1], PROSE[::-1]):
         expected, got = rag.answer(QUESTION, chunks), served.answer(QUESTION, chunks)
         assert got.text == expected.text
@@ -150,7 +150,7 @@ def test_what_is_not_in_the_archive_is_read_as_text_or_refused(carried: Path, sa
     report = served.answer(QUESTION, [PROSE[0], unknown]).chunks[1]
     assert (report.status, report.read_as) == ("absent", "text")
     strict = SacRAG.from_archive(carried, saved, device="cpu", on_miss="raise")
-    with pytest.raises(ChunkMiss):
+    with pytest.raises(ChunkMissError):
         strict.answer(QUESTION, [unknown])
     with pytest.raises(ValueError, match="must be 'text' or 'raise' where the compressor is not"):
         SacRAG.from_archive(carried, saved, device="cpu", on_miss="compress")
@@ -198,7 +198,7 @@ def test_the_model_is_loaded_in_the_dtype_the_chunks_were_made_in(
     rag = SacRAG.from_pretrained(saved, device="cpu", dtype="bfloat16", decoding=SHORT)
     path = tmp_path / "corpus.sacrag"
     compressor = rag.compressor.compressor
-    archive.write(path, Origin.of(compressor, rag.format), entries(rag.compressor))
+    archive.write(path, Origin.of(compressor, rag.prompt_format), entries(rag.compressor))
     served = SacRAG.from_archive(path, saved, device="cpu", decoding=SHORT)
     assert served.generator.dtype_name == "bfloat16"
     assert served.answer(QUESTION, PROSE).text == rag.answer(QUESTION, PROSE).text
@@ -295,7 +295,7 @@ def test_an_origin_must_fit_together(sac: Compressor, trained: Path) -> None:
     with pytest.raises(ValueError, match="other weights than none"):
         Origin.from_folder(fields, None)
     found = Origin.from_folder(fields, trained)
-    assert found.format == SPANS and found.fingerprint == sac.fingerprint
+    assert found.prompt_format == SPANS and found.fingerprint == sac.fingerprint
     assert found.cue is not None and found.cue.equal(sac.cue.detach())  # type: ignore[union-attr]
 
 
@@ -329,7 +329,7 @@ def test_a_pipeline_exports_what_its_own_compressor_stored(
     served = SacRAG.from_archive(
         tmp_path / "corpus.sacrag", saved, device="cpu", decoding=SHORT, on_miss="raise"
     )
-    assert served.format == rag.format == SPANS
+    assert served.prompt_format == rag.prompt_format == SPANS
     assert served.answer(QUESTION, PROSE).text == expected.text
 
 
@@ -392,7 +392,7 @@ def test_the_command_line_carries_a_store_and_python_serves_it(
         served = SacRAG.from_archive(
             path, saved, store=store, device="cpu", decoding=SHORT, on_miss="raise"
         )
-        expected = SacRAG(CachedCompressor(sac, {}), format=SPANS, decoding=SHORT)
+        expected = SacRAG(CachedCompressor(sac, {}), prompt_format=SPANS, decoding=SHORT)
         answer = served.answer(QUESTION, PROSE)
         assert answer.text == expected.answer(QUESTION, PROSE).text
 
@@ -504,11 +504,11 @@ def test_damage_behind_the_first_entries_is_found_when_all_are_read(
     opened = Archive(path)
     assert opened.read(key, lambda _: 6000).bit_equal(kv.first(6000))
     for read in (opened.__getitem__, lambda key: opened.read(key, lambda _: 24_000)):
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             read(key)
     data[info.header_offset + 100_000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptEntry, match="checksum"):
+    with pytest.raises(CorruptEntryError, match="checksum"):
         Archive(path).read(key, lambda _: 6000)
 
 
@@ -519,7 +519,7 @@ def test_an_entry_of_another_size_than_the_manifest_says_is_not_imported(carried
     opened = Archive(rewrite(carried, change))
     (problem,) = opened.verify()
     assert "not as large as the manifest says" in problem
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         opened.copy_to({})
 
 
@@ -616,7 +616,7 @@ def test_a_damaged_entry_is_named_not_imported_and_a_miss_when_served(
     opened = Archive(carried)
     (problem,) = opened.verify()
     assert problem.startswith(cached.key(PROSE[2]))
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         opened.copy_to(disk)
     assert cached.key(PROSE[2]) not in disk
     served = SacRAG.from_archive(carried, saved, device="cpu", decoding=SHORT)
@@ -641,7 +641,7 @@ def test_an_entry_in_anothers_place_is_not_believed(carried: Path) -> None:
             new.writestr(names.get(name, name), old.read(name))
     opened = Archive(swapped)
     assert len(opened.verify()) == 2
-    with pytest.raises(CorruptEntry, match="this is the entry of key"):
+    with pytest.raises(CorruptEntryError, match="this is the entry of key"):
         opened[keys[0]]
 
 
@@ -659,7 +659,7 @@ def test_a_pickle_in_an_archive_is_never_executed(carried: Path, tmp_path: Path)
         for name in old.namelist():
             new.writestr(name, pickle.dumps(Evil()) if key in name else old.read(name))
     opened = Archive(evil)
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         opened[key]
     assert len(opened.verify()) == 1
     assert not ran.exists()
@@ -711,10 +711,10 @@ def test_random_damage_is_an_error_or_a_miss_and_never_other_numbers(
         for key in opened:
             try:
                 kv: AnchorKV = opened[key]
-            except CorruptEntry:
+            except CorruptEntryError:
                 missed += 1
             else:
                 assert kv.bit_equal(expected[key])
-            with suppress(CorruptEntry):
+            with suppress(CorruptEntryError):
                 assert opened.read(key, lambda _: 5).bit_equal(expected[key].first(5))
     assert refused > 100 and missed > 50

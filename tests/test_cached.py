@@ -14,7 +14,7 @@ from support.models import PROSE, make_compressor, passes_of
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import REASONS, ChunkMiss, CorruptEntry, PromptTooLong, name_of
+from sac_rag.errors import REASONS, ChunkMissError, CorruptEntryError, PromptTooLongError, name_of
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
@@ -53,7 +53,7 @@ class Rotten(dict[str, AnchorKV]):
     reason = "corrupt"
 
     def __getitem__(self, key: str) -> AnchorKV:
-        raise CorruptEntry("checksum differs", self.reason)
+        raise CorruptEntryError("checksum differs", self.reason)
 
 
 class Recording(dict[str, AnchorKV]):
@@ -194,7 +194,7 @@ def test_more_than_is_stored_is_not_computed_unless_it_may_be(nested: Compressor
     cached.compress(PROSE[:2])
     with passes_of(nested.generator) as passes:
         as_text = cached.fetch([PROSE[0], *PROSE[:2]], ratios=[1, 2, 15], on_miss="text")
-        with pytest.raises(ChunkMiss) as caught:
+        with pytest.raises(ChunkMissError) as caught:
             cached.fetch(PROSE[:2], ratios=[2, 1], on_miss="raise")
     assert passes == []
     assert [kv is None for kv in as_text.kvs] == [True, False, False]
@@ -384,7 +384,7 @@ def test_on_miss_text_leaves_the_missing_out_and_runs_nothing(sac: Compressor) -
 def test_on_miss_raise_names_every_missing_chunk_and_runs_nothing(sac: Compressor) -> None:
     cached = CachedCompressor(sac, {})
     cached.compress([PROSE[1]])
-    with passes_of(sac.generator) as passes, pytest.raises(ChunkMiss) as caught:
+    with passes_of(sac.generator) as passes, pytest.raises(ChunkMissError) as caught:
         cached.fetch(PROSE[:3], on_miss="raise")
     assert caught.value.reasons == ["absent", None, "absent"]
     assert "2 of 3 chunks" in str(caught.value)
@@ -451,7 +451,7 @@ def test_a_text_without_text_is_refused(sac: Compressor, text: str) -> None:
 
 def test_a_text_longer_than_the_model_is_refused_and_nothing_is_stored(sac: Compressor) -> None:
     cached = CachedCompressor(sac, {})
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         cached.compress([PROSE[0], "lighthouse " * 4200])
     assert len(cached.store) == 0
 
@@ -477,10 +477,10 @@ def test_accept_hears_all_lengths_before_anything_is_computed(sac: Compressor) -
 
 def test_what_accept_raises_ends_it_before_anything_is_computed(sac: Compressor) -> None:
     def refuse(lengths: list[int]) -> None:
-        raise PromptTooLong("too many")
+        raise PromptTooLongError("too many")
 
     cached = CachedCompressor(sac, {})
-    with passes_of(sac.generator) as passes, pytest.raises(PromptTooLong, match="too many"):
+    with passes_of(sac.generator) as passes, pytest.raises(PromptTooLongError, match="too many"):
         cached.fetch(PROSE, accept=refuse)
     assert passes == []
     assert len(cached.store) == 0

@@ -140,12 +140,12 @@ def test_a_new_collection_takes_the_shipped_compressor_and_an_old_one_stays_what
     before = Collection(tmp_path / "before")
     assert before.settings.compressor == "full"
     untrained = SAC(before.rag.generator, CompressorConfig(lora_rank=2))
-    checkpoint.save(untrained, checkpoint.WEIGHTS / before.settings.model, format=SPANS)
+    checkpoint.save(untrained, checkpoint.WEIGHTS / before.settings.model, prompt_format=SPANS)
     assert Collection(before.folder).rag.compressor.compressor.method == "full"
     after = Collection(tmp_path / "after")
     assert json.loads((after.folder / "collection.json").read_text())["compressor"] == "shipped"
     assert after.rag.compressor.compressor.method == "sac"
-    assert after.rag.format == SPANS
+    assert after.rag.prompt_format == SPANS
     after.add(after.split(leads))
     for result in ask_questions(after, k=2):
         assert 0 < result.kv_entries < result.source_tokens

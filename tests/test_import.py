@@ -25,7 +25,7 @@ def modules_after(statement: str) -> set[str]:
     [
         "import sac_rag",
         "import sac_rag; sac_rag.__version__; dir(sac_rag)",
-        "from sac_rag import Chunk, ChunkMiss, ModelUnavailable, PromptTooLong, UnsupportedModel",
+        "from sac_rag import Chunk, ChunkMissError, ModelUnavailableError, PromptTooLongError",
         "import sac_rag.stores",
         "import sac_rag.compressors",
     ],

@@ -26,7 +26,7 @@ from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import ChunkMiss, CorruptEntry, PromptTooLong
+from sac_rag.errors import ChunkMissError, CorruptEntryError, PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.generate import Decoding
@@ -82,7 +82,7 @@ class Rotten(dict[str, AnchorKV]):
     reasons = ("fingerprint: config.ratio was 5, is 3", "corrupt", "fingerprint: more, differently")
 
     def __getitem__(self, key: str) -> AnchorKV:
-        raise CorruptEntry("see the reason", self.reasons[int(key, 16) % 3])
+        raise CorruptEntryError("see the reason", self.reasons[int(key, 16) % 3])
 
 
 def told() -> dict[str, Any]:
@@ -179,11 +179,11 @@ def test_calls_that_raise_are_counted_and_what_they_loaded_too(
     make_rag: Callable[..., SacRAG],
 ) -> None:
     rag = make_rag(on_miss="raise")
-    with pytest.raises(ChunkMiss):
+    with pytest.raises(ChunkMissError):
         rag.answer(QUESTION, PROSE)
     with pytest.raises(ValueError):
         rag.answer("", PROSE)
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         rag.answer("why " * 9000, [])
     assert (rag.metrics().failed, rag.metrics().questions) == (3, 0)
 
@@ -284,11 +284,11 @@ def test_a_span_that_is_open_for_a_streams_caller_is_the_callers_own(
 def test_a_call_that_raises_is_a_span_with_the_errors_type(
     make_rag: Callable[..., SacRAG], spans: Callable[[], dict[str, ReadableSpan]]
 ) -> None:
-    with pytest.raises(ChunkMiss):
+    with pytest.raises(ChunkMissError):
         make_rag(on_miss="raise").answer(QUESTION, PROSE)
     span = spans()["sac_rag.answer"]
     assert span.status.status_code is otel_trace.StatusCode.ERROR
-    assert dict(span.attributes or {}) == {"error.type": "ChunkMiss"}
+    assert dict(span.attributes or {}) == {"error.type": "ChunkMissError"}
 
 
 def test_no_text_key_or_id_leaves_the_process(

@@ -43,7 +43,7 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.collection import Collection, CollectionSettings
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
@@ -307,10 +307,10 @@ def test_a_checkpoint_is_loaded_and_compresses_as_it_did(
     loaded = checkpoint.load(FOLDER / "checkpoint", generator)
     assert loaded.fingerprint == FINGERPRINTS[CHECKPOINT]
     assert loaded.config == pinned.make_compressor(generator, CHECKPOINT).config
-    assert checkpoint.load_format(FOLDER / "checkpoint") == FORMAT
+    assert checkpoint.load_prompt_format(FOLDER / "checkpoint") == FORMAT
     for text, kv in zip(TEXTS, loaded.compress(list(TEXTS.values())), strict=True):
         require_close(kv, values, CHECKPOINT, text)
-    checkpoint.save(loaded, tmp_path / "again", format=FORMAT)
+    checkpoint.save(loaded, tmp_path / "again", prompt_format=FORMAT)
     for path in (FOLDER / "checkpoint").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
@@ -461,7 +461,9 @@ def test_entries_of_format_2_are_misses_that_say_so(tmp_path: Path) -> None:
     with DiskStore(folder) as store:
         assert set(store) == set(KEYS_OF_FORMAT_2)
         for key in KEYS_OF_FORMAT_2:
-            with pytest.raises(CorruptEntry, match="is of format 2, this sac_rag reads") as error:
+            with pytest.raises(
+                CorruptEntryError, match="is of format 2, this sac_rag reads"
+            ) as error:
                 store[key]
             assert error.value.reason == "format"
             assert store.why_absent(key) == "format"
@@ -514,7 +516,7 @@ def test_a_pinned_archive_holds_what_was_exported(values: dict[str, Tensor]) -> 
     assert set(archive) == set(KEYS[:2])
     assert archive.origin.fingerprint == FINGERPRINTS[CHECKPOINT]
     assert archive.origin.fields == FIELDS
-    assert archive.origin.format == FORMAT
+    assert archive.origin.prompt_format == FORMAT
     assert archive.origin.config == checkpoint.read(FOLDER / "checkpoint")[0]
     cue = checkpoint.read(FOLDER / "checkpoint")[1]["cue"]
     assert archive.origin.cue is not None and archive.origin.cue.equal(cue)
@@ -542,12 +544,15 @@ def test_a_pinned_archive_serves(
     generator: Generator, place: Path, namespace: str, text: str
 ) -> None:
     served = SacRAG.from_archive(FOLDER / "archive.sacrag", "./model", namespace=namespace)
-    assert served.format == FORMAT
+    assert served.prompt_format == FORMAT
     answer = served.answer(QUESTION, [TEXTS[text]], SHORT)
     assert [chunk.status for chunk in answer.chunks] == ["hit"]
     # As the compressor itself answers.
     plain = cached(generator, CHECKPOINT, MemoryStore(), namespace)
-    assert answer.text == SacRAG(plain, format=FORMAT).answer(QUESTION, [TEXTS[text]], SHORT).text
+    assert (
+        answer.text
+        == SacRAG(plain, prompt_format=FORMAT).answer(QUESTION, [TEXTS[text]], SHORT).text
+    )
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "encrypted"])
@@ -583,7 +588,7 @@ def test_a_pinned_collection_is_opened_with_its_settings(place: Path) -> None:
             "chunk_tokens": 64,
         }
         assert collection.index.chunks == CHUNKS
-        assert collection.rag.format == FORMAT
+        assert collection.rag.prompt_format == FORMAT
     settings = CollectionSettings(
         model="./model", compressor="./checkpoint", embedder="./model", chunk_tokens=64
     )

@@ -22,7 +22,7 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import ChunkMiss, PromptTooLong, UnsupportedModel
+from sac_rag.errors import ChunkMissError, PromptTooLongError, UnsupportedModelError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
@@ -350,7 +350,7 @@ def test_a_chunk_of_10_mb_is_refused_with_the_numbers_and_without_running(rag: S
     assert len(huge) > 10_000_000
     with (
         passes_of(rag.generator) as passes,
-        pytest.raises(PromptTooLong, match=r"needs 10000[0-9]{2} positions and 8 .* has 8192"),
+        pytest.raises(PromptTooLongError, match=r"needs 10000[0-9]{2} positions and 8 .* has 8192"),
     ):
         rag.answer(QUESTION, [huge])
     assert passes == []
@@ -366,7 +366,7 @@ def test_200_chunks_are_refused_with_the_numbers_before_anything_is_computed(
     assert needed > 8192
     with (
         passes_of(rag.generator) as passes,
-        pytest.raises(PromptTooLong, match=f"prompt 0 needs {needed} positions and 8 for the"),
+        pytest.raises(PromptTooLongError, match=f"prompt 0 needs {needed} positions and 8 for the"),
     ):
         rag.answer(QUESTION, chunks)
     assert passes == []
@@ -388,7 +388,7 @@ def test_what_does_not_fit_is_refused_before_it_is_embedded(
     """Ten megabytes of tokens would be gigabytes of embeddings."""
     rag = make_rag(on_miss=on_miss)
     rag.precompress([PROSE[0]])
-    with embedded_by(rag.generator) as embedded, pytest.raises(PromptTooLong):
+    with embedded_by(rag.generator) as embedded, pytest.raises(PromptTooLongError):
         rag.answer(question, chunks)
     assert sum(embedded) == 0
 
@@ -396,13 +396,13 @@ def test_what_does_not_fit_is_refused_before_it_is_embedded(
 def test_chunks_that_are_stored_are_refused_as_well(rag: SacRAG) -> None:
     chunks = too_many()
     rag.precompress(chunks)
-    with passes_of(rag.generator) as passes, pytest.raises(PromptTooLong, match="8192"):
+    with passes_of(rag.generator) as passes, pytest.raises(PromptTooLongError, match="8192"):
         rag.answer(QUESTION, chunks)
     assert passes == []
 
 
 def test_the_row_that_does_not_fit_is_named(rag: SacRAG) -> None:
-    with pytest.raises(PromptTooLong, match="prompt 1 needs"):
+    with pytest.raises(PromptTooLongError, match="prompt 1 needs"):
         rag.batch([(QUESTION, PROSE), (QUESTION, too_many()), (QUESTION, [])])
 
 
@@ -410,12 +410,12 @@ def test_the_row_that_does_not_fit_is_named(rag: SacRAG) -> None:
 def test_room_for_the_answer_is_counted(rag: SacRAG, chunks: list[str]) -> None:
     room = 8192 - len(rag.prompt_ids(QUESTION, chunks))
     rag.stream(QUESTION, chunks, Decoding(max_new_tokens=room))
-    with pytest.raises(PromptTooLong, match=f"and {room + 1} for the answer"):
+    with pytest.raises(PromptTooLongError, match=f"and {room + 1} for the answer"):
         rag.stream(QUESTION, chunks, Decoding(max_new_tokens=room + 1))
 
 
 def test_a_stream_refuses_at_once(rag: SacRAG) -> None:
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         rag.stream(QUESTION, too_many())
 
 
@@ -448,8 +448,8 @@ def test_a_whole_chunk_behind_its_own_prefix_answers_like_its_text(
     llama: Generator, make_rag: Callable[..., SacRAG]
 ) -> None:
     full = make_compressor(llama, "full", sink="<|im_start|>user\n")
-    as_text = make_rag(full, format=BARE, on_miss="text")
-    as_anchors = make_rag(full, format=BARE)
+    as_text = make_rag(full, prompt_format=BARE, on_miss="text")
+    as_anchors = make_rag(full, prompt_format=BARE)
     for chunk in PROSE:
         got, expected = as_anchors.answer(QUESTION, [chunk]), as_text.answer(QUESTION, [chunk])
         assert got.text == expected.text == plain_reading(as_text, QUESTION, [chunk])
@@ -460,7 +460,7 @@ def test_a_whole_chunk_behind_its_own_prefix_answers_like_its_text(
 def test_on_miss_raise_raises_before_the_model_runs(make_rag: Callable[..., SacRAG]) -> None:
     rag = make_rag(on_miss="raise")
     rag.precompress([PROSE[1]])
-    with passes_of(rag.generator) as passes, pytest.raises(ChunkMiss) as caught:
+    with passes_of(rag.generator) as passes, pytest.raises(ChunkMissError) as caught:
         rag.answer(QUESTION, PROSE[:2])
     assert caught.value.reasons == ["absent", None]
     assert passes == []
@@ -497,7 +497,7 @@ def test_a_full_disk_does_not_end_an_answer(make_rag: Callable[..., SacRAG]) -> 
 
 def asked_every_way(rag: SacRAG, chunks: Sequence[Chunk], ratio: int | None) -> list[Any]:
     """Answers to one question at a ratio; the plain prompt's is another."""
-    turns = rag.format.messages(QUESTION, chunks)
+    turns = rag.prompt_format.messages(QUESTION, chunks)
     prompt = [*chunks, " Why?"]
     streams = [
         rag.stream(QUESTION, chunks, ratio=ratio),
@@ -650,7 +650,7 @@ def test_chunks_may_stand_in_any_message_of_a_chat(rag: SacRAG) -> None:
 
 def test_a_question_is_the_chat_its_format_makes(rag: SacRAG) -> None:
     chunks = [Chunk(PROSE[0]), Chunk(PROSE[1])]
-    (said,) = rag.chat([rag.format.messages(QUESTION, chunks)])
+    (said,) = rag.chat([rag.prompt_format.messages(QUESTION, chunks)])
     assert said.text == rag.answer(QUESTION, chunks).text
 
 
@@ -669,7 +669,7 @@ def test_conversations_are_answered_as_each_alone(rag: SacRAG) -> None:
 
 
 def test_a_plain_format_asks_in_plain_text(make_rag: Callable[..., SacRAG]) -> None:
-    rag = make_rag(format=SPANS)
+    rag = make_rag(prompt_format=SPANS)
     ids = rag.prompt_ids(QUESTION, PROSE[:2])
     assert rag.generator.tokenizer.decode(ids) == (
         f"{SPANS.prefix}Text:\n{PROSE[0]}\n\nText:\n{PROSE[1]}\nQuestion: {QUESTION}\nAnswer:"
@@ -682,7 +682,7 @@ def test_a_plain_format_asks_in_plain_text(make_rag: Callable[..., SacRAG]) -> N
 def test_a_plain_prompt_read_as_text_is_plain_reading(
     make_rag: Callable[..., SacRAG], chunks: list[str]
 ) -> None:
-    rag = make_rag(format=replace(SPANS, stop=()), on_miss="text")
+    rag = make_rag(prompt_format=replace(SPANS, stop=()), on_miss="text")
     for _ in range(2):
         answer = rag.answer(QUESTION, chunks)
         assert answer.text == plain_reading(rag, QUESTION, chunks)
@@ -693,7 +693,7 @@ def test_a_plain_prompt_read_as_text_is_plain_reading(
 def test_whole_streamed_and_batched_answers_to_plain_prompts_are_the_same(
     make_rag: Callable[..., SacRAG],
 ) -> None:
-    rag = make_rag(format=replace(SPANS, stop=("e",)), decoding=Decoding(max_new_tokens=24))
+    rag = make_rag(prompt_format=replace(SPANS, stop=("e",)), decoding=Decoding(max_new_tokens=24))
     asked: list[tuple[str, Sequence[ChunkLike]]] = [
         (f"Question {i}?", PROSE[i : i + 2]) for i in range(4)
     ]
@@ -705,7 +705,7 @@ def test_whole_streamed_and_batched_answers_to_plain_prompts_are_the_same(
 def test_a_question_in_a_plain_format_is_the_prompt_its_words_make(
     make_rag: Callable[..., SacRAG],
 ) -> None:
-    rag = make_rag(format=replace(SPANS, stop=()))
+    rag = make_rag(prompt_format=replace(SPANS, stop=()))
     prompts = [
         [
             f"{SPANS.prefix}Text:\n",
@@ -735,16 +735,16 @@ def test_a_plain_prompt_that_ends_in_a_chunk_is_refused(rag: SacRAG) -> None:
 def test_the_formats_stop_texts_end_answers_unless_others_are_given(
     make_rag: Callable[..., SacRAG], prompt_format: PromptFormat
 ) -> None:
-    said = make_rag(format=replace(prompt_format, stop=())).answer(QUESTION, PROSE).text
+    said = make_rag(prompt_format=replace(prompt_format, stop=())).answer(QUESTION, PROSE).text
     own, other = said[2], said[4]
-    stopping = make_rag(format=replace(prompt_format, stop=(own,)))
+    stopping = make_rag(prompt_format=replace(prompt_format, stop=(own,)))
     assert stopping.answer(QUESTION, PROSE).text == said.split(own)[0]
     assert stopping.answer(QUESTION, PROSE).finish_reason == "stop"
     for stop, expected in (((other,), said.split(other)[0]), ((), said)):
         decoding = replace(stopping.decoding, stop=stop)
         assert stopping.answer(QUESTION, PROSE, decoding).text == expected
         assert "".join(stopping.stream(QUESTION, PROSE, decoding)) == expected
-        default = make_rag(format=stopping.format, decoding=decoding)
+        default = make_rag(prompt_format=stopping.prompt_format, decoding=decoding)
         assert default.answer(QUESTION, PROSE).text == expected
 
 
@@ -753,10 +753,10 @@ def test_the_formats_stop_texts_end_completions_of_its_own_prompts_alone(
 ) -> None:
     own = [f"{SPANS.prefix}Text:\n", Chunk(PROSE[0]), f"\nQuestion: {QUESTION}\nAnswer:"]
     other = ["Text:\n", Chunk(PROSE[0]), f"\nQuestion: {QUESTION}\nAnswer:"]
-    free = make_rag(format=replace(SPANS, stop=()))
+    free = make_rag(prompt_format=replace(SPANS, stop=()))
     said = [free.complete([prompt])[0].text for prompt in (own, other)]
     stop = said[0][2], said[1][2]
-    stopping = make_rag(format=replace(SPANS, stop=stop))
+    stopping = make_rag(prompt_format=replace(SPANS, stop=stop))
     expected = [min((said[0].split(text)[0] for text in stop), key=len), said[1]]
     assert expected[0] != said[0]
     assert [answer.text for answer in stopping.complete([own, other])] == expected
@@ -770,7 +770,7 @@ def test_the_formats_stop_texts_do_not_end_turns_of_a_chat(
 ) -> None:
     conversation = [Message("user", (QUESTION, Chunk(PROSE[0])))]
     expected = make_rag().chat([conversation])[0].text
-    stopping = make_rag(format=replace(SPANS, stop=(expected[1],)))
+    stopping = make_rag(prompt_format=replace(SPANS, stop=(expected[1],)))
     assert stopping.chat([conversation])[0].text == expected
     assert "".join(stopping.stream_chat(conversation)) == expected
 
@@ -867,18 +867,18 @@ def test_what_is_no_compressor_is_refused_before_the_model_is_loaded(
 def test_a_compressors_own_format_is_used_unless_another_is_given(
     saved: Path, tmp_path: Path, sac: Compressor
 ) -> None:
-    checkpoint.save(sac, tmp_path, format=SPANS)
-    assert SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU).format == SPANS
-    other = SacRAG.from_pretrained(saved, compressor=tmp_path, format=BARE, **CPU)
-    assert other.format == BARE
+    checkpoint.save(sac, tmp_path, prompt_format=SPANS)
+    assert SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU).prompt_format == SPANS
+    other = SacRAG.from_pretrained(saved, compressor=tmp_path, prompt_format=BARE, **CPU)
+    assert other.prompt_format == BARE
 
 
 def test_a_compressor_without_a_format_gets_the_default_one(saved: Path, trained: Path) -> None:
-    assert SacRAG.from_pretrained(saved, compressor=trained, **CPU).format == PromptFormat()
+    assert SacRAG.from_pretrained(saved, compressor=trained, **CPU).prompt_format == PromptFormat()
 
 
 def test_whole_chunks_are_encoded_behind_the_opening_of_the_format(saved: Path) -> None:
-    rag = SacRAG.from_pretrained(saved, format=SPANS, **CPU)
+    rag = SacRAG.from_pretrained(saved, prompt_format=SPANS, **CPU)
     sink = rag.compressor.compressor.config.sink
     assert sink == "Answer each question with a few words from the text.\n\nText:\n"
     assert rag.answer(QUESTION, PROSE).chunks[0].read_as == "anchors"
@@ -888,8 +888,8 @@ def test_whole_chunks_are_encoded_behind_the_opening_of_the_format(saved: Path) 
 
 
 def test_a_format_comes_back_as_it_was_saved(tmp_path: Path, sac: Compressor) -> None:
-    checkpoint.save(sac, tmp_path, format=SPANS)
-    assert checkpoint.load_format(tmp_path) == SPANS
+    checkpoint.save(sac, tmp_path, prompt_format=SPANS)
+    assert checkpoint.load_prompt_format(tmp_path) == SPANS
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "compressor.safetensors",
         "config.json",
@@ -900,9 +900,9 @@ def test_a_format_comes_back_as_it_was_saved(tmp_path: Path, sac: Compressor) ->
 def test_saving_without_a_format_leaves_none_of_another_compressor(
     tmp_path: Path, sac: Compressor
 ) -> None:
-    checkpoint.save(sac, tmp_path, format=SPANS)
+    checkpoint.save(sac, tmp_path, prompt_format=SPANS)
     checkpoint.save(sac, tmp_path)
-    assert checkpoint.load_format(tmp_path) is None
+    assert checkpoint.load_prompt_format(tmp_path) is None
     assert not (tmp_path / "format.json").exists()
 
 
@@ -937,7 +937,7 @@ def pulled(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 @pytest.fixture
 def shipped(pulled: str, sac: Compressor) -> str:
     """The same, with a compressor that comes with the package."""
-    checkpoint.save(sac, checkpoint.WEIGHTS / pulled, format=SPANS)
+    checkpoint.save(sac, checkpoint.WEIGHTS / pulled, prompt_format=SPANS)
     return pulled
 
 
@@ -946,8 +946,8 @@ def test_the_compressor_that_comes_with_the_package_is_the_default(
 ) -> None:
     rag = SacRAG.from_pretrained(shipped, **CPU)
     assert rag.compressor.fingerprint == sac.fingerprint
-    assert rag.format == SPANS
-    expected = make_rag(sac, format=SPANS).answer(QUESTION, PROSE).text
+    assert rag.prompt_format == SPANS
+    expected = make_rag(sac, prompt_format=SPANS).answer(QUESTION, PROSE).text
     assert rag.answer(QUESTION, PROSE).text == expected
     assert SacRAG.from_pretrained(**CPU).compressor.fingerprint == sac.fingerprint
     named = SacRAG.from_pretrained(shipped, compressor="shipped", ratio=2, **CPU)
@@ -961,13 +961,13 @@ def test_another_compressor_may_be_asked_for_where_one_is_shipped(
         sac.fingerprint
     )
     rag = SacRAG.from_pretrained(shipped, compressor=str(trained), **CPU)
-    assert rag.format == PromptFormat()
+    assert rag.prompt_format == PromptFormat()
 
 
 def test_where_none_is_shipped_every_token_is_kept(pulled: str) -> None:
     rag = SacRAG.from_pretrained(pulled, **CPU)
     assert rag.compressor.compressor.method == "full"
-    assert rag.format == PromptFormat()
+    assert rag.prompt_format == PromptFormat()
     with pytest.raises(ValueError, match=r"comes with sac_rag for 'smollm2-135m', only for: none"):
         SacRAG.from_pretrained(pulled, compressor="shipped", **CPU)
 
@@ -984,7 +984,7 @@ def test_a_store_and_a_namespace_are_passed_on(saved: Path, disk: DiskStore) -> 
     one.precompress([PROSE[0]])
     two = SacRAG.from_pretrained(saved, store=disk, namespace="two", on_miss="raise", **CPU)
     assert one.compressor.store is two.compressor.store is disk
-    with pytest.raises(ChunkMiss):
+    with pytest.raises(ChunkMissError):
         two.answer(QUESTION, [PROSE[0]])
 
 
@@ -1002,7 +1002,7 @@ def test_a_model_whose_template_refuses_system_messages_can_be_used(tmp_path: Pa
     tokenizer = make_tokenizer()
     tokenizer.chat_template = refuse + str(tokenizer.chat_template)
     tokenizer.save_pretrained(tmp_path)
-    rag = SacRAG.from_pretrained(tmp_path, format=BARE, **CPU)
+    rag = SacRAG.from_pretrained(tmp_path, prompt_format=BARE, **CPU)
     assert rag.answer(QUESTION, PROSE).text
 
 
@@ -1022,5 +1022,5 @@ def test_a_model_whose_keys_land_in_the_wrong_place_is_refused(
 ) -> None:
     generator = make_generator("llama")
     generator.frequencies = generator.frequencies * 1.5
-    with pytest.raises(UnsupportedModel, match="a moved chunk must read like plain text"):
+    with pytest.raises(UnsupportedModelError, match="a moved chunk must read like plain text"):
         make_rag(make_compressor(generator, "full"))

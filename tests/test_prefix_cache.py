@@ -87,7 +87,7 @@ def test_a_prompt_behind_its_prefix_has_the_logits_of_reading_both(
     generator: Generator, prompt_format: PromptFormat, method: str
 ) -> None:
     compressor = make_compressor(generator, method, sink=prompt_format.opening(make_tokenizer()))
-    rag = SacRAG(CachedCompressor(compressor, {}), format=prompt_format)
+    rag = SacRAG(CachedCompressor(compressor, {}), prompt_format=prompt_format)
     kvs = iter(compressor.compress(PROSE[:2]))
     row: list[Part] = [
         next(kvs) if isinstance(piece, Chunk) else tokenize(piece, rag.compressor)
@@ -186,7 +186,7 @@ def test_the_first_answer_and_later_ones_are_the_same_bits(dtype: torch.dtype) -
 def test_the_prefix_is_read_by_the_first_question_only(
     make_rag: Callable[..., SacRAG], prompt_format: PromptFormat
 ) -> None:
-    rag = make_rag(format=prompt_format)
+    rag = make_rag(prompt_format=prompt_format)
     rag.precompress(PROSE)
     prefix = len(rag.beginning_ids())
     read = []
@@ -201,7 +201,7 @@ def test_the_prefix_is_read_by_the_first_question_only(
 
 
 def test_threads_that_come_at_once_read_it_once(make_rag: Callable[..., SacRAG]) -> None:
-    rag = make_rag(format=PLAIN)
+    rag = make_rag(prompt_format=PLAIN)
     rag.precompress(PROSE)
     with tokens_read(rag.generator) as passes, ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda i: rag.answer(f"Question {i}?", [PROSE[i]]), range(8)))

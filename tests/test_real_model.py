@@ -114,7 +114,7 @@ def test_one_chunk_behind_its_whole_prefix_gives_the_text_of_plain_generate(
 def test_it_answers_from_cached_chunks_alone_streamed_and_batched(smollm: Generator) -> None:
     rag = SacRAG(
         CachedCompressor(make_compressor(smollm, "full"), {}),
-        format=PromptFormat(chunk="{chunk}"),
+        prompt_format=PromptFormat(chunk="{chunk}"),
         decoding=Decoding(max_new_tokens=32),
     )
     question, chunks = "How tall is the lighthouse?", [FACTS[1]]

@@ -21,7 +21,7 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import REASONS, CorruptEntry, name_of
+from sac_rag.errors import REASONS, CorruptEntryError, name_of
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
@@ -210,7 +210,7 @@ def test_an_encrypted_store_answers_as_any_other(sac: Compressor, tmp_path: Path
 def test_a_chunk_under_another_key_is_computed_and_said_to_be(sac: Compressor) -> None:
     class Sealed(dict[str, AnchorKV]):
         def __getitem__(self, key: str) -> AnchorKV:
-            raise CorruptEntry("it is encrypted with key 1, the store's is 2", "key")
+            raise CorruptEntryError("it is encrypted with key 1, the store's is 2", "key")
 
     rag = SacRAG(CachedCompressor(sac, Sealed()))
     assert [status(rag), status(rag)] == ["key", "key"]

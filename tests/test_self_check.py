@@ -12,7 +12,7 @@ import transformers
 from support.models import ARCHITECTURES, PROSE, make_compressor, make_model, passes_of
 from transformers import PreTrainedTokenizerFast
 
-from sac_rag.errors import UnsupportedModel
+from sac_rag.errors import UnsupportedModelError
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import assemble
 from sac_rag.self_check import self_check
@@ -98,7 +98,9 @@ def test_what_passes_reads_a_moved_chunk_like_plain_text(
 def test_models_that_rotate_otherwise_are_refused_with_the_error(
     name: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(UnsupportedModel, match=r"at most 0\.001 in torch\.float32\), was: [0-9]"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"at most 0\.001 in torch\.float32\), was: [0-9]"
+    ):
         self_check(generator_of(name, tokenizer))
 
 
@@ -131,7 +133,7 @@ def test_models_of_another_make_pass_or_are_refused_but_do_not_crash(
         shape["num_key_value_heads"] = None
     try:
         error = self_check(generator_of(name, tokenizer, **shape))
-    except UnsupportedModel:
+    except UnsupportedModelError:
         return
     assert error < 1e-3
 
@@ -143,7 +145,9 @@ def test_wrong_frequencies_are_refused_every_time(
     generator = make_generator("llama")
     generator.frequencies = generator.frequencies * factor
     for _ in range(2):  # a failure is not remembered as a success
-        with pytest.raises(UnsupportedModel, match="llama: a moved chunk must read like plain"):
+        with pytest.raises(
+            UnsupportedModelError, match="llama: a moved chunk must read like plain"
+        ):
             self_check(generator)
 
 
@@ -152,7 +156,7 @@ def test_a_model_without_finite_numbers_is_refused(
 ) -> None:
     generator = make_generator("llama")
     generator.model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(UnsupportedModel, match="was: nan"):
+    with pytest.raises(UnsupportedModelError, match="was: nan"):
         self_check(generator)
 
 
@@ -232,5 +236,5 @@ def test_models_whose_layers_know_no_masks_of_each_head_are_refused_for_shared_b
 ) -> None:
     generator = generator_of(name, tokenizer)
     assert self_check(generator) < 1e-3
-    with pytest.raises(UnsupportedModel, match="use compressor='full' or budget='uniform'"):
+    with pytest.raises(UnsupportedModelError, match="use compressor='full' or budget='uniform'"):
         self_check(generator, ragged=True)

@@ -39,7 +39,7 @@ def shipped() -> SacRAG:
 
 def at_ratio(rag: SacRAG, ratio: int) -> SacRAG:
     compressor = rag.compressor.compressor.at_ratio(ratio)
-    return SacRAG(CachedCompressor(compressor, {}), format=rag.format)
+    return SacRAG(CachedCompressor(compressor, {}), prompt_format=rag.prompt_format)
 
 
 def right(rag: SacRAG, shift: int = 0) -> int:
@@ -58,8 +58,10 @@ def right(rag: SacRAG, shift: int = 0) -> int:
 def test_it_is_the_default_and_brings_its_prompt(shipped: SacRAG) -> None:
     config = shipped.compressor.compressor.config
     assert (config.method, config.stored_dtype) == ("sac", "bfloat16")
-    assert shipped.format == checkpoint.load_format(checkpoint.WEIGHTS / "smollm2-135m")
-    assert shipped.format.prefix.startswith(config.sink)
+    assert shipped.prompt_format == checkpoint.load_prompt_format(
+        checkpoint.WEIGHTS / "smollm2-135m"
+    )
+    assert shipped.prompt_format.prefix.startswith(config.sink)
 
 
 def test_it_is_small_and_of_the_named_model(shipped: SacRAG) -> None:
@@ -81,7 +83,7 @@ def test_answers_are_written_by_the_frozen_model(shipped: SacRAG) -> None:
     """The weights are on while a chunk is read, and off while an answer is written."""
     without = SacRAG.from_pretrained("smollm2-135m", compressor="full", dtype="float32")
     for question in ("What is the capital of France?", "Who painted the Mona Lisa?"):
-        asked = SacRAG(without.compressor, format=shipped.format).answer(question, [])
+        asked = SacRAG(without.compressor, prompt_format=shipped.prompt_format).answer(question, [])
         assert shipped.answer(question, []).text == asked.text
 
 

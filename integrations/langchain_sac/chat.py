@@ -90,8 +90,8 @@ class ChatSAC(BaseChatModel):
         top_p: Sample from the likeliest tokens that together have this probability.
         top_k: Sample from this many likeliest tokens; 0 for no such limit.
         seed: Makes sampling repeatable.
-        stop: Texts at which an answer ends, in place of those of `rag.format`, which end answers to
-            its own plain prompts. A `stop` given in a call takes the place of both.
+        stop: Texts at which an answer ends, in place of those of `rag.prompt_format`, which end
+            answers to its own plain prompts. A `stop` given in a call takes the place of both.
         ratio: Source tokens per KV entry of marked chunks, unless SACCompressor gave them one.
             None for the compressor's own.
         batch_size: At most so many inputs of a `batch` are answered in one padded batch;
@@ -152,7 +152,7 @@ class ChatSAC(BaseChatModel):
         config = compressor.compressor.config
         template = None if self.plain else getattr(generator.tokenizer, "chat_template", None)
         # Decides which prompts are plain, and where answers to those end.
-        format = self.rag.format
+        format = self.rag.prompt_format
         rule = None if format.chat or self.plain is False else format.to_json()
         return {
             "model": self.model,
@@ -281,7 +281,7 @@ class ChatSAC(BaseChatModel):
         turns = conversation(messages, key_of)
         if self.plain is None and [turn.role for turn in turns] == ["user"]:
             content = turns[0].content
-            if self.rag.format.matches(content):
+            if self.rag.prompt_format.matches(content):
                 return _Row((), content, decoding, ratio)
         return _Row(turns, None, decoding, ratio)
 

@@ -95,7 +95,7 @@ class SACCompressor(
 
         Raises:
             TypeError: for what is no Document.
-            PromptTooLong: for a document longer than the model's context, without on_bad.
+            PromptTooLongError: for a document longer than the model's context, without on_bad.
             OSError: if the store cannot be written.
         """
         given = require_documents(documents)

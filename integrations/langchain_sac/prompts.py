@@ -15,10 +15,10 @@ def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
     """The prompt that `rag.answer` writes, with places for {context} and {question}.
 
     With `format_docs(rag)` for the context, ChatSAC answers as `rag.answer` does from the same
-    documents, of which there must be at least one: it knows a plain prompt (`rag.format.chat` is
-    False) by the format's first and last words. Two things must be given to ChatSAC: `plain=True`
-    for a plain format whose prompts have neither in common, and a chat format's stop texts, at
-    which chats do not end by themselves.
+    documents, of which there must be at least one: it knows a plain prompt
+    (`rag.prompt_format.chat` is False) by the format's first and last words. Two
+    things must be given to ChatSAC: `plain=True` for a plain format whose prompts have neither in
+    common, and a chat format's stop texts, at which chats do not end by themselves.
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")
@@ -28,7 +28,7 @@ def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
     Raises:
         ValueError: for a raw format: its special tokens cannot be told from text in a message.
     """
-    form = rag.format
+    form = rag.prompt_format
     if form.raw:
         raise ValueError(
             "a raw prompt format cannot be a message, whose special tokens are plain text; use "
@@ -56,7 +56,7 @@ def format_docs(rag: SacRAG) -> Callable[[Sequence[Document]], str]:
 
     def joined(documents: Sequence[Document]) -> str:
         chunks = [chunk_of(document) for document in require_documents(documents)]
-        pieces = rag.format.passages(chunks)
+        pieces = rag.prompt_format.passages(chunks)
         return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)
 
     return joined

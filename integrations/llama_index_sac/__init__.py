@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from llama_index_sac.llm import SACLLM
-from llama_index_sac.markers import Unanswerable, escape
+from llama_index_sac.markers import UnanswerableError, escape
 from llama_index_sac.node import SACNode
 from llama_index_sac.postprocessor import SACPostprocessor
 from llama_index_sac.precompress import SACPrecompress
@@ -28,7 +28,7 @@ __all__ = [
     "SACNode",
     "SACPostprocessor",
     "SACPrecompress",
-    "Unanswerable",
+    "UnanswerableError",
     "escape",
     "text_qa_template",
 ]

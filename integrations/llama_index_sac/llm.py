@@ -24,7 +24,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from llama_index_sac.markers import Markers, Unanswerable, escape, markers_of
+from llama_index_sac.markers import Markers, UnanswerableError, escape, markers_of
 from llama_index_sac.responses import Step, completion, growing, turn
 from sac_rag.chunk import Chunk
 from sac_rag.prompts.chat import Message
@@ -62,9 +62,10 @@ class SACLLM(CustomLLM):
 
     Args:
         rag: Answers. Its `on_miss` deals with chunks that have left the store since retrieval.
-        plain: How prompts are read. None: those in the plain format of `rag.format`, and those that
-            are completed with `formatted=True`, are plain text; all others are chats. True: all are
-            plain text: no template, no roles, messages joined by blank lines. False: all are chats.
+        plain: How prompts are read. None: those in the plain format of `rag.prompt_format`, and
+            those that are completed with `formatted=True`, are plain text; all others are
+            chats. True: all are plain text: no template, no roles, messages joined by blank lines.
+            False: all are chats.
         decoding: How answers are written. Default: the SacRAG's own. Each call may change its
             fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`. Without a `stop`, answers
             to prompts in the plain format end at its stop texts.
@@ -173,8 +174,8 @@ class SACLLM(CustomLLM):
             **options: Fields of Decoding, and ratio.
 
         Raises:
-            Unanswerable: if it is too long, or contains a marker of unknown origin.
-            ChunkMiss: with the SacRAG's on_miss="raise", if a chunk has left the store.
+            UnanswerableError: if it is too long, or contains a marker of unknown origin.
+            ChunkMissError: with the SacRAG's on_miss="raise", if a chunk has left the store.
             TypeError: for an option that is neither a field of Decoding nor ratio.
         """
         *_, last = self._steps(self._completion(prompt, formatted), options)
@@ -246,7 +247,7 @@ class SACLLM(CustomLLM):
         """Turns of a chat, or the plain text that they are if they are in the plain format."""
         if self.plain is None and [turn.role for turn in turns] == [MessageRole.USER.value]:
             content = turns[0].content
-            if self._rag.format.matches(content):
+            if self._rag.prompt_format.matches(content):
                 return content
         return turns
 
@@ -261,7 +262,7 @@ class SACLLM(CustomLLM):
             else:
                 stream = self._rag.stream_chat(prompt, decoding, ratio=ratio)
         except ValueError as error:
-            raise Unanswerable(str(error)) from error
+            raise UnanswerableError(str(error)) from error
         return growing(stream)
 
     async def _aeach(
@@ -295,7 +296,7 @@ def _text(message: ChatMessage) -> str:
     """A message's text. In the assistant's nothing is a marker: he was never shown one."""
     for block in message.blocks:
         if not isinstance(block, TextBlock):
-            raise Unanswerable(f"the model reads text alone, got a {type(block).__name__}")
+            raise UnanswerableError(f"the model reads text alone, got a {type(block).__name__}")
     text = message.content or ""
     return escape(text) if message.role == MessageRole.ASSISTANT else text
 

@@ -22,7 +22,7 @@ _OPENING = "<|sac:"
 MARKER = re.compile(r"(<\|sac:[0-9a-f]{32}\|>)")
 
 
-class Unanswerable(RuntimeError):
+class UnanswerableError(RuntimeError):
     """A prompt cannot be answered as it stands: it is too long, or a marker in it is unknown.
 
     No ValueError: LlamaIndex's Refine takes one for an answer that could not be parsed, logs it
@@ -43,9 +43,9 @@ def escape(text: str) -> str:
 
 
 def require_no_marker(question: str) -> None:
-    """Raises Unanswerable for a question in which something could be taken for a marker."""
+    """Raises UnanswerableError for a question in which something could be taken for a marker."""
     if _OPENING in question:
-        raise Unanswerable(
+        raise UnanswerableError(
             f"a question must not contain {_OPENING!r}, which stands for a chunk; "
             "llama_index_sac.escape takes it out"
         )
@@ -95,13 +95,13 @@ class Markers:
         """The same, for a prompt: nothing that looks like a marker is left in it.
 
         Raises:
-            Unanswerable: for a marker that was not issued here, was forgotten, or is damaged.
+            UnanswerableError: for a marker that was not issued here, was forgotten, or is damaged.
         """
         pieces = self.known(text)
         for piece in pieces:
             if isinstance(piece, str) and _OPENING in piece:
                 at = piece.index(_OPENING)
-                raise Unanswerable(
+                raise UnanswerableError(
                     f"every {_OPENING!r} in a prompt must begin a marker that a SACPostprocessor "
                     f"over this LLM's SacRAG issued in this process, for one of the last "
                     f"{self.limit} chunks, was: {piece[at : at + 14]!r}…; retrieve and answer with "

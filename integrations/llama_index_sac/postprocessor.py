@@ -71,9 +71,9 @@ class SACPostprocessor(BaseNodePostprocessor):
         """The nodes, marked; LlamaIndex's own async version does it in a thread.
 
         Raises:
-            Unanswerable: if the question contains what could be taken for a marker.
-            ChunkMiss: with on_miss="raise", if a text is not in the store.
-            PromptTooLong: for a text longer than the model's context that is to be compressed.
+            UnanswerableError: if the question contains what could be taken for a marker.
+            ChunkMissError: with on_miss="raise", if a text is not in the store.
+            PromptTooLongError: for a text longer than the model's context that is to be compressed.
         """
         if query_bundle is not None:
             require_no_marker(query_bundle.query_str)

@@ -79,7 +79,7 @@ class SACPrecompress(TransformComponent):
         """Compresses what the store does not have.
 
         Raises:
-            PromptTooLong: for a text longer than the model's context.
+            PromptTooLongError: for a text longer than the model's context.
             OSError: if the store cannot be written.
         """
         rag = self._rag or _opened(

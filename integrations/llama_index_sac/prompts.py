@@ -40,7 +40,7 @@ def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
         ValueError: for a raw format, whose own words are special tokens: no template has those.
     """
     markers_of(rag)
-    format, tokenizer = rag.format, rag.generator.tokenizer
+    format, tokenizer = rag.prompt_format, rag.generator.tokenizer
     if format.raw:
         raise ValueError(
             "a template of LlamaIndex is plain text, and a raw format is not; ask with rag.answer"

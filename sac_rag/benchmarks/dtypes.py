@@ -90,7 +90,7 @@ def measure(
         A row for float32, and one for each dtype.
 
     Raises:
-        PromptTooLong: if a question with its chunks does not fit the model.
+        PromptTooLongError: if a question with its chunks does not fit the model.
     """
     exact = rag.compressor.compressor.storing(REFERENCE)
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
@@ -98,7 +98,7 @@ def measure(
     readers = {
         dtype: SacRAG(
             CachedCompressor(exact.storing(dtype), {}, guard=False),
-            format=rag.format,
+            prompt_format=rag.prompt_format,
             on_miss="raise",
         )
         for dtype in dict.fromkeys((REFERENCE, *dtypes))
@@ -132,7 +132,9 @@ def _logits_of_gold(rag: SacRAG, trial: Trial, kvs: dict[str, AnchorKV]) -> Tens
     """Logits from which each token of the gold answer is read. Shape: (tokens, vocabulary)."""
     generator, compressor = rag.generator, rag.compressor.compressor
     parts: list[Part] = []
-    for piece in rag.format.pieces(generator.tokenizer, trial.question.text, list(trial.chunks)):
+    for piece in rag.prompt_format.pieces(
+        generator.tokenizer, trial.question.text, list(trial.chunks)
+    ):
         if isinstance(piece, Chunk) and not piece.is_empty:
             parts.append(kvs[piece.text])
         else:

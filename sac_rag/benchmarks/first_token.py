@@ -124,7 +124,7 @@ def measure(
     chunks = cut(generator, texts, max(ks), chunk_tokens)
     full = _full(generator)
     sac = compressor or SAC(generator, replace(full.config, method=SAC.method, cue=True))
-    plain = SacRAG(CachedCompressor(full, MemoryStore()), format=_FORMAT)
+    plain = SacRAG(CachedCompressor(full, MemoryStore()), prompt_format=_FORMAT)
     floor_s = _best(repeats, lambda: plain.answer(_QUESTION, [], _ONE_TOKEN))
     full_text = {
         k: _best(repeats, lambda k=k: full_text_seconds(plain, _QUESTION, chunks[:k]))  # type: ignore[misc]
@@ -139,7 +139,9 @@ def measure(
                     budget = method.config.budget
                     store = DiskStore(Path(folder) / budget) if name == "disk" else MemoryStore()
                     # Loading is what is measured here, however slow it is.
-                    rag = SacRAG(CachedCompressor(method, store, guard=False), format=_FORMAT)
+                    rag = SacRAG(
+                        CachedCompressor(method, store, guard=False), prompt_format=_FORMAT
+                    )
                     rag.precompress(chunks)
                     rags.append(rag)
                 for k in ks:

@@ -295,9 +295,9 @@ def dtypes(
         from sac_rag.prompts.format import SPANS
 
         folder = checkpoint.find(compressor or checkpoint.default(model), model)
-        own = checkpoint.load_format(folder) if folder else None
+        own = checkpoint.load_prompt_format(folder) if folder else None
         rag = SacRAG.from_pretrained(
-            model, compressor=compressor, format=own or SPANS, dtype=dtype.value
+            model, compressor=compressor, prompt_format=own or SPANS, dtype=dtype.value
         )
     with progress("answering", total=len(sample.trials), show=not as_json) as advance:
         rows = measure(rag, sample, on_progress=advance)

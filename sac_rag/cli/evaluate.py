@@ -99,14 +99,14 @@ def evaluate(
 
         # One and the same prompt for every system, whether or not it needs the compressor.
         folder = checkpoint.find(compressor or checkpoint.default(model), model)
-        own = checkpoint.load_format(folder) if folder else None
+        own = checkpoint.load_prompt_format(folder) if folder else None
         given = PromptFormat.from_json(prompt.read_text(encoding="utf-8")) if prompt else None
         rag = SacRAG.from_pretrained(
             model,
             # What reads the whole text or none needs no weights, unless they were asked for.
             compressor=compressor or ("full" if system in _WITHOUT_RATIO else None),
             ratio=ratio if system is System.compressed else None,
-            format=given or own or SPANS,
+            prompt_format=given or own or SPANS,
             dtype=dtype.value if dtype else None,
         )
     try:

@@ -85,7 +85,7 @@ def anchors(
             raise ValueError("'full' keeps every token: there is no choice to compare")
         generator = Generator.from_pretrained(model)
         loaded = checkpoint.load(folder, generator, stored_dtype="float32")
-        maker = RowMaker(generator, checkpoint.load_format(folder) or SPANS)
+        maker = RowMaker(generator, checkpoint.load_prompt_format(folder) or SPANS)
     chosen = random.Random(seed).sample(examples, min(limit, len(examples)))
     rows = [maker.ask(example.gold[:1], example.questions[:5]) for example in chosen]
     with progress("asking", total=len(rows), show=not as_json) as advance:

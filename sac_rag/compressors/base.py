@@ -20,7 +20,7 @@ from sac_rag.compressors.batching import Segment, padded_tokens, passes
 from sac_rag.compressors.budget import heads_together, num_entries
 from sac_rag.compressors.config import Budget, CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
-from sac_rag.errors import PromptTooLong
+from sac_rag.errors import PromptTooLongError
 from sac_rag.kv import AnchorKV, quantize
 from sac_rag.lm.digests import digest_json, tensors_digest
 from sac_rag.lm.generator import Generator
@@ -215,13 +215,13 @@ class Compressor(ABC):
 
         Raises:
             ValueError: for a text that is empty or only white space.
-            PromptTooLong: for a text longer than the model's context, before any work.
+            PromptTooLongError: for a text longer than the model's context, before any work.
         """
         chunks = [self.tokenize(text) for text in texts]
         limit = self.generator.max_positions
         for number, ids in enumerate(chunks):
             if len(ids) > limit:
-                raise PromptTooLong(
+                raise PromptTooLongError(
                     f"chunk {number} has {len(ids)} tokens, but the model has {limit} positions; "
                     "split it (sac_rag.retrieval.splitter.split)"
                 )

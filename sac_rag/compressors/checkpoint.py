@@ -98,7 +98,7 @@ def save(
     compressor: Compressor,
     folder: str | os.PathLike[str],
     *,
-    format: PromptFormat | None = None,
+    prompt_format: PromptFormat | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes a compressor; each file appears whole or not at all.
@@ -106,7 +106,7 @@ def save(
     Args:
         compressor: Its config and weights are written.
         folder: Made if it is not there; what it held of another compressor is replaced.
-        format: The format of the prompts it was trained for.
+        prompt_format: The format of the prompts it was trained for.
         dtype: What the weights are written in: float32 to go on training, float16 to hand on.
     """
     folder = Path(folder)
@@ -117,11 +117,11 @@ def save(
     }
     save_file(tensors, folder / f"{_WEIGHTS}.part")
     (folder / f"{_CONFIG}.part").write_text(compressor.config.to_json())
-    if format is None:
+    if prompt_format is None:
         (folder / _FORMAT).unlink(missing_ok=True)
     else:
-        (folder / f"{_FORMAT}.part").write_text(format.to_json())
-    for name in (_WEIGHTS, _CONFIG, *([_FORMAT] if format is not None else [])):
+        (folder / f"{_FORMAT}.part").write_text(prompt_format.to_json())
+    for name in (_WEIGHTS, _CONFIG, *([_FORMAT] if prompt_format is not None else [])):
         (folder / f"{name}.part").replace(folder / name)
 
 
@@ -158,7 +158,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[CompressorConfig, dict[str, Te
         ) from error
 
 
-def load_format(folder: str | os.PathLike[str]) -> PromptFormat | None:
+def load_prompt_format(folder: str | os.PathLike[str]) -> PromptFormat | None:
     """Reads the format that `save` wrote; None if the compressor was trained for no one format.
 
     Raises:

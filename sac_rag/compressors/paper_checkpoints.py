@@ -79,7 +79,7 @@ def convert(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
         made = Path(beside) / "made"
-        checkpoint.save(compressor, made, format=FORMAT)
+        checkpoint.save(compressor, made, prompt_format=FORMAT)
         made.replace(folder)
     return compressor
 

@@ -69,7 +69,7 @@ def compare(
         for system, ratio, compressor in runs:
             reader = SacRAG(
                 CachedCompressor(compressor, store, guard=False),
-                format=rag.format,
+                prompt_format=rag.prompt_format,
                 decoding=rag.decoding,
             )
             result = evaluate(

@@ -132,9 +132,9 @@ def measure(
 
     Raises:
         ValueError: if batch_size is below 1, or for a ratio that the compressor does not have.
-        ChunkMiss: if a chunk is not in the store, and the compressor is not here to compress it.
-        PromptTooLong: if a question with its chunks does not fit the model, from LangChain;
-            LlamaIndex's adapter raises Unanswerable.
+        ChunkMissError: if a chunk is not in the store, and no compressor is here to compress it.
+        PromptTooLongError: if a question with its chunks does not fit the model, from LangChain;
+            LlamaIndex's adapter raises UnanswerableError.
         RuntimeError: if a chunk did not reach the model as it should have.
     """
     if batch_size < 1:
@@ -173,7 +173,7 @@ def _reader(rag: SacRAG, ratio: int | None, max_new_tokens: int) -> SacRAG:
             compressor, cached.store, namespace=cached.namespace, guard=False
         )
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
-    return SacRAG(reading, format=rag.format, on_miss=on_miss, decoding=decoding)
+    return SacRAG(reading, prompt_format=rag.prompt_format, on_miss=on_miss, decoding=decoding)
 
 
 def _trials(sample: Sample, prompt: str) -> list[Trial]:

@@ -113,9 +113,9 @@ def evaluate(
     Raises:
         ValueError: for an unknown system, a ratio that the system cannot have, or an `out` of other
             settings.
-        ChunkMiss: if a chunk is not in the store, and the compressor is not here to compress it.
-        PromptTooLong: if a question with its chunks does not fit the model; the longest are asked
-            first.
+        ChunkMissError: if a chunk is not in the store, and no compressor is here to compress it.
+        PromptTooLongError: if a question with its chunks does not fit the model; the longest
+            are asked first.
         OSError: if `out` cannot be written.
     """
     if system not in get_args(System):
@@ -128,14 +128,14 @@ def evaluate(
     if system == "compressed":
         # A chunk that is not there must not be scored as if it had been compressed.
         on_miss: OnMiss = "compress" if compressor.computes else "raise"
-        reader = SacRAG(rag.compressor, format=rag.format, on_miss=on_miss)
+        reader = SacRAG(rag.compressor, prompt_format=rag.prompt_format, on_miss=on_miss)
     else:
         # With nothing in the store and misses read as text, the pipeline is a plain reader.
         plain = CachedCompressor(compressor.without_generator_adapter(), {})
-        reader = SacRAG(plain, format=rag.format, on_miss="text")
+        reader = SacRAG(plain, prompt_format=rag.prompt_format, on_miss="text")
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
     fingerprint = rag.compressor.fingerprint if system == "compressed" else None
-    prompt = json.loads(rag.format.to_json())
+    prompt = json.loads(rag.prompt_format.to_json())
     budget = compressor.config.budget if system == "compressed" else None
     settings = {
         "system": system,
@@ -148,7 +148,7 @@ def evaluate(
         "prompt": prompt,
         "heading": compressor.config.heading or None,
         "max_new_tokens": max_new_tokens,
-        "stop": list(rag.format.stop if decoding.stop is None else decoding.stop),
+        "stop": list(rag.prompt_format.stop if decoding.stop is None else decoding.stop),
         "dtype": generator.dtype_name,
         "model": digest_json(generator.identity),
         "fingerprint": fingerprint,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sac_rag import default_models as models
-from sac_rag.errors import UnsupportedModel
+from sac_rag.errors import UnsupportedModelError
 from sac_rag.lm import attention, rope
 from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.lm.encoder import merged, without_last_mlp
@@ -58,8 +58,8 @@ class Generator:
         identity: Digests of everything in the model that determines a KV, by name.
 
     Raises:
-        UnsupportedModel: if the model's keys cannot be moved (see `rope.require_movable`), or its
-            attention implementation takes no mask.
+        UnsupportedModelError: if the model's keys cannot be moved (see `rope.require_movable`), or
+            its attention implementation takes no mask.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -67,7 +67,7 @@ class Generator:
         if usual in attention.NAMES:
             model.set_attn_implementation(attention.NAMES[usual])
         elif usual not in attention.NAMES.values():
-            raise UnsupportedModel(
+            raise UnsupportedModelError(
                 "attention must take a mask over single entries: load the model with "
                 f"attn_implementation='sdpa' or 'eager', was: {usual!r}"
             )
@@ -109,8 +109,8 @@ class Generator:
 
         Raises:
             ValueError: for an unknown name or dtype.
-            ModelUnavailable: if a default model cannot be fetched.
-            UnsupportedModel: before any weights are read, if its keys cannot be moved.
+            ModelUnavailableError: if a default model cannot be fetched.
+            UnsupportedModelError: before any weights are read, if its keys cannot be moved.
         """
         source = models.resolve(model)
         try:
@@ -256,13 +256,13 @@ def _kv_shape(model: Any) -> tuple[int, int, int]:
     """(layers, kv_heads, head_dim) of what the model itself caches for a token.
 
     Raises:
-        UnsupportedModel: if layers, or keys and values, differ.
+        UnsupportedModelError: if layers, or keys and values, differ.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     layers = model.base_model(input_ids=token, use_cache=True).past_key_values.layers
     shapes = {tuple(t.shape) for layer in layers for t in (layer.keys, layer.values)}
     if len(shapes) != 1:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{model.config.model_type}: keys and values of all layers must have one shape, "
             f"were: {sorted(shapes)}"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sac_rag.errors import UnsupportedModel
+from sac_rag.errors import UnsupportedModelError
 
 # Types whose frequencies do not depend on the length of the input. YaRN also scales cos and sin,
 # but that factor is already in the key; turning it further needs none.
@@ -26,31 +26,31 @@ def require_movable(config: Any) -> None:
         config: The HF config of a causal LM.
 
     Raises:
-        UnsupportedModel: for RoPE whose frequencies change with the input's length (dynamic NTK,
-            longrope), several RoPEs in one model, sliding windows, and layers that keep no KV.
+        UnsupportedModelError: for RoPE whose frequencies change with the input's length (dynamic
+            NTK, longrope), several RoPEs in one model, sliding windows, and layers that keep no KV.
     """
     name = getattr(config, "model_type", type(config).__name__)
     remedy = "use a Llama, Qwen2, Qwen2.5 or Qwen3 type of model, or on_miss='text' elsewhere"
     layer_types = set(getattr(config, "layer_types", None) or ())
     if layer_types - {"full_attention"}:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{name}: every layer must attend to all positions, but the model has layers of type "
             f"{sorted(layer_types - {'full_attention'})}; {remedy}"
         )
     if not layer_types and getattr(config, "sliding_window", None):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{name}: every layer must attend to all positions, but the model has a sliding window "
             f"of {config.sliding_window}; {remedy}"
         )
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{name}: the model must have one rotary position embedding, its config has "
             f"rope_parameters={rope!r}; {remedy}"
         )
     rope_type = rope.get("rope_type", "default")
     if rope_type not in MOVABLE_ROPE_TYPES:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{name}: keys can be moved for RoPE types {', '.join(MOVABLE_ROPE_TYPES)}, "
             f"but this model's {rope_type!r} changes its frequencies with the length; {remedy}"
         )
@@ -63,14 +63,14 @@ def frequencies_of(model: Any) -> Tensor:
         Shape: (rotated_dims / 2,)
 
     Raises:
-        UnsupportedModel: if the model is refused by `require_movable`, or keeps its frequencies
-            anywhere but in one `rotary_emb` of its decoder.
+        UnsupportedModelError: if the model is refused by `require_movable`, or keeps its
+            frequencies anywhere but in one `rotary_emb` of its decoder.
     """
     require_movable(model.config)
     rotary = getattr(getattr(model, "base_model", model), "rotary_emb", None)
     frequencies = getattr(rotary, "inv_freq", None)
     if not isinstance(frequencies, Tensor):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{type(model).__name__}: expected the decoder to have rotary_emb.inv_freq, found none"
         )
     return frequencies.detach()

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
-from sac_rag.errors import PromptTooLong
+from sac_rag.errors import PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.reports import BadRecord, PrecompressReport
 from sac_rag.stores.base import ReindexingStore
@@ -102,7 +102,7 @@ def compress_window(
         bad.
 
     Raises:
-        PromptTooLong: for a chunk longer than the model's context, unless it is skipped.
+        PromptTooLongError: for a chunk longer than the model's context, unless it is skipped.
         OSError: if the store cannot be written; what was yielded before is in it.
     """
     plain = compressor.compressor
@@ -159,7 +159,9 @@ def compress_window(
     if compressor.guard is not None and tokens:
         compressor.guard.computed(sum(map(len, ids_of_texts)), seconds)
     if bad and not skip_bad:
-        raise PromptTooLong(f"{bad[0].place}: {bad[0].problem} (sac_rag.retrieval.splitter.split)")
+        raise PromptTooLongError(
+            f"{bad[0].place}: {bad[0].problem} (sac_rag.retrieval.splitter.split)"
+        )
     yield PrecompressReport(hits=hits, empty=empty, bad=tuple(bad), tokens_read=read)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sac_rag.errors import PromptTooLong
+from sac_rag.errors import PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm import rope
 from sac_rag.lm.attention import Masks
@@ -123,7 +123,7 @@ def assemble(
 
     Raises:
         ValueError: if a row does not end in text, or a chunk is not of this generator's shape.
-        PromptTooLong: if a row and its reserve pass the model's last position.
+        PromptTooLongError: if a row and its reserve pass the model's last position.
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
@@ -158,10 +158,10 @@ def require_room(number: int, positions: int, reserve: int, generator: Generator
         generator: Whose last position counts.
 
     Raises:
-        PromptTooLong: with the numbers.
+        PromptTooLongError: with the numbers.
     """
     if positions + reserve > generator.max_positions:
-        raise PromptTooLong(
+        raise PromptTooLongError(
             f"prompt {number} needs {positions} positions and {reserve} for the answer, but the "
             f"model has {generator.max_positions}; retrieve fewer or shorter chunks, or lower "
             "max_new_tokens"

@@ -52,7 +52,7 @@ class Embedder:
 
         Raises:
             ValueError: for an unknown name, or a folder that holds no such model.
-            ModelUnavailable: if a default model cannot be fetched.
+            ModelUnavailableError: if a default model cannot be fetched.
         """
         source = models.resolve(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

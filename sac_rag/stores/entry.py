@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 
 import xxhash
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.stores.base import Wanted
 from sac_rag.stores.payload import Layout, from_bytes, shape_of, stored_dtype, to_bytes
@@ -113,7 +113,7 @@ def decode(key: str, data: Bytes, cipher: Cipher | None = None) -> AnchorKV:
     Its tensors are views of `data` if that is writable and not encrypted, else of one copy of it.
 
     Raises:
-        CorruptEntry: if these are not the bytes that `encode` made for this key, whatever they
+        CorruptEntryError: if these are not the bytes that `encode` made for this key, whatever they
             are; with reason "format" if they are of another format version, and with reason "key"
             if they are encrypted with another key than the cipher's, or with one and there is no
             cipher, or are not encrypted and should be.
@@ -144,7 +144,7 @@ def decode_first(
         cipher: As `decode` takes it.
 
     Raises:
-        CorruptEntry: as `decode`, if what was read is not the beginning of an entry.
+        CorruptEntryError: as `decode`, if what was read is not the beginning of an entry.
         ValueError: if fewer than 1 are wanted.
     """
     if cipher is not None:
@@ -169,7 +169,7 @@ def reencrypt(data: Bytes, old: Cipher | None, new: Cipher | None) -> bytes:
     """The same entry, encrypted with another key; None for in plain.
 
     Raises:
-        CorruptEntry: as `decode`, if the old cipher does not give what was encoded.
+        CorruptEntryError: as `decode`, if the old cipher does not give what was encoded.
     """
     fields, payload = _decrypted(data, old)
     del fields["blocks"], fields["xxh3_128"]
@@ -193,7 +193,7 @@ def _decrypted(data: Bytes, cipher: Cipher | None) -> tuple[dict[str, Any], memo
     try:
         entry = cipher.decrypt(payload, about=_spelt(about))
     except ValueError as error:
-        raise CorruptEntry(f"the entry {error}") from error
+        raise CorruptEntryError(f"the entry {error}") from error
     inner, payload = _opened(entry)
     if "cipher" in inner or inner["key"] != fields["key"]:
         _refuse("what was encrypted is not this entry")
@@ -217,7 +217,7 @@ def _layout(key: str, fields: dict[str, Any]) -> Layout:
     try:
         layout = Layout(fields["dtype"], fields["shape"])
     except ValueError as error:
-        raise CorruptEntry(f"its tensors cannot be read: {error}") from error
+        raise CorruptEntryError(f"its tensors cannot be read: {error}") from error
     layers, kv_heads, entries, _ = layout.shape
     if entries > layers * kv_heads * fields["num_tokens"]:
         _refuse(f"{entries} entries of {fields['num_tokens']!s:.20} tokens are too many")
@@ -230,7 +230,7 @@ def _value(fields: dict[str, Any], payload: memoryview, layout: Layout, entries:
     try:
         return from_bytes(payload, layout, entries, fields["num_tokens"])
     except ValueError as error:
-        raise CorruptEntry(f"its tensors cannot be read: {error}") from error
+        raise CorruptEntryError(f"its tensors cannot be read: {error}") from error
 
 
 def _opened(data: Bytes) -> tuple[dict[str, Any], memoryview]:
@@ -255,7 +255,7 @@ def _parse(head: memoryview, total: int) -> tuple[dict[str, Any], int]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CorruptEntry(f"the header line is not JSON: {error}") from error
+        raise CorruptEntryError(f"the header line is not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("magic") != MAGIC:
         _refuse(f"the header line does not say {MAGIC!r}")
     version = fields.get("format")
@@ -334,4 +334,4 @@ def _described(cipher: str | None) -> str:
 
 
 def _refuse(detail: str, reason: str = "corrupt") -> NoReturn:
-    raise CorruptEntry(detail, reason)
+    raise CorruptEntryError(detail, reason)

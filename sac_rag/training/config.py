@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.training.objective import Match
-from sac_rag.training.prompts import prompt_format
+from sac_rag.training.prompts import named_prompt
 
 _LISTS = (
     "data",
@@ -76,7 +76,7 @@ class TrainConfig:
     held_out_share: float = 0.1  # of each data file's articles, its last, kept for validation
     init_from: str = ""  # folder of a compressor whose weights to begin with; "" = untrained
     compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))
-    format: PromptFormat = SPANS  # the prompt saved beside the weights
+    prompt_format: PromptFormat = SPANS  # the prompt saved beside the weights
     prompts: tuple[str, ...] = ()  # names (training.prompts) or files, one drawn for each passage
     sink: bool = True  # whether chunks are read behind the format's opening, if no sink is given
 
@@ -207,12 +207,12 @@ class TrainConfig:
         Raises:
             ValueError: for a name that is no prompt's and no file's.
         """
-        return tuple(map(prompt_format, self.prompts)) or (self.format,)
+        return tuple(map(named_prompt, self.prompts)) or (self.prompt_format,)
 
     @property
     def eval_formats(self) -> dict[str, PromptFormat]:
         """The prompts validated, by name; "" is `format`. Raises as `formats` does."""
-        return {name: prompt_format(name) for name in self.eval_prompts} or {"": self.format}
+        return {name: named_prompt(name) for name in self.eval_prompts} or {"": self.prompt_format}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -224,11 +224,11 @@ class TrainConfig:
         given = dict(values)
         unknown = sorted(given.keys() - {f.name for f in fields(cls)})
         compressor = _inside(given, "compressor", CompressorConfig, unknown)
-        prompt = _inside(given, "format", PromptFormat, unknown)
+        prompt = _inside(given, "prompt_format", PromptFormat, unknown)
         if unknown:
             raise ValueError(f"unknown settings of a training run: {', '.join(unknown)}")
         given["compressor"] = CompressorConfig(**{**_COMPRESSOR, **compressor})
-        given["format"] = replace(SPANS, **prompt)
+        given["prompt_format"] = replace(SPANS, **prompt)
         return cls(**given)
 
     @classmethod

@@ -321,7 +321,7 @@ def _trained(
     # One that was trained before there were budgets has none.
     unfitted = {name: trained.weights[name] for name in trained.fitted - weights.keys()}
     trained.load_weights({**unfitted, **weights})
-    own = checkpoint.load_format(folder)
+    own = checkpoint.load_prompt_format(folder)
     return trained, _prompts(generator) if own is None else {"own": own}
 
 
@@ -466,15 +466,17 @@ def _received(kv: AnchorKV, attention: Tensor) -> float:
     return float(attention.flatten(0, 1)[kv.heads.long(), kv.positions.long()].sum())
 
 
-def _save(fitted: Fitted, folder: Path, dtype: torch.dtype, format: PromptFormat | None) -> None:
+def _save(
+    fitted: Fitted, folder: Path, dtype: torch.dtype, prompt_format: PromptFormat | None
+) -> None:
     """Writes the compressor and its figures; a new folder appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         made = Path(name) / folder.name
-        checkpoint.save(fitted.compressor, made, format=format, dtype=dtype)
+        checkpoint.save(fitted.compressor, made, prompt_format=prompt_format, dtype=dtype)
         (made / FIGURES).write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
         if folder.is_dir() and any(folder.iterdir()):
-            checkpoint.save(fitted.compressor, folder, format=format, dtype=dtype)
+            checkpoint.save(fitted.compressor, folder, prompt_format=prompt_format, dtype=dtype)
             (made / FIGURES).replace(folder / FIGURES)
             return
         if folder.is_dir():

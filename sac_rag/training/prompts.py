@@ -121,7 +121,7 @@ HELD_OUT = MappingProxyType(
 OPEN = ("bare", "numbered", "documents-in-system", "query", "several-sources", "based-on")
 
 
-def prompt_format(name: str) -> PromptFormat:
+def named_prompt(name: str) -> PromptFormat:
     """The prompt of a name, or of a JSON file that `PromptFormat.to_json` wrote.
 
     Raises:

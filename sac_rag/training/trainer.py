@@ -216,7 +216,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         checkpoint.save(
             compressor.storing(self.run_config.compressor.stored_dtype),
             folder,
-            format=self.run_config.format,
+            prompt_format=self.run_config.prompt_format,
             dtype=torch.float16,
         )
         (self.out / HISTORY).write_text(json.dumps(self.history, indent=1) + "\n")
@@ -251,7 +251,9 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        checkpoint.save(self.objective.compressor, folder, format=self.run_config.format)
+        checkpoint.save(
+            self.objective.compressor, folder, prompt_format=self.run_config.prompt_format
+        )
         (folder / HISTORY).write_text(json.dumps(self.history))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -346,7 +348,7 @@ def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
     """
     made = replace(config.compressor, stored_dtype="float32")
     if config.sink and not made.sink:
-        made = replace(made, sink=config.format.opening(generator.tokenizer))
+        made = replace(made, sink=config.prompt_format.opening(generator.tokenizer))
     with torch.random.fork_rng():
         # LoRA and the scorer's network begin at random.
         torch.manual_seed(config.seed)

@@ -122,7 +122,7 @@ class Validator:
         compressor = self._objective.compressor.at_ratio(ratio)
         rag = SacRAG(
             CachedCompressor(compressor, {}),
-            format=self._format,
+            prompt_format=self._format,
             decoding=Decoding(max_new_tokens=32),
         )
         scores: list[float] = []

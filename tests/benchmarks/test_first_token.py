@@ -66,7 +66,7 @@ def test_an_unknown_store_is_refused(llama: Generator) -> None:
 def test_reading_the_text_reads_all_of_it_but_the_prefix_that_answers_reuse_too(
     llama: Generator, home: Any, prompt_format: PromptFormat, chunks: list[str]
 ) -> None:
-    rag = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), format=prompt_format)
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), prompt_format=prompt_format)
     reused = [rag.answer("Who?", chunks).usage.plain_tokens_reused for _ in range(2)][1]
     passes: list[int] = []
     handle = llama.model.base_model.register_forward_hook(

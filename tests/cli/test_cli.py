@@ -242,7 +242,7 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory, make_generator: Any) ->
     make_tokenizer().save_pretrained(folder / "model")
     for name, method, format in (("sac", "sac", None), ("formatted", "learned", OWN_FORMAT)):
         compressor = make_compressor(make_generator("llama"), method)
-        checkpoint.save(compressor, folder / name, format=format)
+        checkpoint.save(compressor, folder / name, prompt_format=format)
     (folder / "data.json").write_text(
         json.dumps(
             {

@@ -29,7 +29,7 @@ from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.layout import Layout, after_sink, causal
 from sac_rag.compressors.sac import SAC
-from sac_rag.errors import PromptTooLong
+from sac_rag.errors import PromptTooLongError
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import Part, assemble
 
@@ -642,7 +642,7 @@ def test_a_text_without_text_is_refused(sac: Compressor, text: str) -> None:
 def test_a_text_longer_than_the_model_is_refused_before_any_work(sac: Compressor) -> None:
     with (
         passes_of(sac.generator) as passes,
-        pytest.raises(PromptTooLong, match=r"chunk 1 has 8[0-9]{3} tokens, .* 8192 positions"),
+        pytest.raises(PromptTooLongError, match=r"chunk 1 has 8[0-9]{3} tokens, .* 8192 positions"),
     ):
         sac.compress(["short", "lighthouse " * 4200])
     assert passes == []

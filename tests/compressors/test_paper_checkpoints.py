@@ -32,7 +32,7 @@ from sac_rag.compressors import checkpoint
 from sac_rag.compressors import paper_checkpoints as reference
 from sac_rag.compressors.full import read_plain
 from sac_rag.compressors.sac import SAC
-from sac_rag.errors import PromptTooLong
+from sac_rag.errors import PromptTooLongError
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import assemble
 from sac_rag.prompts.chat import Markup
@@ -256,7 +256,7 @@ def test_keys_and_values_are_theirs(ours: SAC, theirs: Theirs, context: str) -> 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_logits_are_theirs(ours: SAC, theirs: Theirs, context: str, home: Path) -> None:
     text = CONTEXTS[context]
-    rag = SacRAG(CachedCompressor(ours, {}), format=reference.FORMAT)
+    rag = SacRAG(CachedCompressor(ours, {}), prompt_format=reference.FORMAT)
     run = rag._start([(QUESTION, [text])], Decoding(max_new_tokens=1), None)
     prompt, generator = run.prompt, ours.generator
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_logits_are_theirs(ours: SAC, theirs: Theirs, context: str, home: Path) 
 def test_logits_are_theirs_at_the_other_ratios(slots: int, tmp_path: Path, home: Path) -> None:
     file = their_file(slots)
     ours = reference.load(save(tmp_path / "a.pt", file), make_generator())
-    rag = SacRAG(CachedCompressor(ours.storing("float32"), {}), format=reference.FORMAT)
+    rag = SacRAG(CachedCompressor(ours.storing("float32"), {}), prompt_format=reference.FORMAT)
     theirs = Theirs(510 // slots, file)
     text = CONTEXTS["two segments"]
     answer = rag.answer("Who?", [text], Decoding(max_new_tokens=8))
@@ -301,9 +301,9 @@ def test_the_folder_answers_as_their_code_does(
     names = {"config.json", "compressor.safetensors", "format.json"}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == ["compressor"]
-    checkpoint.save(made.storing("float32"), tmp_path / "exact", format=reference.FORMAT)
+    checkpoint.save(made.storing("float32"), tmp_path / "exact", prompt_format=reference.FORMAT)
     rag = SacRAG.from_pretrained(base, compressor=tmp_path / "exact", dtype="float32")
-    assert rag.format == reference.FORMAT
+    assert rag.prompt_format == reference.FORMAT
     assert rag.compressor.compressor.config.ratio == 15
     for context in ("short", "two segments"):
         text = CONTEXTS[context]
@@ -557,15 +557,15 @@ def test_where_a_prompt_starts_changes_positions_and_no_logits(
 
 
 def test_the_position_left_free_counts_against_the_last(ours: SAC, home: Path) -> None:
-    rag = SacRAG(CachedCompressor(ours, {}), format=reference.FORMAT)
+    rag = SacRAG(CachedCompressor(ours, {}), prompt_format=reference.FORMAT)
     room = 8192 - len(rag.prompt_ids("Who?", [PROSE[0]]))
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         rag.stream("Who?", [PROSE[0]], Decoding(max_new_tokens=room))
     rag.stream("Who?", [PROSE[0]], Decoding(max_new_tokens=room - 1))
 
 
 def test_a_chunk_read_as_text_has_its_heading_too(ours: SAC, theirs: Theirs, home: Path) -> None:
-    rag = SacRAG(CachedCompressor(ours, {}), format=reference.FORMAT, on_miss="text")
+    rag = SacRAG(CachedCompressor(ours, {}), prompt_format=reference.FORMAT, on_miss="text")
     ids = theirs.context(PROSE[0]) + theirs.question("Who?")
     assert rag.prompt_ids("Who?", [PROSE[0], Chunk(" ")]) == ids
     answer = rag.answer("Who?", [PROSE[0], Chunk(" ")], Decoding(max_new_tokens=8))

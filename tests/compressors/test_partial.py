@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.stores import age, file_of, flip, index_of, key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV, as_stored
 from sac_rag.stores import DiskStore, MemoryStore
 from sac_rag.stores.cipher import Cipher
@@ -104,7 +104,7 @@ def test_a_bit_behind_what_is_wanted_is_of_no_concern_until_all_is_read(disk: Di
     for _ in range(2):
         assert disk.read(KEY, first(6000)).bit_equal(LARGE.first(6000))
     assert disk.quarantined == 0
-    with pytest.raises(CorruptEntry, match="checksum"):
+    with pytest.raises(CorruptEntryError, match="checksum"):
         disk[KEY]
     assert disk.quarantined == 1
 
@@ -113,7 +113,7 @@ def test_a_bit_behind_what_is_wanted_is_of_no_concern_until_all_is_read(disk: Di
 def test_a_bit_in_what_is_wanted_makes_it_a_miss(disk: DiskStore, place: int) -> None:
     disk[KEY] = LARGE
     flip(disk, KEY, place)
-    with pytest.raises(CorruptEntry) as error:
+    with pytest.raises(CorruptEntryError) as error:
         disk.read(KEY, first(6000))
     assert error.value.reason == "corrupt"
     assert disk.quarantined == 1
@@ -121,14 +121,14 @@ def test_a_bit_in_what_is_wanted_makes_it_a_miss(disk: DiskStore, place: int) ->
     assert disk.why_absent(KEY) == "corrupt"
     with pytest.raises(KeyError) as absent:
         disk.read(KEY, first(6000))
-    assert not isinstance(absent.value, CorruptEntry)
+    assert not isinstance(absent.value, CorruptEntryError)
 
 
 def test_a_file_that_is_cut_short_is_refused_whatever_is_wanted(disk: DiskStore) -> None:
     disk[KEY] = LARGE
     path = file_of(disk, KEY)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptEntry, match="its file has"):
+    with pytest.raises(CorruptEntryError, match="its file has"):
         disk.read(KEY, first(1))
 
 

@@ -40,7 +40,7 @@ EXAMPLES = [
 
 @pytest.fixture
 def rag(llama: Generator, home: Path) -> SacRAG:
-    return SacRAG(CachedCompressor(make_compressor(llama, "learned"), {}), format=SPANS)
+    return SacRAG(CachedCompressor(make_compressor(llama, "learned"), {}), prompt_format=SPANS)
 
 
 def sample(k: int = 1, limit: int = 6, seed: int = 0) -> Sample:
@@ -206,8 +206,10 @@ def test_scores_are_means_over_the_answers(rag: SacRAG, tmp_path: Path) -> None:
 def test_results_name_the_prompt_so_that_comparisons_can_be_trusted(
     rag: SacRAG, llama: Generator
 ) -> None:
-    other = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), format=PromptFormat())
-    same = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), format=SPANS)
+    other = SacRAG(
+        CachedCompressor(make_compressor(llama, "full"), {}), prompt_format=PromptFormat()
+    )
+    same = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), prompt_format=SPANS)
     mine, theirs, equal = (
         evaluate(r, sample(limit=1), system="no-text", max_new_tokens=1).prompt
         for r in (rag, other, same)
@@ -283,8 +285,8 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(rag: SacRAG, tmp_pat
     out = tmp_path / "a.jsonl"
     evaluate(rag, sample(limit=2), max_new_tokens=2, out=out, labels={"data": "here"})
     before = out.read_bytes()
-    chat = SacRAG(rag.compressor, format=PromptFormat())
-    other = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(5), {}), format=SPANS)
+    chat = SacRAG(rag.compressor, prompt_format=PromptFormat())
+    other = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(5), {}), prompt_format=SPANS)
     headed = make_compressor(rag.generator, "full", heading="Text: ")
     for reader, asked, changes, named in (
         (rag, sample(limit=2), {"max_new_tokens": 3}, "max_new_tokens"),
@@ -293,7 +295,7 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(rag: SacRAG, tmp_pat
         (rag, sample(limit=2, seed=1), {}, "questions"),
         (chat, sample(limit=2), {}, "prompt"),
         (other, sample(limit=2), {}, "ratio"),
-        (SacRAG(CachedCompressor(headed, {}), format=SPANS), sample(limit=2), {}, "heading"),
+        (SacRAG(CachedCompressor(headed, {}), prompt_format=SPANS), sample(limit=2), {}, "heading"),
     ):
         with pytest.raises(ValueError, match=f"was begun with other settings.*{named}"):
             evaluate(reader, asked, out=out, **{"max_new_tokens": 2, **changes})  # type: ignore[arg-type]
@@ -365,7 +367,7 @@ def test_a_comparison_is_what_its_runs_are_alone(rag: SacRAG, tmp_path: Path) ->
     ]
     kept = json.loads((tmp_path / FIGURES).read_text())
     assert [(row["system"], row["f1"]) for row in kept] == [(r.system, r.f1) for r in results]
-    at_3 = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(3), {}), format=SPANS)
+    at_3 = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(3), {}), prompt_format=SPANS)
     alone = evaluate(at_3, samples[0], max_new_tokens=4, out=tmp_path / "alone.jsonl")
     assert alone.fingerprint == results[4].fingerprint
     assert rows(tmp_path / "alone.jsonl") == rows(tmp_path / "compressed-3x-uniform-k1.jsonl")
@@ -375,14 +377,14 @@ def test_budgets_are_compared_with_heads_alike_and_one_encoding_serves_all_ratio
     llama: Generator, tmp_path: Path
 ) -> None:
     shared = make_compressor(llama, "shared")
-    rag = SacRAG(CachedCompressor(shared, {}), format=SPANS)
+    rag = SacRAG(CachedCompressor(shared, {}), prompt_format=SPANS)
     with passes_of(llama) as passes:
         results = list(compare(rag, [sample()], (6, 1, 3), tmp_path, max_new_tokens=4))
     measured = [(r.ratio, r.budget) for r in results if r.system == "compressed"]
     assert measured == [(1, "shared"), (3, "shared"), (6, "shared"), (3, "uniform"), (6, "uniform")]
     with passes_of(llama) as alone:
         for ratio in (1, 3, 6):
-            at_ratio = SacRAG(CachedCompressor(shared.at_ratio(ratio), {}), format=SPANS)
+            at_ratio = SacRAG(CachedCompressor(shared.at_ratio(ratio), {}), prompt_format=SPANS)
             evaluate(at_ratio, sample(), max_new_tokens=4)
             name = f"compressed-{ratio}x-shared-k1.jsonl"
             assert (tmp_path / name).is_file()

@@ -156,7 +156,7 @@ FORMATS = [
 def test_the_pipelines_prompt_gives_the_pipelines_answer(
     llama: Generator, retriever: Any, found: list[Chunk], number: int
 ) -> None:
-    rag = make_rag(llama, format=FORMATS[number], decoding=Decoding(max_new_tokens=16))
+    rag = make_rag(llama, prompt_format=FORMATS[number], decoding=Decoding(max_new_tokens=16))
     chain: Any = (
         {
             "context": retriever | SACCompressor(rag) | format_docs(rag),
@@ -179,7 +179,7 @@ def test_a_chats_stop_texts_are_given_to_the_model(
     llama: Generator, retriever: Any, found: list[Chunk]
 ) -> None:
     text = make_rag(llama).answer(QUESTION, found).text
-    rag = make_rag(llama, format=PromptFormat(stop=(text[3],)))
+    rag = make_rag(llama, prompt_format=PromptFormat(stop=(text[3],)))
     prompt = prompt_template(rag).invoke(
         {
             "context": format_docs(rag)(SACCompressor(rag).invoke(retriever.invoke(QUESTION))),
@@ -187,12 +187,12 @@ def test_a_chats_stop_texts_are_given_to_the_model(
         }
     )
     assert ChatSAC(rag).invoke(prompt).text == text
-    stopping = ChatSAC(rag, stop=list(rag.format.stop))
+    stopping = ChatSAC(rag, stop=list(rag.prompt_format.stop))
     assert stopping.invoke(prompt).text == rag.answer(QUESTION, found).text
 
 
 def test_a_raw_format_is_refused(llama: Generator) -> None:
-    rag = make_rag(llama, format=replace(SPANS, raw=True))
+    rag = make_rag(llama, prompt_format=replace(SPANS, raw=True))
     with pytest.raises(ValueError, match="a raw prompt format cannot be a message"):
         prompt_template(rag)
 

@@ -26,7 +26,7 @@ from langchain_sac.messages import conversation
 from langchain_scenes import QUESTION, SHORT, home_of_module, make_rag  # noqa: F401
 from support.models import PROSE, make_model, make_tokenizer, passes_of
 
-from sac_rag import Chunk, ChunkMiss, Decoding, Message, PromptTooLong, SacRAG
+from sac_rag import Chunk, ChunkMissError, Decoding, Message, PromptTooLongError, SacRAG
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import SPANS
 
@@ -114,7 +114,7 @@ def test_threads_get_the_answers_they_would_get_alone(rag: SacRAG, chat: ChatSAC
 
 
 def test_a_completion_is_the_pipelines(llama: Generator) -> None:
-    rag = make_rag(llama, format=SPANS, decoding=Decoding(max_new_tokens=24))
+    rag = make_rag(llama, prompt_format=SPANS, decoding=Decoding(max_new_tokens=24))
     chat = ChatSAC(rag, plain=True)
     prompt: list[str | Chunk] = ["Text:\n", Chunk(PROSE[0]), "\n\nQuestion: Who?\nAnswer:"]
     expected = rag.complete([prompt])[0].text
@@ -143,8 +143,8 @@ def own_prompt(rag: SacRAG, *numbers: int) -> BaseMessage:
 @pytest.fixture
 def spans(llama: Generator) -> SacRAG:
     """A pipeline with a plain prompt whose answers end at their second letter."""
-    said = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
-    return make_rag(llama, format=replace(SPANS, stop=(said[1],)))
+    said = make_rag(llama, prompt_format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    return make_rag(llama, prompt_format=replace(SPANS, stop=(said[1],)))
 
 
 async def test_the_formats_own_prompt_is_plain_and_ends_at_its_stop_texts(spans: SacRAG) -> None:
@@ -191,7 +191,7 @@ def test_a_stop_of_the_model_or_the_call_takes_the_place_of_the_formats(
     llama: Generator, spans: SacRAG
 ) -> None:
     messages = [own_prompt(spans, 0, 1)]
-    whole = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    whole = make_rag(llama, prompt_format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
     assert ChatSAC(spans).invoke(messages).text != whole
     assert ChatSAC(spans).invoke(messages, stop=[]).text == whole
     assert ChatSAC(spans, stop=[]).invoke(messages).text == whole
@@ -406,7 +406,7 @@ async def test_a_bad_row_is_only_its_own(rag: SacRAG, chat: ChatSAC, way: str) -
 
     said = await ask(return_exceptions=True)
     assert isinstance(said[1], ValueError)
-    assert isinstance(said[3], PromptTooLong)
+    assert isinstance(said[3], PromptTooLongError)
     for i in (0, 2, 4):
         assert said[i].text == chat.invoke(inputs[i]).text
     with pytest.raises(ValueError, match=r"reads text alone: .* got: 'image'"):
@@ -414,7 +414,7 @@ async def test_a_bad_row_is_only_its_own(rag: SacRAG, chat: ChatSAC, way: str) -
 
 
 def test_a_row_that_fails_alone_is_tried_once(rag: SacRAG, chat: ChatSAC) -> None:
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         chat.batch(["long " * 9000])
     assert rag.metrics().failed == 1
 
@@ -540,9 +540,11 @@ def test_models_with_one_cache_never_share_an_answer(make_generator: Any) -> Non
         "another tenant": ChatSAC(make_rag(llama, namespace="tenant"), cache=cache),
         "misses as text": ChatSAC(make_rag(llama, on_miss="text"), cache=cache),
         "completions": ChatSAC(rag, cache=cache, plain=True),
-        "another prompt format": ChatSAC(make_rag(llama, format=SPANS), cache=cache),
-        "other words": ChatSAC(make_rag(llama, format=replace(SPANS, prefix="Q")), cache=cache),
-        "no stop": ChatSAC(make_rag(llama, format=SPANS), cache=cache, stop=[]),
+        "another prompt format": ChatSAC(make_rag(llama, prompt_format=SPANS), cache=cache),
+        "other words": ChatSAC(
+            make_rag(llama, prompt_format=replace(SPANS, prefix="Q")), cache=cache
+        ),
+        "no stop": ChatSAC(make_rag(llama, prompt_format=SPANS), cache=cache, stop=[]),
         "longer": ChatSAC(rag, cache=cache, max_tokens=9),
         "another stop": ChatSAC(rag, cache=cache, stop=["e"]),
         "sampled": ChatSAC(rag, cache=cache, temperature=1.0, seed=1),
@@ -571,10 +573,10 @@ def test_an_answer_out_of_the_cache_costs_nothing(rag: SacRAG, llama: Generator)
 def test_a_missing_chunk_is_refused_where_the_pipeline_refuses_it(llama: Generator) -> None:
     rag = make_rag(llama, on_miss="raise")
     handler = Starts()
-    with pytest.raises(ChunkMiss, match="1 of 1 chunks are not in the store"):
+    with pytest.raises(ChunkMissError, match="1 of 1 chunks are not in the store"):
         ChatSAC(rag).invoke(asked(rag, 0), {"callbacks": [handler]})
-    assert handler.events == ["start", "ChunkMiss"]
-    with pytest.raises(ChunkMiss):
+    assert handler.events == ["start", "ChunkMissError"]
+    with pytest.raises(ChunkMissError):
         list(ChatSAC(rag).stream(asked(rag, 0)))
 
 

@@ -17,7 +17,7 @@ from langchain_sac.marker import find
 from langchain_scenes import DOCUMENTS, QUESTION, Words, home_of_module, make_rag  # noqa: F401
 from support.models import PROSE, passes_of
 
-from sac_rag import Chunk, PromptTooLong, SacRAG
+from sac_rag import Chunk, PromptTooLongError, SacRAG
 from sac_rag.lm.generator import Generator
 from sac_rag.stores import DiskStore
 
@@ -171,7 +171,7 @@ def test_what_a_changed_document_no_longer_has_can_be_deleted(
 
 def test_a_split_that_is_too_long_is_told(compressor: SACCompressor) -> None:
     long = Document("word " * 9000, metadata={"source": "book"})
-    with pytest.raises(PromptTooLong, match=r"book: a chunk must have at most 8192 tokens"):
+    with pytest.raises(PromptTooLongError, match=r"book: a chunk must have at most 8192 tokens"):
         compressor.transform_documents([long])
     bad: list[Any] = []
     compressor.transform_documents([long, DOCUMENTS[0]], on_bad=bad.append)

@@ -28,7 +28,7 @@ def test_the_example_of_every_public_name_runs(llama: Generator, name: str) -> N
 
         @classmethod
         def from_pretrained(cls, *names: Any, **options: Any) -> SacRAG:
-            return make_rag(llama, format=SPANS)
+            return make_rag(llama, prompt_format=SPANS)
 
     vectors = InMemoryVectorStore(Words())
     vectors.add_documents(DOCUMENTS)

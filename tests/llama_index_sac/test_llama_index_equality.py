@@ -25,7 +25,7 @@ FORMATS = {
 def test_a_query_engine_answers_as_the_pipeline_does(
     llama: Generator, name: str, chunks: int
 ) -> None:
-    rag = make_rag(llama, format=FORMATS[name])
+    rag = make_rag(llama, prompt_format=FORMATS[name])
     nodes = make_nodes(chunks)
     expected = rag.answer(QUESTION, [node.text for node in nodes]).text
     template = text_qa_template(rag)

@@ -44,14 +44,17 @@ def test_public_names_are_there_in_order_and_described() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_the_examples_run(llama: Generator, module: str) -> None:
     found = import_module(f"llama_index_sac.{module}")
-    rag = make_rag(llama, format=replace(SPANS, stop=("zz",)), decoding=Decoding(max_new_tokens=8))
+    rag = make_rag(
+        llama, prompt_format=replace(SPANS, stop=("zz",)), decoding=Decoding(max_new_tokens=8)
+    )
     result = doctest.testmod(found, extraglobs={"rag": rag})
     assert result.failed == 0
     examples = [test for test in doctest.DocTestFinder().find(found) if test.examples]
     public = {
         name
         for name in llama_index_sac.__all__
-        if getattr(llama_index_sac, name).__module__ == found.__name__ and name != "Unanswerable"
+        if getattr(llama_index_sac, name).__module__ == found.__name__
+        and name != "UnanswerableError"
     }
     assert public <= {test.name.split(".")[-1] for test in examples}
 

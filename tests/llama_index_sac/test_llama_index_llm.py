@@ -13,7 +13,7 @@ import llama_index.core
 import pytest
 from llama_index.core import Settings, SummaryIndex
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
-from llama_index_sac import SACLLM, SACPostprocessor, Unanswerable, text_qa_template
+from llama_index_sac import SACLLM, SACPostprocessor, UnanswerableError, text_qa_template
 from llama_index_sac.markers import markers_of
 from support.models import PROSE, make_model, make_tokenizer
 from tiny_index import (  # noqa: F401
@@ -27,7 +27,7 @@ from tiny_index import (  # noqa: F401
     scored,
 )
 
-from sac_rag import Chunk, ChunkMiss, Decoding, Message, SacRAG
+from sac_rag import Chunk, ChunkMissError, Decoding, Message, SacRAG
 from sac_rag.answering import AnswerStream
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import SPANS
@@ -150,7 +150,7 @@ def test_a_ratio_that_the_compressor_does_not_have_is_refused(llama: Generator) 
     for make in (SACLLM, SACPostprocessor):
         with pytest.raises(ValueError, match=r"ratio must be 3, .*was: 7"):
             make(rag, ratio=7)
-    with pytest.raises(Unanswerable, match=r"ratio must be 3, .*was: 7"):
+    with pytest.raises(UnanswerableError, match=r"ratio must be 3, .*was: 7"):
         SACLLM(rag).complete(QUESTION, ratio=7)
 
 
@@ -169,8 +169,8 @@ def test_roles_become_the_chat_templates_and_plain_paragraphs(llama: Generator) 
 @pytest.fixture
 def spans(llama: Generator) -> SacRAG:
     """A pipeline with a plain prompt whose answers end at their second letter."""
-    said = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
-    return make_rag(llama, format=replace(SPANS, stop=(said[1],)))
+    said = make_rag(llama, prompt_format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    return make_rag(llama, prompt_format=replace(SPANS, stop=(said[1],)))
 
 
 def own_prompt(rag: SacRAG, count: int = 2) -> str:
@@ -212,7 +212,7 @@ def test_a_stop_of_the_model_or_the_call_takes_the_place_of_the_formats(
     llama: Generator, spans: SacRAG
 ) -> None:
     prompt = own_prompt(spans)
-    whole = make_rag(llama, format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
+    whole = make_rag(llama, prompt_format=replace(SPANS, stop=())).answer(QUESTION, PROSE[:2]).text
     assert SACLLM(spans).complete(prompt).text != whole
     assert SACLLM(spans).complete(prompt, stop=()).text == whole
     assert SACLLM(spans).complete(prompt, stop=whole[3]).text == whole.split(whole[3])[0]
@@ -265,7 +265,7 @@ def test_what_is_no_pipeline_is_refused() -> None:
 
 def test_pictures_are_refused_and_not_left_out(llama: Generator) -> None:
     picture = ChatMessage([TextBlock(text="What is this?"), ImageBlock(image=b"png")])
-    with pytest.raises(Unanswerable, match="reads text alone, got a ImageBlock"):
+    with pytest.raises(UnanswerableError, match="reads text alone, got a ImageBlock"):
         SACLLM(make_rag(llama)).chat([picture])
 
 
@@ -368,7 +368,7 @@ async def test_a_chunk_that_has_left_the_store_is_missed_by_the_caller(
     prompt = prompt_of(SACLLM(rag))
     store.clear()
     rag.on_miss = "raise"
-    with pytest.raises(ChunkMiss, match="2 of 2 chunks are not in the store"):
+    with pytest.raises(ChunkMissError, match="2 of 2 chunks are not in the store"):
         await ask(SACLLM(rag), prompt)
 
 
@@ -416,9 +416,9 @@ async def test_too_much_is_an_error_and_no_empty_response(narrow: Generator) -> 
     for node in nodes:
         node.text = f"{node.text} " * 8
     engine = query_engine(make_rag(narrow), nodes)
-    with pytest.raises(Unanswerable, match=r"needs \d+ positions .* the model has 1024"):
+    with pytest.raises(UnanswerableError, match=r"needs \d+ positions .* the model has 1024"):
         engine.query(QUESTION)
-    with pytest.raises(Unanswerable, match=r"needs \d+ positions .* the model has 1024"):
+    with pytest.raises(UnanswerableError, match=r"needs \d+ positions .* the model has 1024"):
         await engine.aquery(QUESTION)
 
 

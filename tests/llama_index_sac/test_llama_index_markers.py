@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.llms import ChatMessage
-from llama_index_sac import SACLLM, SACPostprocessor, Unanswerable, escape
+from llama_index_sac import SACLLM, SACPostprocessor, UnanswerableError, escape
 from llama_index_sac.markers import Markers
 from support.models import PROSE
 from tiny_index import (  # noqa: F401
@@ -65,7 +65,7 @@ def test_a_question_that_contains_a_marker_is_refused(llama: Generator) -> None:
     rag = make_rag(llama)
     engine = query_engine(rag, make_nodes(2))
     for planted in (FORGED, issued(rag), "<|sac:"):
-        with pytest.raises(Unanswerable, match=r"a question must not contain '<\|sac:'"):
+        with pytest.raises(UnanswerableError, match=r"a question must not contain '<\|sac:'"):
             engine.query(f"And {planted}?")
         assert engine.query(escape(f"And {planted}?")).response
 
@@ -77,9 +77,9 @@ def test_a_marker_of_unknown_origin_never_reaches_the_model(
 ) -> None:
     llm = SACLLM(make_rag(llama), plain=plain)
     for ask in (llm.complete, llm.stream_complete):
-        with pytest.raises(Unanswerable, match=r"must begin a marker that a SACPostprocessor"):
+        with pytest.raises(UnanswerableError, match=r"must begin a marker that a SACPostprocessor"):
             ask(f"See {marker}. {QUESTION}")
-    with pytest.raises(Unanswerable, match="for one of the last 10000 chunks, was: '<"):
+    with pytest.raises(UnanswerableError, match="for one of the last 10000 chunks, was: '<"):
         llm.chat([ChatMessage(marker, role="system"), ChatMessage(QUESTION)])
     assert llm.rag.metrics().questions == 0
 
@@ -91,7 +91,7 @@ def test_another_pipelines_markers_are_unknown_even_over_one_store(llama: Genera
     marker = issued(one)
     assert SACLLM(one).complete(marker + QUESTION).text
     for other in (two, again):
-        with pytest.raises(Unanswerable):
+        with pytest.raises(UnanswerableError):
             SACLLM(other).complete(marker + QUESTION)
         assert marker != issued(other)
 
@@ -148,7 +148,7 @@ def test_what_was_used_longest_ago_is_forgotten_first() -> None:
     assert markers.pieces(f"a{names[0]}b") == ("a", first, "b")
     markers.issue(third)
     assert markers.pieces(names[0])[1] == first
-    with pytest.raises(Unanswerable, match="for one of the last 2 chunks"):
+    with pytest.raises(UnanswerableError, match="for one of the last 2 chunks"):
         markers.pieces(names[1])
     assert markers.issue(second) == names[1]
     assert markers.pieces(names[1])[1] == second

@@ -34,7 +34,7 @@ from tiny_index import (  # noqa: F401
     scored,
 )
 
-from sac_rag import ChunkMiss, DiskStore, PromptTooLong
+from sac_rag import ChunkMissError, DiskStore, PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 
@@ -191,7 +191,7 @@ def test_what_is_missing_is_read_or_refused_if_so_chosen(llama: Generator) -> No
     reading = make_rag(llama, on_miss="text")
     assert statuses(reading, make_nodes(1)) == [("absent", "text")]
     refusing = make_rag(llama, on_miss="raise")
-    with pytest.raises(ChunkMiss, match="2 of 2 chunks are not in the store"):
+    with pytest.raises(ChunkMissError, match="2 of 2 chunks are not in the store"):
         query_engine(refusing, make_nodes(2)).query(QUESTION)
 
 
@@ -229,7 +229,7 @@ def test_a_text_beyond_the_context_is_refused(make_generator: Callable[..., Gene
     generator.model.config.max_position_embeddings = 512
     (node,) = make_nodes(1)
     node.text *= 40
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         SACPostprocessor(make_rag(generator)).postprocess_nodes(scored([node]))
 
 

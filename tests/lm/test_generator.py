@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sac_rag.errors import UnsupportedModel
+from sac_rag.errors import UnsupportedModelError
 from sac_rag.lm.generator import Generator
 
 IDS = torch.tensor([[5, 300, 17, 44, 301, 8]])
@@ -439,14 +439,14 @@ def test_a_model_that_cannot_be_moved_is_refused_before_its_weights_are_read(
 ) -> None:
     MistralConfig(sliding_window=4096).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    with pytest.raises(UnsupportedModel, match=r"mistral: .* sliding window of 4096"):
+    with pytest.raises(UnsupportedModelError, match=r"mistral: .* sliding window of 4096"):
         Generator.from_pretrained(tmp_path)
 
 
 def test_attention_that_takes_no_mask_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModel, match="'sdpa' or 'eager', was: 'flash_attention_2'"):
+    with pytest.raises(UnsupportedModelError, match="'sdpa' or 'eager', was: 'flash_attention_2'"):
         Generator(model, tokenizer)
 
 

@@ -74,8 +74,8 @@ def test_answers_are_written_with_it(adapted: Compressor) -> None:
     generator, prompt = adapted.generator, prompt_of(adapted)
     first = next(next_tokens(generator, prompt_of(adapted), Decoding()))
     assert first.item() == logits_of(generator, prompt)[0, -1].argmax()
-    rag = SacRAG(CachedCompressor(adapted, {}), format=SPANS)
-    plain = SacRAG(CachedCompressor(adapted.without_generator_adapter(), {}), format=SPANS)
+    rag = SacRAG(CachedCompressor(adapted, {}), prompt_format=SPANS)
+    plain = SacRAG(CachedCompressor(adapted.without_generator_adapter(), {}), prompt_format=SPANS)
     answers = [
         r.answer("What is it?", PROSE[:2], Decoding(max_new_tokens=20)).text for r in (rag, plain)
     ]
@@ -114,7 +114,7 @@ def test_text_is_read_by_the_frozen_model_and_the_figures_say_who_answered(own: 
     results = {}
     for rank in (0, 2):
         compressor = make_compressor(own, "learned", generator_adapter_rank=rank)
-        rag = SacRAG(CachedCompressor(compressor, {}), format=SPANS)
+        rag = SacRAG(CachedCompressor(compressor, {}), prompt_format=SPANS)
         for system in ("compressed", "full-text"):
             results[rank, system] = evaluate(rag, SAMPLE, system=system, max_new_tokens=6)
     assert {at: result.generator_adapter for at, result in results.items()} == {
@@ -137,7 +137,7 @@ def test_text_is_read_by_the_frozen_model_and_the_figures_say_who_answered(own: 
 def test_text_is_answered_as_if_there_were_none(adapted: Compressor, tmp_path: Path) -> None:
     answers = []
     for number, compressor in enumerate((adapted, adapted.without_generator_adapter())):
-        rag = SacRAG(CachedCompressor(compressor, {}), format=SPANS)
+        rag = SacRAG(CachedCompressor(compressor, {}), prompt_format=SPANS)
         out = tmp_path / str(number)
         evaluate(rag, SAMPLE, system="full-text", max_new_tokens=20, out=out)
         answers.append([line.split('"em"')[0] for line in out.read_text().splitlines()[1:]])

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from sac_rag.errors import UnsupportedModel
+from sac_rag.errors import UnsupportedModelError
 from sac_rag.lm.rope import frequencies_of, move, relocation_error, require_movable
 
 EXACT = 1e-5
@@ -94,7 +94,9 @@ def test_a_window_that_is_not_used_is_accepted(config: PretrainedConfig) -> None
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 def test_frequencies_that_change_with_the_length_are_refused_by_name(rope_type: str) -> None:
-    with pytest.raises(UnsupportedModel, match=f"llama: .*'{rope_type}' changes its frequencies"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"llama: .*'{rope_type}' changes its frequencies"
+    ):
         require_movable(config_with(rope_type))
 
 
@@ -119,12 +121,12 @@ def test_frequencies_that_change_with_the_length_are_refused_by_name(rope_type: 
 def test_layers_that_do_not_attend_everywhere_are_refused_by_name(
     config: PretrainedConfig, message: str
 ) -> None:
-    with pytest.raises(UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         require_movable(config)
 
 
 def test_a_refusal_names_what_can_be_used_instead() -> None:
-    with pytest.raises(UnsupportedModel, match=r"use a Llama, Qwen2, .* or Qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"use a Llama, Qwen2, .* or Qwen3"):
         require_movable(MistralConfig(sliding_window=4096))
 
 
@@ -136,7 +138,7 @@ def test_frequencies_are_the_models_own() -> None:
 def test_a_model_that_hides_its_frequencies_is_refused() -> None:
     model = make_model("llama")
     del model.model.rotary_emb
-    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM: .*rotary_emb\.inv_freq"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM: .*rotary_emb\.inv_freq"):
         frequencies_of(model)
 
 

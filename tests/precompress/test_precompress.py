@@ -28,7 +28,7 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.collection import open_compressor
 from sac_rag.compressors.base import Compressor
-from sac_rag.errors import PromptTooLong
+from sac_rag.errors import PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.precompress.estimate import estimate
@@ -238,7 +238,7 @@ def test_a_chunk_longer_than_the_context_is_reported_and_the_others_compressed(
 def test_chunks_before_one_that_is_too_long_are_stored_and_it_is_raised(
     cached: CachedCompressor,
 ) -> None:
-    with pytest.raises(PromptTooLong, match="8192 tokens"):
+    with pytest.raises(PromptTooLongError, match="8192 tokens"):
         precompress(cached, [*PROSE[:3], TOO_LONG, *PROSE[3:]])
     assert [text in cached for text in PROSE[:4]] == [True, True, True, False]
 
@@ -329,7 +329,7 @@ def test_a_document_whose_chunks_come_apart_is_one_document(on_disk: CachedCompr
 
 def test_former_versions_stay_until_the_new_ones_are_stored(on_disk: CachedCompressor) -> None:
     precompress(on_disk, [("a", PROSE[0])], whole_documents=True)
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLongError):
         precompress(on_disk, [("a", PROSE[1]), ("z", TOO_LONG)], whole_documents=True)
     assert PROSE[0] in on_disk
     assert precompress(on_disk, [("a", PROSE[1])], whole_documents=True).deleted == 1

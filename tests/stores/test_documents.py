@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.stores import bytes_in, file_of, flip, index_of, key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
 from sac_rag.stores.disk.entries import Extent
 
@@ -99,7 +99,7 @@ def test_no_byte_of_a_forgotten_document_stays_in_the_folder(tmp_path: Path) -> 
         store.pin([key_of(0)])
         # One of its entries is in quarantine, one was evicted, one was overwritten.
         flip(store, key_of(1))
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             store[key_of(1)]
         store[key_of(0)] = make_kv(0)
         gone = [name.encode(), key_of(0).encode(), key_of(1).encode(), TEXT_ID[:-1].encode()]
@@ -140,7 +140,7 @@ def test_an_evicted_entry_leaves_nothing_that_forgetting_would_not_find(tmp_path
     with DiskStore(tmp_path, max_bytes=size) as store:
         store.put(key_of(0), make_kv(0), ["secret"])
         flip(store, key_of(0))
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             store[key_of(0)]
         store.put(key_of(0), make_kv(0), ["secret"])  # and its bad bytes are in quarantine
         store.put(key_of(1), make_kv(1, anchors=8), ["other"])
@@ -225,7 +225,7 @@ def test_a_store_of_format_2_keeps_everything_but_its_entries_bytes(tmp_path: Pa
             with pytest.raises(KeyError):
                 store.extent(key)
     with DiskStore(tmp_path) as store:
-        with pytest.raises(CorruptEntry) as error:
+        with pytest.raises(CorruptEntryError) as error:
             store.read(key, lambda _: 1)
         assert error.value.reason == "format"
         assert store.why_absent(key) == "format"

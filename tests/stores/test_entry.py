@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV, QuantizedKV, quantize
 from sac_rag.stores import DiskStore
 from sac_rag.stores.cipher import Cipher
@@ -131,16 +131,16 @@ def header_of(data: bytes) -> dict[str, Any]:
 
 
 def reads(data: bytes | bytearray, key: str = KEY, cipher: Cipher | None = None) -> bool:
-    """Whether bytes are taken for an entry; anything but a CorruptEntry passes through."""
+    """Whether bytes are taken for an entry; anything but a CorruptEntryError passes through."""
     try:
         decode(key, data, cipher)
-    except CorruptEntry:
+    except CorruptEntryError:
         return False
     return True
 
 
 def why_refused(data: bytes, key: str = KEY, cipher: Cipher | None = None) -> str:
-    with pytest.raises(CorruptEntry) as error:
+    with pytest.raises(CorruptEntryError) as error:
         decode(key, data, cipher)
     return error.value.reason
 
@@ -366,9 +366,9 @@ def test_damage_is_not_encrypted_anew() -> None:
     for old in (None, CIPHER):
         data = bytearray(encode(KEY, KV, old))
         data[-1] ^= 1
-        with pytest.raises(CorruptEntry, match="checksum"):
+        with pytest.raises(CorruptEntryError, match="checksum"):
             reencrypt(data, old, OTHER_CIPHER)
-    with pytest.raises(CorruptEntry) as error:
+    with pytest.raises(CorruptEntryError) as error:
         reencrypt(encode(KEY, KV, CIPHER), OTHER_CIPHER, None)
     assert error.value.reason == "key"
 
@@ -399,7 +399,7 @@ def test_no_part_of_an_entry_is_an_entry() -> None:
 def test_an_entry_of_another_format_is_refused_by_both_versions(version: int) -> None:
     data = sealed(b"no idea", format=version, some_new_field=True)
     expected = f"of format {str(version)[:20]}, this sac_rag reads format 3"
-    with pytest.raises(CorruptEntry, match=expected) as error:
+    with pytest.raises(CorruptEntryError, match=expected) as error:
         decode(KEY, data)
     assert error.value.reason == "format"
 
@@ -407,7 +407,7 @@ def test_an_entry_of_another_format_is_refused_by_both_versions(version: int) ->
 def test_an_entry_as_format_2_had_it_is_refused_as_that() -> None:
     data = (DATA / "entry-2-bfloat16.kv").read_bytes()
     assert why_refused(data) == "format"
-    with pytest.raises(CorruptEntry) as error:
+    with pytest.raises(CorruptEntryError) as error:
         read_first(data, 1)
     assert error.value.reason == "format"
 
@@ -472,7 +472,7 @@ def test_a_flipped_bit_is_found_in_what_is_read_and_nowhere_else(kind: str) -> N
         data[place] ^= 1 << random.randrange(8)
         was = bytes(data)
         if place < nbytes:
-            with pytest.raises(CorruptEntry):
+            with pytest.raises(CorruptEntryError):
                 read_first(data, 500)
         else:
             assert read_first(data, 500)[0].bit_equal(expected)
@@ -484,9 +484,9 @@ def test_a_flipped_bit_is_found_in_what_is_read_and_nowhere_else(kind: str) -> N
 def test_an_entry_cut_short_is_refused_even_where_the_rest_is_not_wanted() -> None:
     data = encode(KEY, LARGE)
     for length in (0, 100, 5000, len(data) // 2, len(data) - 1):
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             read_first(data[:length], 1)
-    with pytest.raises(CorruptEntry, match="too early"):  # as where it is cut while it is read
+    with pytest.raises(CorruptEntryError, match="too early"):  # as where it is cut while it is read
         decode_first(KEY, lambda n: memoryview(bytearray(data[:n]))[:9000], len(data), lambda _: 1)
 
 
@@ -496,7 +496,7 @@ def test_only_an_entry_of_this_key_and_cipher_is_read_in_part() -> None:
         (encode(KEY, KV, CIPHER), KEY, None),
         (encode(KEY, KV), KEY, CIPHER),
     ):
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             read_first(data, 1, cipher, key)
 
 
@@ -586,7 +586,7 @@ def test_a_forged_entry_is_refused(name: str) -> None:
     assert reads(sealed(tensors_of(KV)))  # what is forged here is otherwise right
     assert reads(sealed(tensors_of(QUANTIZED), dtype="int8"))
     assert not reads(FORGED[name])
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         read_first(FORGED[name], 20)
 
 
@@ -643,7 +643,7 @@ def test_a_hundred_thousand_wrong_inputs_are_refused_and_raise_nothing_else() ->
     for original, cipher in ((SMALL, None), (SMALL_INT8, None), (SMALL_ENCRYPTED, CIPHER)):
         for mutant, _ in zip(mutants(original, random), range(20_000), strict=False):
             assert not reads(mutant, cipher=cipher)
-            with pytest.raises(CorruptEntry):
+            with pytest.raises(CorruptEntryError):
                 read_first(mutant, 1, cipher)
             count += 1
     for mutant, _ in zip(mutants(SMALL_ENCRYPTED, random), range(5_000), strict=False):
@@ -662,7 +662,7 @@ def test_what_a_forger_can_make_is_refused_or_is_an_entry_like_any_other() -> No
             forged = resealed(mutant)
             try:
                 kv = decode(KEY, forged)
-            except CorruptEntry:
+            except CorruptEntryError:
                 continue
             read += 1
             # It says what was forged, and is whole.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.stores import age, file_of, flip, index_of, key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.stores import DiskStore
 from sac_rag.stores.entry import encode
@@ -123,7 +123,7 @@ def test_an_entry_that_is_too_old_is_not_there(tmp_path: Path) -> None:
         path = file_of(store, key_of(0))
         with pytest.raises(KeyError) as absent:
             store[key_of(0)]
-        assert not isinstance(absent.value, CorruptEntry)
+        assert not isinstance(absent.value, CorruptEntryError)
         assert not path.exists()
         assert store.why_absent(key_of(0)) == "expired"
         assert store[key_of(1)].bit_equal(make_kv(1))
@@ -192,7 +192,7 @@ def test_what_befell_the_very_entry_comes_before_its_fingerprint(disk: DiskStore
     put(disk, 0, make_kv())
     put(disk, 9, make_kv(), NEW)
     flip(disk, key_of(9))
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         disk[key_of(9)]
     assert why(disk) == "corrupt"
     put(disk, 9, make_kv(), NEW)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.stores import age, bytes_in, file_of, flip, index_of, key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
 from sac_rag.stores.cipher import Cipher
 
@@ -154,7 +154,7 @@ def test_what_was_in_quarantine_for_a_week_is_collected(
 ) -> None:
     disk[key_of(0)] = make_kv()
     flip(disk, key_of(0))
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         disk[key_of(0)]
     assert disk.gc().quarantined == 0
     monkeypatch.setattr("sac_rag.stores.disk.maintenance._QUARANTINE_SECONDS", 0)
@@ -177,7 +177,7 @@ def test_the_figures_of_a_store(tmp_path: Path) -> None:
         store.pin([key_of(1)])
         age(store, key_of(0), 1000)
         flip(store, key_of(3))
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             store[key_of(3)]
         stats = store.stats()
         assert (stats.entries, stats.documents, stats.pinned) == (3, 2, 1)
@@ -271,7 +271,7 @@ def test_another_key_keeps_entries_documents_pins_and_ages(
         store.pin([key_of(1)])
         age(store, key_of(2), 1000)
         flip(store, key_of(3))
-        with pytest.raises(CorruptEntry):
+        with pytest.raises(CorruptEntryError):
             store[key_of(3)]
         flip(store, key_of(0))
         assert store.rekey(new) == 2  # not those that are bad
@@ -297,7 +297,7 @@ def test_an_entry_in_another_key_is_a_miss_that_is_named_and_stays(tmp_path: Pat
         store[key_of(0)] = make_kv(0)
         store.rekey(NEW)
         other[key_of(1)] = make_kv(1)
-        with pytest.raises(CorruptEntry) as missing:
+        with pytest.raises(CorruptEntryError) as missing:
             store[key_of(1)]
         assert missing.value.reason == "key"
         assert store.quarantined == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.stores import age, bytes_in, flip, index_of, key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
 
 
@@ -153,7 +153,7 @@ def test_a_bad_entry_is_a_miss_and_stays_where_it_is(folder: Path) -> None:
         flip(store, key_of(0))
         before = bytes_in(folder)
         for _ in range(2):
-            with pytest.raises(CorruptEntry, match="checksum"):
+            with pytest.raises(CorruptEntryError, match="checksum"):
                 store[key_of(0)]
         assert store.quarantined == 0
         assert len(store.check()) == 1

@@ -23,7 +23,7 @@ import pytest
 import torch
 from support.stores import file_of, index_of, key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
 from sac_rag.stores.disk.files import Files
 from sac_rag.stores.disk.index import Row
@@ -253,14 +253,14 @@ def test_a_damaged_entry_is_a_miss_and_is_quarantined(disk: DiskStore, damage: s
     damaged = file_of(disk, KEY).read_bytes()
     assert len(disk.check()) >= 1
 
-    with pytest.raises(CorruptEntry) as error:
+    with pytest.raises(CorruptEntryError) as error:
         disk[KEY]
     assert error.value.reason == ("format" if "format" in damage else "corrupt")
     assert disk.quarantined == 1
     assert (disk.folder / "quarantine" / KEY).read_bytes() == damaged
     with pytest.raises(KeyError) as absent:  # gone, and no longer called corrupt
         disk[KEY]
-    assert not isinstance(absent.value, CorruptEntry)
+    assert not isinstance(absent.value, CorruptEntryError)
     assert KEY not in disk
 
     disk.put(KEY, make_kv(1))
@@ -271,7 +271,7 @@ def test_a_damaged_entry_is_a_miss_and_is_quarantined(disk: DiskStore, damage: s
 def test_a_file_grown_to_a_terabyte_is_not_read(disk: DiskStore) -> None:
     disk[KEY] = make_kv()
     os.truncate(file_of(disk, KEY), 2**40)  # of holes, which take no room
-    with pytest.raises(CorruptEntry, match="its file has 1099511627776 bytes"):
+    with pytest.raises(CorruptEntryError, match="its file has 1099511627776 bytes"):
         disk[KEY]
 
 
@@ -282,7 +282,7 @@ def test_two_entries_whose_files_were_swapped_are_both_misses(disk: DiskStore) -
     first.write_bytes(swapped[0])
     second.write_bytes(swapped[1])
     for key in (KEY, OTHER):
-        with pytest.raises(CorruptEntry, match="this is the entry of key"):
+        with pytest.raises(CorruptEntryError, match="this is the entry of key"):
             disk[key]
     assert disk.quarantined == 2
 
@@ -295,7 +295,7 @@ def test_two_entries_whose_rows_were_swapped_are_misses_and_no_file_is_lost(
         (theirs,) = index.execute("SELECT filename FROM Cache WHERE key = ?", (OTHER,)).fetchone()
         (mine,) = index.execute("SELECT filename FROM Cache WHERE key = ?", (KEY,)).fetchone()
         index.execute("UPDATE Cache SET filename = ? WHERE key = ?", (theirs, KEY))
-    with pytest.raises(CorruptEntry, match="its row is not one of a DiskStore"):
+    with pytest.raises(CorruptEntryError, match="its row is not one of a DiskStore"):
         disk[KEY]
     assert disk[OTHER].bit_equal(make_kv(2))
     (disk.folder / "entries" / mine).unlink()  # nobody's now
@@ -305,7 +305,7 @@ def test_an_entry_whose_file_was_deleted_is_a_miss_and_can_be_put_again(disk: Di
     disk.put(KEY, make_kv(), documents=["a"])
     file_of(disk, KEY).unlink()
     assert f"{KEY}: its file is gone" in disk.check()
-    with pytest.raises(CorruptEntry, match="its file is gone"):
+    with pytest.raises(CorruptEntryError, match="its file is gone"):
         disk[KEY]
     disk.put(KEY, make_kv(), documents=["a"])
     assert disk[KEY].bit_equal(make_kv())
@@ -486,7 +486,7 @@ def test_a_pickled_value_is_quarantined_as_it_is(
 ) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "marker"))
     plant(disk, bomb)
-    with pytest.raises(CorruptEntry, match="nothing was unpickled"):
+    with pytest.raises(CorruptEntryError, match="nothing was unpickled"):
         disk[KEY]
     assert disk.quarantined == 1
     if plant is plant_value:
@@ -544,7 +544,7 @@ def test_a_path_out_of_the_folder_is_neither_read_nor_deleted(kind: str, tmp_pat
             for _ in range(2):
                 index.execute("DELETE FROM Cache")
                 index.execute(INSERT, (KEY, 1, 2, named, None, None, size))
-                with pytest.raises(CorruptEntry):
+                with pytest.raises(CorruptEntryError):
                     store[KEY]
                 assert KEY not in store
             index.execute(INSERT, (KEY, 1, 2, named, None, None, size))
@@ -735,9 +735,9 @@ def test_a_bad_entry_is_a_miss_even_where_it_cannot_be_moved(disk: DiskStore) ->
     flipped(-1)(file_of(disk, KEY))
     with disk_full_beyond((disk.folder / "entries" / "cache.db-wal").stat().st_size):
         for _ in range(2):
-            with pytest.raises(CorruptEntry, match="checksum"):
+            with pytest.raises(CorruptEntryError, match="checksum"):
                 disk[KEY]
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntryError):
         disk[KEY]
     assert disk.quarantined == 1
 
@@ -930,7 +930,7 @@ def test_eight_writers_and_eight_readers_may_share_a_folder(disk: DiskStore) -> 
                 assert disk[key].bit_equal(kvs[key])
                 found += 1
             except KeyError as absent:
-                assert not isinstance(absent, CorruptEntry)
+                assert not isinstance(absent, CorruptEntryError)
         disk.close()
         return found
 

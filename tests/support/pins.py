@@ -48,7 +48,7 @@ from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
 from sac_rag.compressors.sac import SAC
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.origin import Origin
@@ -252,7 +252,7 @@ def fill(folder: Path, cipher: Cipher | None) -> None:
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         try:
             store[cached.key(GONE["corrupt"])]
-        except CorruptEntry:
+        except CorruptEntryError:
             assert store.stats().quarantined == 1
         assert cached.fetch([TEXTS["barley"]], on_miss="text").misses == ["absent"]
 
@@ -280,7 +280,7 @@ def write(folder: Path) -> None:
     """Writes all pins but `store-format-2` into a folder that has none."""
     generator = make_generator()
     compressor = make_compressor(generator, CHECKPOINT)
-    checkpoint.save(compressor, folder / "checkpoint", format=FORMAT)
+    checkpoint.save(compressor, folder / "checkpoint", prompt_format=FORMAT)
     fill(folder / "store", None)
     fill(folder / "store-encrypted", CIPHER)
     with DiskStore(folder / "store", read_only=True) as store:

@@ -380,7 +380,7 @@ def test_a_trained_compressor_is_fitted_again_in_its_own_prompt_and_its_lora_sta
     llama: Generator, questions: Path, tmp_path: Path
 ) -> None:
     trained = make_compressor(llama, "learned")
-    checkpoint.save(trained, tmp_path / "trained", format=SPANS)
+    checkpoint.save(trained, tmp_path / "trained", prompt_format=SPANS)
     out = tmp_path / "again"
     fitted = fit(
         llama,
@@ -394,7 +394,7 @@ def test_a_trained_compressor_is_fitted_again_in_its_own_prompt_and_its_lora_sta
     assert {figure.prompt for figure in fitted.figures} == {"own"}
     config, weights = checkpoint.read(out)
     assert (config.budget, config.ratio, config.lora_rank) == ("shared", 4, 4)
-    assert checkpoint.load_format(out) == SPANS
+    assert checkpoint.load_prompt_format(out) == SPANS
     assert weights.keys() - trained.weights.keys() == {"budget"}
     assert weights["budget"].std() > 0
     for name, weight in trained.weights.items():

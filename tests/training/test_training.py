@@ -184,7 +184,7 @@ def test_rows_of_every_prompt_are_the_prompts_that_answers_are_written_in(
     target = row.targets[0]
     ids += target.ids[: len(target.ids) - target.predicted]
     shown = replace(prompt, user=prompt.user.replace("{draft}", "a draft"))
-    rag = SacRAG(CachedCompressor(make_compressor(llama, "learned"), {}), format=shown)
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "learned"), {}), prompt_format=shown)
     assert maker.prefix_ids == ()
     assert ids == rag.prompt_ids(questions[0].text, chunks)
 
@@ -561,7 +561,7 @@ def test_equal_configs_give_equal_batches_and_another_seed_gives_others(
     llama: Generator, config: TrainConfig
 ) -> None:
     examples, _ = split_examples(config)
-    maker = RowMaker(llama, config.format)
+    maker = RowMaker(llama, config.prompt_format)
 
     def first(changed: TrainConfig) -> list[Any]:
         return list(islice(BatchStream(changed, maker, examples), 12))
@@ -675,7 +675,7 @@ def test_an_answer_is_cut_where_it_repeats_itself(text: str, kept: str, cut: boo
 def test_a_curriculum_lets_higher_ratios_join_later(llama: Generator, config: TrainConfig) -> None:
     slow = replace(config, curriculum=1.0, steps=40)
     examples, _ = split_examples(slow)
-    batches = list(islice(BatchStream(slow, RowMaker(llama, slow.format), examples), 80))
+    batches = list(islice(BatchStream(slow, RowMaker(llama, slow.prompt_format), examples), 80))
     assert {batch.ratio for batch in batches[:39]} == {2}
     assert {batch.ratio for batch in batches[40:]} == {2, 5}
 
@@ -686,7 +686,7 @@ def test_prose_may_come_before_all_questions(
     (tmp_path / "prose.txt").write_text(" ".join(PROSE))
     staged = replace(config, text=(str(tmp_path / "prose.txt"),), text_first=3)
     examples, _ = split_examples(staged)
-    batches = list(islice(BatchStream(staged, RowMaker(llama, staged.format), examples), 8))
+    batches = list(islice(BatchStream(staged, RowMaker(llama, staged.prompt_format), examples), 8))
     targets = [[target for row in batch.rows for target in row.targets] for batch in batches]
     # Of prose everything is predicted, of questions the answer.
     is_prose = [all(t.predicted == len(t.ids) - 1 for t in of_batch) for of_batch in targets]
@@ -707,7 +707,7 @@ def test_data_of_which_nothing_can_be_learned_is_refused(
     config = replace(config, text=(str(tmp_path / "prose.txt"),), **changes)
     examples, _ = split_examples(config)
     with pytest.raises(ValueError, match=message):
-        next(iter(BatchStream(config, RowMaker(llama, config.format), examples)))
+        next(iter(BatchStream(config, RowMaker(llama, config.prompt_format), examples)))
 
 
 def test_documents_are_paragraphs_between_blank_lines(tmp_path: Path) -> None:
@@ -792,8 +792,8 @@ def test_a_run_leaves_a_compressor_that_answers_and_an_account(
     for name, weight in weights_of(own).items():
         assert torch.equal(weight, frozen[name.replace(".base_layer", "")]), name
     loaded = checkpoint.load(folder, own)
-    assert checkpoint.load_format(folder) == config.format
-    assert loaded.config.sink == config.format.opening(own.tokenizer)
+    assert checkpoint.load_prompt_format(folder) == config.prompt_format
+    assert loaded.config.sink == config.prompt_format.opening(own.tokenizer)
     assert loaded.compress([PROSE[0]])[0].dtype == torch.bfloat16
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [entry["step"] for entry in history["steps"]] == [1, 2, 3, 4, 5, 6]

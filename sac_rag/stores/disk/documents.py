@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.index import Index
 from sac_rag.stores.entry import is_key
 
@@ -40,7 +40,7 @@ class Documents:
         self.sealing: Sealing = Plain()
 
     def of(self, key: str, strict: bool = False) -> frozenset[str]:
-        """The documents of an entry; those that cannot be read are left out, or CorruptEntry."""
+        """The documents of an entry; unreadable ones are left out, or CorruptEntryError."""
         select = "SELECT CAST(document AS BLOB) FROM Owner WHERE key = ?"
         found = set()
         for (sealed,) in self._index.sql(select, (key,)).fetchall():
@@ -48,7 +48,7 @@ class Documents:
                 found.add(self._open(sealed))
             except ValueError as error:
                 if strict:
-                    raise CorruptEntry(f"its document ids cannot be read: {error}") from error
+                    raise CorruptEntryError(f"its document ids cannot be read: {error}") from error
         return frozenset(found)
 
     def keys(self, document: str) -> list[str]:

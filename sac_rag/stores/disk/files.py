@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.index import Row
 from sac_rag.stores.entry import is_key
 
@@ -85,18 +85,18 @@ class Files:
         changed after it was verified changes what is attended to.
 
         Raises:
-            CorruptEntry: if the row or the file is not as we write them.
+            CorruptEntryError: if the row or the file is not as we write them.
             FileNotFoundError: if there is no file.
         """
         if row.name is None:
-            raise CorruptEntry(
+            raise CorruptEntryError(
                 f"its row is not one of a DiskStore (mode {row.mode}, file {row.filename!r:.200}); "
                 "nothing was unpickled or opened"
             )
         path = self._path(row.name)
         size = path.stat().st_size
         if size != row.size:
-            raise CorruptEntry(f"its file has {size} bytes, {row.size} were written")
+            raise CorruptEntryError(f"its file has {size} bytes, {row.size} were written")
         # Unbuffered: a buffer would read ahead of the first bytes.
         with path.open("rb", buffering=0) as file:
             yield partial(_read_first, file)
@@ -108,7 +108,7 @@ class Files:
     def remove(self, row: Row) -> None:
         """Deletes the file of a row that is no longer there, if the row was one of ours."""
         if row.name is not None:
-            with contextlib.suppress(OSError, CorruptEntry):
+            with contextlib.suppress(OSError, CorruptEntryError):
                 self._path(row.name).unlink()
 
     def flush(self, names: Iterable[str]) -> None:
@@ -125,7 +125,7 @@ class Files:
             with open(path, "xb", opener=owner_only) as file:
                 file.write(inline)
         if row.name is not None:
-            with contextlib.suppress(FileNotFoundError, CorruptEntry):
+            with contextlib.suppress(FileNotFoundError, CorruptEntryError):
                 self._path(row.name).replace(target)
 
     def quarantined(self) -> list[Path]:
@@ -176,7 +176,7 @@ class Files:
     def _path(self, name: str) -> Path:
         path = self.folder / name
         if not stat.S_ISDIR(path.parent.lstat().st_mode) or not stat.S_ISREG(path.lstat().st_mode):
-            raise CorruptEntry(f"{path} is not a plain file in a folder; it was not followed")
+            raise CorruptEntryError(f"{path} is not a plain file in a folder; it was not followed")
         return path
 
 

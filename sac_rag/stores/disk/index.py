@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import diskcache
 from diskcache.core import DBNAME, DEFAULT_SETTINGS, ENOVAL, METADATA, MODE_BINARY
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk import database as schema
 from sac_rag.stores.entry import is_key
 
@@ -78,7 +78,7 @@ class NoPickle(diskcache.Disk):  # type: ignore[misc]
     def get(self, key: object, raw: object) -> str:
         """A key out of diskcache's table."""
         if raw != 1 or not is_key(key):
-            raise CorruptEntry("a row whose key is not a hex digest; it was not unpickled")
+            raise CorruptEntryError("a row whose key is not a hex digest; it was not unpickled")
         return key
 
     def store(self, *arguments: object, **keywords: object) -> NoReturn:

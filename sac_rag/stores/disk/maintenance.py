@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.documents import Plain
 from sac_rag.stores.disk.entries import Entries
 from sac_rag.stores.disk.index import Row
@@ -58,7 +58,7 @@ def check(
     for row in entries.index.rows():
         try:
             entries.documents.of(row.key, strict=True)
-        except CorruptEntry as error:
+        except CorruptEntryError as error:
             problems.append(f"{_name(row)}: {error.detail}")
             if fix:
                 with entries.index.transaction():
@@ -98,11 +98,11 @@ def gc(
 
 def _bad(
     entries: Entries, read: Reads, on_progress: Progress | None
-) -> Iterator[tuple[Row, CorruptEntry]]:
+) -> Iterator[tuple[Row, CorruptEntryError]]:
     for row in entries.index.rows():
         try:
             read(row)
-        except CorruptEntry as bad:
+        except CorruptEntryError as bad:
             if not row.key or row.same_entry(entries.index.row(row.key)):
                 yield row, bad
         if on_progress is not None:
@@ -188,7 +188,7 @@ def rekey(
                 data = reencrypt(entries.files.read(found), old, new)
             except FileNotFoundError:
                 pass
-            except CorruptEntry as problem:
+            except CorruptEntryError as problem:
                 # With reason "key" it is done already, by a run that was killed.
                 if problem.reason == "key" or entries.set_aside(found, problem.reason):
                     break

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.stores.base import Wanted
 from sac_rag.stores.disk import maintenance as keyring
@@ -84,7 +84,7 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
         """Reads an entry.
 
         Raises:
-            KeyError: if there is none; a `CorruptEntry` if there was one and it was bad.
+            KeyError: if there is none; a `CorruptEntryError` if there was one and it was bad.
             OSError: if the folder cannot be read.
         """
         return self._get(key)
@@ -98,8 +98,8 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
                 at least 1. All that are stored are read where it returns more.
 
         Raises:
-            KeyError: if there is none; a `CorruptEntry` if there was one and what was read of it
-                was bad.
+            KeyError: if there is none; a `CorruptEntryError` if there was one and what was read of
+                it was bad.
             OSError: if the folder cannot be read.
             ValueError: if fewer than 1 are wanted.
         """
@@ -129,7 +129,7 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
                     raise KeyError(key)
                 try:
                     kv = self._read(row, wanted)
-                except CorruptEntry as problem:
+                except CorruptEntryError as problem:
                     if not self._set_aside(row, problem):
                         continue  # written anew or dropped by another while we were reading
                     self._entries.tally.count("misses")
@@ -221,7 +221,7 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
             with files.opened(row) as first:
                 return decode_first(row.key, first, row.size or 0, wanted, self._cipher)
         except FileNotFoundError:
-            raise CorruptEntry("its file is gone") from None
+            raise CorruptEntryError("its file is gone") from None
 
     def _write(
         self,
@@ -277,7 +277,7 @@ class DiskMapping(MutableMapping[str, AnchorKV]):
                 # A miss all the same: the query must not fail for want of a tidy folder.
                 logger.warning("%s is expired and could not be deleted: %s", row.key, error)
 
-    def _set_aside(self, row: Row, problem: CorruptEntry) -> bool:
+    def _set_aside(self, row: Row, problem: CorruptEntryError) -> bool:
         """Moves a bad entry out of the way; False if it is no longer the one that was read."""
         if self.read_only or problem.reason == "key":
             # Nothing is wrong with an entry that is encrypted with another's key.

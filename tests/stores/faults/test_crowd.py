@@ -11,7 +11,7 @@ import pytest
 from scenes import SIZE
 from support.stores import key_of, make_kv
 
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
 
 
@@ -67,7 +67,7 @@ def test_eight_writers_and_eight_readers_in_processes_of_their_own(
                     assert store[key_of(number)].bit_equal(make_kv(number))
                     found += 1
                 except KeyError as absent:
-                    assert not isinstance(absent, CorruptEntry)
+                    assert not isinstance(absent, CorruptEntryError)
             assert store.quarantined == 0
         return found
 

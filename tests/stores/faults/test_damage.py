@@ -14,7 +14,7 @@ from support.stores import file_of, key_of, make_kv
 
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
-from sac_rag.errors import CorruptEntry
+from sac_rag.errors import CorruptEntryError
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore
@@ -52,7 +52,7 @@ def test_no_damage_to_an_entry_goes_unseen(
             number = order.randrange(20)
             path = file_of(store, key_of(number))
             path.write_bytes(damaged(path.read_bytes(), order))
-            with pytest.raises(CorruptEntry) as refused:
+            with pytest.raises(CorruptEntryError) as refused:
                 store[key_of(number)]
             assert refused.value.reason in ("corrupt", "format", "key")
             if refused.value.reason == "key":

@@ -63,7 +63,7 @@ def test_the_help_in_the_readme_is_the_help() -> None:
     assert block("help").split() == printed.replace("python -m sac_rag.cli", "sac-rag").split()
 
 
-def test_the_table_of_quality_in_the_readme_is_that_of_the_shipped_figures() -> None:
+def test_the_tables_of_quality_are_those_of_the_shipped_figures() -> None:
     from sac_rag.compressors.checkpoint import WEIGHTS
     from sac_rag.evaluation.comparison import FIGURES, to_markdown
     from sac_rag.evaluation.quality import QualityResult
@@ -71,8 +71,28 @@ def test_the_table_of_quality_in_the_readme_is_that_of_the_shipped_figures() -> 
     rows = json.loads((WEIGHTS / "smollm2-135m" / FIGURES).read_text(encoding="utf-8"))
     table = to_markdown([QualityResult(**row) for row in rows])
     card = (WEIGHTS / "smollm2-135m" / "README.md").read_text(encoding="utf-8")
-    for page in (README, card):
+    guide = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    for page in (guide, card):
         assert f"<!-- quality -->\n{table}<!-- /quality -->" in page
+
+
+def test_the_readme_shows_the_f1_of_the_shipped_figures() -> None:
+    from sac_rag.compressors.checkpoint import WEIGHTS
+    from sac_rag.evaluation.comparison import FIGURES
+
+    figures = json.loads((WEIGHTS / "smollm2-135m" / FIGURES).read_text(encoding="utf-8"))
+    f1 = {
+        (row["system"], row["budget"] == "uniform" and row["ratio"] > 1, row["ratio"], row["k"]): row
+        for row in figures
+    }
+    shown = re.findall(r"^\| (.*?) \| (0\.\d+) \| (0\.\d+) \|$", README, re.M)
+    assert len(shown) == 4
+    for what, *values in shown:
+        system = "full-text" if what == "text" else "compressed"
+        found = re.search(r"(\d+)x", what)
+        ratio = int(found[1]) if found else 1
+        for k, value in zip((1, 4), values, strict=True):
+            assert value == f"{f1[system, False, ratio, k]['f1']:.3f}", (what, k)
 
 
 def test_the_table_of_the_fitted_compressor_is_that_of_its_figures() -> None:
@@ -105,7 +125,7 @@ def test_the_tables_of_choices_in_the_guide_are_those_of_their_figures() -> None
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/serving.md"])
 def test_the_python_in_the_documentation_runs(tmp_path: Path, page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -6,12 +6,12 @@ import gzip
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from sac_rag.evaluation.passages import PassagePool
 from sac_rag.evaluation.questions import QAExample, Question, read_questions
@@ -20,6 +20,9 @@ from sac_rag.training.instructions import read_instructions
 from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker, batched
 
 T = TypeVar("T")
+
+# Seeds of workers' streams: far from those that runs are given.
+_SEEDS_PER_RUN = 1_000_003
 
 # A draft that leaves everything to be found.
 _UNKNOWN = "The passages so far do not say."
@@ -136,6 +139,8 @@ def _shuffled_forever(items: Sequence[T], rng: random.Random) -> Iterator[T]:
 class BatchStream(IterableDataset):  # type: ignore[type-arg]
     """Batches without end, the same ones for equal configs.
 
+    In a worker process of a DataLoader the stream is one of its own: workers take turns.
+
     Args:
         config: What to draw.
         maker: Makes rows of the prompts.
@@ -151,6 +156,15 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         self._examples = examples
 
     def __iter__(self) -> Iterator[Batch]:
+        config = self._config
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            config = replace(config, seed=config.seed + _SEEDS_PER_RUN * (1 + worker.id))
+            yield from BatchStream(config, self._maker, self._examples)._batches()
+        else:
+            yield from self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
         config = self._config
         random_batch = random.Random(f"{config.seed} batch")
         streams = {

@@ -31,6 +31,8 @@ _LISTS = (
 WATCHING = frozenset(
     {
         "max_minutes",
+        "save_minutes",
+        "device",
         "log_every",
         "eval_every",
         "eval_ratios",
@@ -41,7 +43,8 @@ WATCHING = frozenset(
     }
 )
 
-Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+# The last follows the clock: its learning rate ends with `max_minutes`, however many steps that is.
+Schedule = Literal["cosine", "linear", "constant_with_warmup", "cosine_over_minutes"]
 
 _COMPRESSOR: dict[str, Any] = {
     "anchors": "learned",
@@ -65,6 +68,7 @@ class TrainConfig:
 
     # What is trained, and on what
     model: str = "smollm2-135m"  # a default model's name, a local folder or a hub id
+    device: str = ""  # "cpu", "cuda", …; "" = CUDA if there is one
     dtype: str = ""  # what the frozen LM computes in; "" = the fastest the device has
     data: tuple[str, ...] = ()  # question files: SQuAD JSON, MRQA JSONL, JSONL with ctxs; also .gz
     text: tuple[str, ...] = ()  # prose, a blank line between documents; also .gz
@@ -74,7 +78,7 @@ class TrainConfig:
     instructions: tuple[str, ...] = ()  # files that `sac-rag train-instructions` wrote; also .gz
     validation: tuple[str, ...] = ()  # question files; none = the last articles of `data`
     held_out_share: float = 0.1  # of each data file's articles, its last, kept for validation
-    init_from: str = ""  # folder of a compressor whose weights to begin with; "" = untrained
+    init_from: str = ""  # "shipped", or a folder whose weights to begin with; "" = untrained
     compressor: CompressorConfig = field(default_factory=lambda: CompressorConfig(**_COMPRESSOR))
     prompt_format: PromptFormat = SPANS  # the prompt saved beside the weights
     prompts: tuple[str, ...] = ()  # names (training.prompts) or files, one drawn for each passage
@@ -106,6 +110,7 @@ class TrainConfig:
     warmup_steps: int = 20
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of a step's gradient
+    workers: int = 0  # processes that make batches ahead, each a stream of its own; 0 = none
     seed: int = 0
 
     # What is looked at meanwhile: may change when a run goes on
@@ -115,6 +120,7 @@ class TrainConfig:
     eval_examples: int = 24  # validation contexts, with up to questions_per_context each
     eval_answers: int = 40  # validation questions answered in full for F1; 0 = none
     eval_prompts: tuple[str, ...] = ()  # names or files of prompts validated; none = `format`
+    save_minutes: float = 0.0  # between checkpoints, besides those of validations; 0 = none
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
@@ -148,6 +154,11 @@ class TrainConfig:
                 "instruction_share",
                 self.instruction_share + self.text_share <= 1,
                 "with text_share 1 at most",
+            ),
+            (
+                "schedule",
+                self.max_minutes > 0 or self.schedule != "cosine_over_minutes",
+                "another one without max_minutes",
             ),
             (
                 "instructions",
@@ -188,6 +199,8 @@ class TrainConfig:
                     "weight_decay",
                     "match_weight",
                     "max_minutes",
+                    "save_minutes",
+                    "workers",
                 )
             ),
             *((name, getattr(self, name) > 0, "above 0") for name in ("learning_rate", "clip")),

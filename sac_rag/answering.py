@@ -1,9 +1,10 @@
-"""Pieces of prompts to prompts that can be answered. Knows nothing of what is asked, or why."""
+"""Answerer: prompts with chunks in them to running answers, streamed or in a batch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,15 +20,15 @@ from sac_rag.telemetry import Meter, Trace
 
 
 def tokenize(piece: Piece, compressor: CachedCompressor) -> list[int]:
-    """Token ids of a piece, a chunk's being the very tokens that are compressed.
+    """Token ids of a piece; those of a chunk are the ones that are compressed.
 
-    Special tokens count in the template's own words alone.
+    Special tokens are recognised in the template's own words only.
     """
     if isinstance(piece, Chunk):
-        return [] if piece.is_empty else compressor.compressor.tokenize(piece.text)
+        return [] if piece.is_empty else compressor.tokenize(piece.text)
     if isinstance(piece, Markup):
-        return compressor.compressor.generator.tokenize(piece.text, special=True)
-    return compressor.compressor.generator.tokenize(piece)
+        return compressor.generator.tokenize(piece.text, special=True)
+    return compressor.generator.tokenize(piece)
 
 
 def token_ids(pieces: Iterable[Piece], compressor: CachedCompressor) -> list[int]:
@@ -35,136 +36,174 @@ def token_ids(pieces: Iterable[Piece], compressor: CachedCompressor) -> list[int
     return [token for piece in pieces for token in tokenize(piece, compressor)]
 
 
-def evictions(compressor: CachedCompressor) -> int:
-    """Entries that the store has dropped for want of room, if it counts them."""
-    return int(getattr(compressor.store, "evictions", 0))
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
 
-
-def prepare(
-    rows: Sequence[Sequence[Piece]],
-    beginning: list[int],
-    decoding: Decoding,
-    *,
-    stops: Sequence[Sequence[str]],
-    ratio: int | None,
-    compressor: CachedCompressor,
-    on_miss: OnMiss,
-    prefixes: Prefixes,
-    meter: Meter,
-    trace: Trace,
-) -> Run:
-    """Prepares one prompt for each row of pieces, all to be answered together.
-
-    Args:
-        rows: Prompts in reading order.
-        beginning: Token ids that they are likely to begin with.
-        decoding: How to answer.
-        stops: Stop texts of each row, used where the decoding gives none.
-        ratio: Of chunks that have none of their own. Default: the compressor's own.
-        compressor: Gives the chunks' KV.
-        on_miss: What to do with a chunk that is not in the store.
-        prefixes: Reads what the prompts begin with, once.
-        meter: Told what was fetched, and by the run what was written.
-        trace: The call that this is part of; the run ends it.
-
-    Raises:
-        PromptTooLongError: if a prompt and its answer pass the model's last position.
-        ChunkMissError: with on_miss="raise", if a chunk is not in the store.
-        ValueError: for a ratio that the compressor does not have.
+    Attributes:
+        pieces: The prompt in reading order.
+        stop: Stop texts of the prompt's format: they end its answer unless the Decoding has some.
     """
-    ratio = compressor.ratio_for(ratio)
-    generator, config = compressor.compressor.generator, compressor.compressor.config
-    # Text becomes token ids, chunks stay as they are until their KV is there.
-    plain = [
-        [piece if isinstance(piece, Chunk) else tokenize(piece, compressor) for piece in row]
-        for row in rows
-    ]
-    chunks = [[p for p in row if isinstance(p, Chunk) and not p.is_empty] for row in plain]
 
-    def accept(lengths: list[int]) -> None:
-        of_chunk = iter(lengths)
-        for number, row in enumerate(plain):
-            text = sum(len(p) for p in row if not isinstance(p, Chunk))
-            inside = sum(islice(of_chunk, len(chunks[number])))
-            positions = config.first_position + text + inside
-            require_room(number, positions, decoding.max_new_tokens, generator)
-
-    flat = [chunk for row in chunks for chunk in row]
-    prepare_s = time.perf_counter() - trace.started
-    fetched = compressor.fetch(
-        [chunk.text for chunk in flat],
-        ratios=[ratio if chunk.ratio is None else chunk.ratio for chunk in flat],
-        on_miss=on_miss,
-        documents=[chunk.id for chunk in flat],
-        accept=accept,
-    )
-    _count(fetched, compressor, meter)
-    started = time.perf_counter()
-    results = zip(fetched.kvs, fetched.misses, strict=True)
-    parts: list[list[Part]] = []
-    reports: list[list[ChunkReport]] = []
-    for row in plain:
-        parts.append([])
-        reports.append([])
-        for piece in row:
-            if not isinstance(piece, Chunk):
-                parts[-1].append(piece)
-            elif piece.is_empty:
-                reports[-1].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0, 0.0))
-            else:
-                kv, miss = next(results)
-                part = kv if kv is not None else tokenize(piece, compressor)
-                parts[-1].append(part)
-                reports[-1].append(_report(piece, part, miss))
-    for number, row_parts in enumerate(parts):
-        # Before the prefix is read: what does not fit must not cost a forward pass.
-        positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in row_parts)
-        positions += config.first_position
-        require_room(number, positions, decoding.max_new_tokens, generator)
-    prepare_s += time.perf_counter() - started
-    started = time.perf_counter()
-    split = prefixes.split(beginning, parts)
-    prefix_s = time.perf_counter() - started
-    started = time.perf_counter()
-    prompt = assemble(
-        split.rows,
-        generator,
-        prefix=split.prefix,
-        cue=compressor.compressor.cue,
-        adapter=compressor.compressor.generator_adapter,
-        reserve=decoding.max_new_tokens,
-        first_position=config.first_position,
-    )
-    return Run(
-        generation=Generation(generator, prompt, decoding, stops),
-        prompt=prompt,
-        reports=reports,
-        meter=meter,
-        trace=trace,
-        prefix_tokens=split.prefix.num_tokens if split.prefix is not None else 0,
-        prefix_reused=split.reused,
-        load_s=fetched.load_s,
-        compress_s=fetched.compress_s,
-        relocate_s=prepare_s + time.perf_counter() - started,
-        prefix_s=prefix_s,
-    )
+    pieces: Sequence[Piece]
+    stop: tuple[str, ...] = ()
 
 
-def _count(fetched: Fetched, compressor: CachedCompressor, meter: Meter) -> None:
-    meter.add(
-        hits=fetched.misses.count(None),
-        loads=fetched.loads,
-        load_seconds=fetched.load_s,
-        load_bytes=fetched.load_bytes,
-        computed_chunks=fetched.computed,
-        computed_tokens=fetched.computed_tokens,
-        compute_seconds=fetched.compress_s,
-        store_failures=fetched.failed_writes,
-    )
-    for reason in fetched.misses:
-        if reason is not None:
-            meter.missed(reason)
-    meter.evicted(evictions(compressor))
+@dataclass(frozen=True)
+class Answerer:
+    """Starts answers: fetches chunks, takes the prefix off, assembles the prompt.
+
+    Attributes:
+        compressor: Source of the chunks' KV.
+        on_miss: What to do with a chunk that is not in the store.
+        prefixes: KV of what prompts begin with.
+        meter: Counts what is fetched and generated.
+    """
+
+    compressor: CachedCompressor
+    on_miss: OnMiss
+    prefixes: Prefixes
+    meter: Meter
+
+    @contextmanager
+    def call(self) -> Iterator[Trace]:
+        """The trace of one call; counts and reports the call as failed if its start raises."""
+        trace = Trace("answer")  # ended by the run, if the call comes so far
+        try:
+            yield trace
+        except Exception as error:
+            self.meter.add(failed=1)
+            trace.end({}, {}, type(error).__name__)
+            raise
+
+    def start(
+        self,
+        requests: Sequence[Request],
+        prefix_ids: Sequence[int],
+        decoding: Decoding,
+        *,
+        ratio: int | None,
+        trace: Trace,
+    ) -> Run:
+        """Prepares prompts that are answered together in one padded batch.
+
+        Args:
+            requests: The prompts.
+            prefix_ids: Token ids that they are likely to begin with.
+            decoding: How to answer.
+            ratio: Of chunks that have none of their own. Default: the config's.
+            trace: The call that this is part of; the run ends it.
+
+        Raises:
+            PromptTooLongError: if a prompt and its answer pass the model's last position; nothing
+                is computed then.
+            ChunkMissError: with on_miss="raise", if a chunk is not in the store.
+            ValueError: for a ratio that the compressor does not have.
+        """
+        compressor = self.compressor
+        rows = [[self._text_tokenized(piece) for piece in request.pieces] for request in requests]
+        fetched = self._fetch(rows, compressor.ratio_for(ratio), decoding.max_new_tokens)
+        parts, reports = self._parts(rows, fetched)
+        started = time.perf_counter()
+        split = self.prefixes.split(prefix_ids, parts)
+        prefix_s = time.perf_counter() - started
+        prompt = assemble(
+            split.rows,
+            compressor.generator,
+            prefix=split.prefix,
+            cue=compressor.cue,
+            adapter=compressor.generator_adapter,
+            first_position=compressor.config.first_position,
+        )
+        stops = [request.stop for request in requests]
+        generation = Generation(compressor.generator, prompt, decoding, stops)
+        elapsed = time.perf_counter() - trace.started
+        return Run(
+            generation=generation,
+            prompt=prompt,
+            reports=reports,
+            meter=self.meter,
+            trace=trace,
+            prefix_tokens=split.prefix.num_tokens if split.prefix is not None else 0,
+            prefix_reused=split.reused,
+            load_s=fetched.load_s,
+            compress_s=fetched.compress_s,
+            relocate_s=elapsed - fetched.load_s - fetched.compress_s - prefix_s,
+            prefix_s=prefix_s,
+        )
+
+    def _text_tokenized(self, piece: Piece) -> list[int] | Chunk:
+        return piece if isinstance(piece, Chunk) else tokenize(piece, self.compressor)
+
+    def _fetch(
+        self, rows: Sequence[Sequence[list[int] | Chunk]], ratio: int, reserve: int
+    ) -> Fetched:
+        """Fetches the chunks of all rows, in order, except those without text.
+
+        Args:
+            rows: Prompts, their text as token ids.
+            ratio: Of chunks that have none of their own.
+            reserve: Positions that each prompt must leave free for its answer, in tokens.
+
+        Raises:
+            PromptTooLongError: before anything is computed or embedded.
+        """
+        config, generator = self.compressor.config, self.compressor.generator
+        chunks = [[p for p in row if isinstance(p, Chunk) and not p.is_empty] for row in rows]
+
+        def require_rows_fit(chunk_lengths: list[int]) -> None:
+            remaining = iter(chunk_lengths)
+            for number, row in enumerate(rows):
+                text = sum(len(piece) for piece in row if not isinstance(piece, Chunk))
+                inside = sum(islice(remaining, len(chunks[number])))
+                require_room(number, config.first_position + text + inside, reserve, generator)
+
+        every_chunk = [chunk for row in chunks for chunk in row]
+        fetched = self.compressor.fetch(
+            [chunk.text for chunk in every_chunk],
+            ratios=[ratio if chunk.ratio is None else chunk.ratio for chunk in every_chunk],
+            on_miss=self.on_miss,
+            documents=[chunk.id for chunk in every_chunk],
+            accept=require_rows_fit,
+        )
+        self._count(fetched)
+        return fetched
+
+    def _parts(
+        self, rows: Sequence[Sequence[list[int] | Chunk]], fetched: Fetched
+    ) -> tuple[list[list[Part]], list[list[ChunkReport]]]:
+        """Rows with KV, or else token ids, in the place of each chunk; and a report per chunk."""
+        results = zip(fetched.kvs, fetched.misses, strict=True)
+        parts: list[list[Part]] = [[] for _ in rows]
+        reports: list[list[ChunkReport]] = [[] for _ in rows]
+        for number, row in enumerate(rows):
+            for piece in row:
+                if not isinstance(piece, Chunk):
+                    parts[number].append(piece)
+                elif piece.is_empty:
+                    reports[number].append(ChunkReport(piece, "empty", "nothing", 0, 0, 0, 0.0))
+                else:
+                    kv, miss = next(results)
+                    part = kv if kv is not None else tokenize(piece, self.compressor)
+                    parts[number].append(part)
+                    reports[number].append(_report(piece, part, miss))
+        return parts, reports
+
+    def _count(self, fetched: Fetched) -> None:
+        self.meter.add(
+            hits=fetched.misses.count(None),
+            loads=fetched.loads,
+            load_seconds=fetched.load_s,
+            load_bytes=fetched.load_bytes,
+            computed_chunks=fetched.computed,
+            computed_tokens=fetched.computed_tokens,
+            compute_seconds=fetched.compress_s,
+            store_failures=fetched.failed_writes,
+        )
+        for reason in fetched.misses:
+            if reason is not None:
+                self.meter.missed(reason)
+        self.meter.evicted(self.compressor.store.evictions)
 
 
 def _report(chunk: Chunk, part: Part, miss: str | None) -> ChunkReport:
@@ -177,19 +216,19 @@ def _report(chunk: Chunk, part: Part, miss: str | None) -> ChunkReport:
 
 @dataclass
 class Run:
-    """Answers being written to one prompt, with what is reported about them.
+    """Running answers to the rows of one prompt, with their account.
 
     Attributes:
-        generation: Writes the answers.
-        prompt: What they answer, one row each.
-        reports: What became of each row's chunks.
-        meter: Told what was written, once that has ended.
-        trace: The call that this is the rest of; ended with it.
+        generation: Generates the answers.
+        prompt: The prompt, one row per answer.
+        reports: One per chunk of each row.
+        meter: Counts tokens and questions when the run ends.
+        trace: The call that this run belongs to; ends with the run.
         prefix_tokens: Tokens at the start of each row that are in the prompt as KV.
         prefix_reused: How many of them an earlier call has read.
-        load_s, compress_s, relocate_s: Seconds spent before; see Timings.
+        load_s, compress_s, relocate_s: Seconds before the run; see Timings.
         prefix_s: Seconds spent reading the prefix.
-        prefill_s, decode_s: Seconds spent so far.
+        prefill_s, decode_s: Seconds so far.
     """
 
     generation: Generation
@@ -207,7 +246,7 @@ class Run:
     decode_s: float = 0.0
 
     def steps(self) -> Iterator[list[str]]:
-        """The new text of every row, step by step; the clock stops while the caller works."""
+        """The new text of every row, per step; the clock stops while the caller works."""
         steps = iter(self.generation)
         error: str | None = None
         try:
@@ -240,8 +279,14 @@ class Run:
             decode_s=self.decode_s,
         )
 
+    def finish(self) -> list[Answer]:
+        """Generates to the end and returns the answers."""
+        for _ in self.steps():
+            pass
+        return self.answers()
+
     def answers(self) -> list[Answer]:
-        """The answers as far as they are written."""
+        """The answers as far as they are generated."""
         timings = self.timings
         return [
             Answer(
@@ -255,7 +300,7 @@ class Run:
         ]
 
     def _account(self, error: str | None) -> None:
-        """Reports what was done, once it has ended, if only because the caller left."""
+        """Counts and reports the call, also when its caller leaves before the end."""
         usages = [self._usage(row) for row in range(len(self.reports))]
         counts = {
             "questions": len(usages),
@@ -302,7 +347,7 @@ class Run:
 
 
 class AnswerStream:
-    """An answer being written: iterate it for the pieces, in order, as they come."""
+    """A running answer: an iterator over its pieces, in order."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -316,5 +361,5 @@ class AnswerStream:
 
     @property
     def answer(self) -> Answer:
-        """The account of what was written so far; complete once the stream has ended."""
+        """The answer so far with its account; complete once the stream has ended."""
         return self._run.answers()[0]

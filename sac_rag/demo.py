@@ -1,4 +1,4 @@
-"""The demo: five questions over Wikipedia leads. Knows nothing of how its results are shown."""
+"""The demo: five questions answered from Wikipedia leads."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ QUESTIONS = (
     "When did the construction of the Berlin Wall begin?",
 )
 
-# 2,243 of the 10,033 leads; all of them would take five times as long to embed at the first run.
+# 2,243 of the 10,033 leads; embedding all of them takes five times as long at the first run.
 # The best-known articles are those without a topic.
 _TOPICS = ("Uncategorized", "History", "Technology")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A chunk an answer was given from, as it is cited.
+class CitedChunk:
+    """A chunk that an answer was generated from, as it is cited.
 
     Attributes:
         number: From 1, the best.
@@ -50,19 +50,20 @@ class DemoResult:
 
     Attributes:
         question: What was asked.
-        answer: What the generator wrote.
-        sources: The chunks it was given, best first.
+        answer: The generated answer.
+        sources: The chunks in the prompt, best first.
         hits: How many of them were in the store before this run.
         source_tokens: Tokens of the chunks.
-        kv_entries: Anchors that stood for them.
-        kv_bytes: Bytes of those.
+        kv_entries: Anchors in their place.
+        kv_bytes: Bytes of the anchors.
         ttft_s: Seconds to the first token from cached anchors.
-        ttft_full_text_s: The same, the chunks read as text by HF `generate`.
+        ttft_full_text_s: Seconds to the first token of HF `generate`, which reads the chunks as
+            text.
     """
 
     question: str
     answer: str
-    sources: tuple[Source, ...]
+    sources: tuple[CitedChunk, ...]
     hits: int
     source_tokens: int
     kv_entries: int
@@ -71,7 +72,7 @@ class DemoResult:
     ttft_full_text_s: float
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as JSON holds them."""
+        """The fields as JSON values."""
         return asdict(self)
 
 
@@ -79,10 +80,10 @@ def wikipedia_leads(topics: Sequence[str] | None = None) -> list[Chunk]:
     """Lead sections of English Wikipedia articles, CC BY-SA 4.0, downloaded once.
 
     Args:
-        topics: Take only articles filed under these. Default: all 10,033 articles.
+        topics: Only articles with these topics. Default: all 10,033 articles.
 
     Raises:
-        ModelUnavailableError: if they cannot be fetched.
+        ModelUnavailableError: if they cannot be downloaded.
     """
     path = models.pull(LEADS) / "summaries_en-us.json"
     articles = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +95,7 @@ def wikipedia_leads(topics: Sequence[str] | None = None) -> list[Chunk]:
 
 
 def index_leads(collection: Collection, on_progress: Callable[[int], None] | None = None) -> int:
-    """Makes the demo's leads searchable; returns how many were new."""
+    """Makes the demo's leads searchable; returns the number of new ones."""
     return collection.add(collection.split(wikipedia_leads(_TOPICS)), on_progress)
 
 
@@ -104,40 +105,42 @@ def ask_questions(
     k: int = 4,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[DemoResult]:
-    """Precompresses what the questions retrieve, then answers them from the store.
+    """Precompresses the chunks retrieved for the questions, then answers from the store.
 
     Args:
-        collection: Holds the leads.
-        k: Chunks a question.
+        collection: A collection with the leads.
+        k: Number of chunks per question.
         on_progress: Called with the number of chunks precompressed since the last call.
 
     Yields:
-        A result for each question, as soon as it is there.
+        One result per question.
     """
     rag = collection.rag
-    found = {question: collection.search(question, k) for question in QUESTIONS}
-    there = {
+    retrieved = {question: collection.search(question, k) for question in QUESTIONS}
+    stored = {
         hit.chunk.text
-        for hits in found.values()
+        for hits in retrieved.values()
         for hit in hits
         if hit.chunk.text in rag.compressor
     }
-    rag.precompress((hit.chunk for hits in found.values() for hit in hits), on_progress=on_progress)
-    # The first pass of a process also sets up the kernels; neither side is to pay for that.
+    rag.precompress(
+        (hit.chunk for hits in retrieved.values() for hit in hits), on_progress=on_progress
+    )
+    # The first pass of a process also sets up the kernels, which belongs to neither measurement.
     rag.answer("Are you there?", [], Decoding(max_new_tokens=1))
-    for question, hits in found.items():
+    for question, hits in retrieved.items():
         chunks = in_reading_order(hits)
         answer = rag.answer(question, chunks)
         yield DemoResult(
             question=question,
             answer=answer.text,
             sources=tuple(
-                Source(number, hit.chunk.title or "", hit.score, report.status)
+                CitedChunk(number, hit.chunk.title or "", hit.score, report.status)
                 for number, (hit, report) in enumerate(
                     zip(hits, reversed(answer.chunks), strict=True), 1
                 )
             ),
-            hits=sum(chunk.text in there for chunk in chunks),
+            hits=sum(chunk.text in stored for chunk in chunks),
             source_tokens=answer.usage.source_tokens,
             kv_entries=answer.usage.anchors_from_store + answer.usage.anchors_computed,
             kv_bytes=answer.usage.kv_bytes,

@@ -1,8 +1,6 @@
-"""The few exceptions a caller would catch. Knows nothing else of the package."""
+"""Exceptions that a caller may want to catch, and the reasons of misses."""
 
 from __future__ import annotations
-
-"""The few exceptions a caller would catch. Knows nothing else of the package."""
 
 
 class UnsupportedModelError(ValueError):
@@ -20,11 +18,11 @@ class ModelUnavailableError(RuntimeError):
 class CorruptEntryError(KeyError):
     """A store holds bytes under this key, but not the ones that were written.
 
-    A `KeyError`, so that to every user of the mapping the entry is simply not there.
+    It is a `KeyError`: for every user of the mapping the entry is not there.
 
     Attributes:
-        reason: Why the entry was refused, one of the miss reasons: "corrupt", "format" or "key".
-        detail: What was found and what was expected.
+        reason: Why the entry was refused, one of `REASONS`: "corrupt", "format" or "key".
+        detail: What was expected and what was read.
     """
 
     def __init__(self, detail: str, reason: str = "corrupt") -> None:
@@ -37,10 +35,10 @@ class CorruptEntryError(KeyError):
 
 
 class ChunkMissError(KeyError):
-    """A chunk is not in the store and the caller asked for `on_miss="raise"`.
+    """A chunk is not in the store, and on_miss is "raise".
 
     Attributes:
-        reasons: Miss reason of every chunk asked for, None where it was found.
+        reasons: Miss reason of every chunk asked for, None for a hit.
     """
 
     def __init__(self, reasons: list[str | None]) -> None:
@@ -55,23 +53,23 @@ class ChunkMissError(KeyError):
         return str(self.args[0])
 
 
-# The only list of them. A reason may go into detail behind a colon, as in
-# "fingerprint: config.ratio was 5, is 4"; what stands before it is one of these names.
+# Why a chunk was not read from the store; the only list. Details may follow behind a colon, as in
+# "fingerprint: config.ratio was 5, is 4"; the name before the colon is one of these.
 REASONS = {
-    "absent": "was never put there, as far as the store remembers",
+    "absent": "was never stored, as far as the store has recorded",
     "evicted": "was dropped to keep the store below its cap",
     "expired": "was older than the store's max_age_s",
     "forgotten": "was deleted with the last document that had this text",
-    "fingerprint": "the text is there, but as another model or compressor made it",
+    "fingerprint": "is there, but was made by another model or compressor",
     "ratio": "is there, but with fewer entries than asked for",
-    "corrupt": "was there, but its bytes were not the ones written",
+    "corrupt": "is there, but its bytes are not the ones written",
     "format": "was written by another version of sac_rag",
     "key": "is encrypted, and not with the key that the store was opened with",
     "unreadable": "the store itself could not be read",
-    "slow": "is there, but computing it anew was measured to be faster than reading it",
+    "slow": "is there, but computing it was measured to be faster than reading it",
 }
 
 
 def name_of(reason: str) -> str:
-    """The name of a reason, without its details: what to count by."""
+    """The name of a reason, without its details."""
     return reason.partition(":")[0]

@@ -1,4 +1,4 @@
-"""AnchorKV, the one value that flows. Knows nothing of text, models or stores."""
+"""AnchorKV, the compressed form of a chunk, and QuantizedKV, the same in 8 bits per number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 _LARGEST_HEAD = torch.iinfo(torch.int16).max
+_LARGEST_CODE = 127  # -128 is not used: codes are symmetric around 0
+_SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
+_PER_CHANNEL = frozenset({"key_scales", "key_offsets"})  # all other tensors have one row per entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,11 +20,11 @@ class AnchorKV:
     """What the generator attends to in place of a chunk of text.
 
     Each entry is the key and the value that one KV head of one layer keeps of one token; heads may
-    keep different tokens, and different numbers of them. Entries stand in order of importance
-    where the compressor knows one: the first of them are then the same chunk at a higher ratio.
+    keep different tokens, and different numbers of them. Entries are in order of importance where
+    the compressor ranks them: the first ones are then the same chunk at a higher ratio.
 
-    Keys are stored as computed at position 0 and are never stored moved; `rope.move` takes them
-    to their place in a prompt.
+    Keys are those computed at position 0; `rope.move` moves them to their place in a prompt, and
+    moved keys are never stored.
 
     Attributes:
         keys: Rotated for positions counted from the chunk's first token.
@@ -32,7 +35,7 @@ class AnchorKV:
         heads: Which head each entry belongs to, layer * kv_heads + head, int16. Shape: (entries,).
         num_layers: Layers of the generator.
         num_kv_heads: KV heads of each layer.
-        num_tokens: Source tokens in the chunk, so that the next text knows where it starts.
+        num_tokens: Source tokens in the chunk, which determine where the next text starts.
 
     Raises:
         ValueError: if the shapes, dtypes or counts do not fit together.
@@ -61,7 +64,7 @@ class AnchorKV:
         self._require_places(len(keys))
 
     def _require_places(self, num_entries: int) -> None:
-        """Refuses positions, heads or counts that do not fit the entries."""
+        """Raises ValueError if positions, heads or counts do not fit the entries."""
         entries = (num_entries,)
         for name, tensor, dtype in (
             ("positions", self.positions, torch.int32),
@@ -80,10 +83,10 @@ class AnchorKV:
             )
         if not 1 <= self.num_entries <= heads * self.num_tokens:
             raise ValueError(
-                "a chunk must have at least 1 entry and at most one for each token and head, "
+                "a chunk must have at least 1 entry and at most one per token and head, "
                 f"were: {self.num_entries} for {self.num_tokens} tokens and {heads} heads"
             )
-        # On other devices it would make the host wait, and nothing untrusted is made there.
+        # On other devices the host would have to wait, and untrusted values are never made there.
         if self.heads.device.type == "cpu":
             least, most = map(int, torch.aminmax(self.heads))
             if least < 0 or most >= heads:
@@ -106,12 +109,12 @@ class AnchorKV:
 
     @property
     def head_dim(self) -> int:
-        """Width of a key, and of a value."""
+        """Width of keys and values."""
         return self.keys.shape[-1]
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """(layers, kv_heads, head_dim), as a generator has it."""
+        """(layers, kv_heads, head_dim), equal to that of the generator."""
         return self.num_layers, self.num_kv_heads, self.head_dim
 
     @property
@@ -123,7 +126,7 @@ class AnchorKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors it is kept as."""
+        """Bytes of `tensors()`."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
@@ -132,7 +135,7 @@ class AnchorKV:
         return self.keys.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is kept as, by name; the first dimension of each counts entries."""
+        """The stored tensors by name; the first dimension of each is that of entries."""
         return {
             "keys": self.keys,
             "values": self.values,
@@ -141,7 +144,7 @@ class AnchorKV:
         }
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AnchorKV:
-        """The same value of other tensors: copies, or those on another device."""
+        """The same value with changed tensors: copies, or tensors on another device."""
         changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
         return replace(self, **changed)
 
@@ -163,17 +166,17 @@ class AnchorKV:
         )
 
     def first(self, entries: int) -> AnchorKV:
-        """The first entries alone, as views: the same chunk at a higher ratio.
+        """The first entries, as views: the same chunk at a higher ratio.
 
         Raises:
-            ValueError: if there are not so many.
+            ValueError: if there are fewer.
         """
         if not 1 <= entries <= self.num_entries:
             raise ValueError(f"entries must be from 1 to {self.num_entries}, was: {entries}")
         return self if entries == self.num_entries else self.map(lambda tensor: tensor[:entries])
 
     def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions as one rectangle, the entries of each head in text order.
+        """Keys, values and positions with a dimension for heads, entries in text order.
 
         Returns:
             Keys and values, Shape: (layers, kv_heads, anchors, head_dim); positions, Shape:
@@ -185,7 +188,7 @@ class AnchorKV:
         counts = self.counts
         if not bool((counts == counts[0, 0]).all()):
             raise ValueError(
-                "only where every head keeps the same number of entries do they make a rectangle, "
+                "every head must have the same number of entries to be a row of one tensor, "
                 f"were: {int(counts.min())} to {int(counts.max())}"
             )
         by_position = self.positions.argsort(stable=True)
@@ -214,7 +217,7 @@ class AnchorKV:
 
     @classmethod
     def uniform(cls, keys: Tensor, values: Tensor, positions: Tensor, num_tokens: int) -> AnchorKV:
-        """Makes one in which every head keeps the same number of tokens, anchor after anchor.
+        """Makes an AnchorKV in which every head keeps the same number of tokens.
 
         Args:
             keys: Shape: (layers, kv_heads, anchors, head_dim).
@@ -249,16 +252,19 @@ class AnchorKV:
 
     @classmethod
     def join(cls, segments: Sequence[AnchorKV], order: Tensor | None = None) -> AnchorKV:
-        """Makes one value of a chunk's segments, each encoded at its own place in the chunk.
+        """Concatenates a chunk's segments, each encoded at its place in the chunk.
 
         The segments' keys must already be rotated for, and their positions counted from, the
         chunk's first token.
 
         Args:
             segments: In the chunk's order.
-            order: Which of their entries, counted through all segments, stands where in the joint
-                order of importance. Default: those of the first segment, then the second's.
+            order: Indices of entries, counted through all segments, in order of importance.
+                Default: the entries of the first segment, then those of the second, and so on.
                 Shape: (entries,)
+
+        Raises:
+            ValueError: if there are no segments.
         """
         if not segments:
             raise ValueError("a chunk has at least one segment, got none")
@@ -278,23 +284,18 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
 
 
-_LARGEST = 127  # -128 is left out: codes reach as far to either side
-_TINY = torch.finfo(torch.bfloat16).tiny
-_PER_CHANNEL = frozenset({"key_scales", "key_offsets"})  # the other tensors are of entries
-
-
 class QuantizedKV(AnchorKV):
-    """An AnchorKV kept in 8 bits a number.
+    """An AnchorKV with keys and values in 8 bits per number.
 
-    Keys and values are worked out whenever they are asked for, in float32. A code times its scale
-    has 15 binary digits, so they are the same bits on every device.
+    Each access of `keys` or `values` computes them in float32. A code times its scale has 15 binary
+    digits, so the result has the same bits on every device.
 
     Args:
-        tensors: What it is kept as:
+        tensors: The stored tensors:
             key_codes, value_codes: int8. Shape: (entries, head_dim)
             value_scales: bfloat16. Shape: (entries,)
             key_scales, key_offsets: bfloat16. Shape: (layers, kv_heads, head_dim)
-            positions, heads: As AnchorKV has them.
+            positions, heads: Those of AnchorKV.
         num_tokens: Source tokens in the chunk.
 
     Raises:
@@ -305,7 +306,7 @@ class QuantizedKV(AnchorKV):
 
     def __init__(self, tensors: Mapping[str, Tensor], num_tokens: int) -> None:
         num_layers, num_kv_heads = _require_fitting(tensors)
-        # Past the frozen class's own __setattr__, as its own __init__ does.
+        # The dataclass is frozen; its generated __init__ sets attributes in the same way.
         for name, value in (
             ("_tensors", dict(tensors)),
             ("positions", tensors["positions"]),
@@ -333,28 +334,28 @@ class QuantizedKV(AnchorKV):
 
     @property
     def head_dim(self) -> int:
-        """Width of a key, and of a value."""
+        """Width of keys and values."""
         return self._tensors["key_codes"].shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What keys and values are worked out in."""
+        """The dtype that keys and values are computed in."""
         return torch.float32
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is kept as, by name."""
+        """The stored tensors by name."""
         return dict(self._tensors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
-        """The same value of other tensors: copies, or those on another device."""
+        """The same value with changed tensors: copies, or tensors on another device."""
         changed = {name: change(tensor) for name, tensor in self._tensors.items()}
         return QuantizedKV(changed, self.num_tokens)
 
     def first(self, entries: int) -> QuantizedKV:
-        """The first entries alone, as views: the same chunk at a higher ratio.
+        """The first entries, as views: the same chunk at a higher ratio.
 
         Raises:
-            ValueError: if there are not so many.
+            ValueError: if there are fewer.
         """
         if not 1 <= entries <= self.num_entries:
             raise ValueError(f"entries must be from 1 to {self.num_entries}, was: {entries}")
@@ -366,7 +367,7 @@ class QuantizedKV(AnchorKV):
 
 
 def quantize(kv: AnchorKV) -> QuantizedKV:
-    """Rounds keys and values to 8 bits, each to half a step or less.
+    """Rounds keys and values to 8 bits, with an error of at most half a step.
 
     Raises:
         ValueError: if they hold an infinity or NaN.
@@ -379,7 +380,7 @@ def quantize(kv: AnchorKV) -> QuantizedKV:
         )
     heads = kv.heads.long()
     highest, lowest = (_of_channels(keys, heads, kv, reduce) for reduce in ("amax", "amin"))
-    # Halved first: the sum of the two could be too large.
+    # Halved before they are added: their sum may overflow.
     offsets = (highest / 2 + lowest / 2).bfloat16()
     centred = keys - offsets.float()[heads]
     key_scales = _scales(_of_channels(centred.abs(), heads, kv, "amax"))
@@ -398,12 +399,12 @@ def quantize(kv: AnchorKV) -> QuantizedKV:
 
 
 def as_stored(kv: AnchorKV, dtype: str) -> AnchorKV:
-    """What is kept of a value in a dtype: "int8", or the name of a floating one."""
+    """The value that a store returns: in "int8", or in a floating dtype given by name."""
     return quantize(kv) if dtype == "int8" else kv.to(dtype=getattr(torch, dtype))
 
 
 def _of_channels(numbers: Tensor, heads: Tensor, kv: AnchorKV, reduce: str) -> Tensor:
-    """The largest or smallest number of each head's channels, 0 for a head without entries.
+    """The largest or smallest number per head and channel, 0 for a head without entries.
 
     Returns:
         Shape: (layers * kv_heads, head_dim)
@@ -415,20 +416,20 @@ def _of_channels(numbers: Tensor, heads: Tensor, kv: AnchorKV, reduce: str) -> T
 
 
 def _scales(largest: Tensor) -> Tensor:
-    return (largest / _LARGEST).clamp_min(_TINY).bfloat16()
+    return (largest / _LARGEST_CODE).clamp_min(_SMALLEST_SCALE).bfloat16()
 
 
 def _codes(numbers: Tensor, scales: Tensor) -> Tensor:
     """Numbers as multiples of their scales."""
-    # Where the scale was rounded down, the largest are cut off, by a quarter of a step at most.
-    return (numbers / scales.float()).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    # Where the scale was rounded down, the largest are clamped, by a quarter of a step at most.
+    return (numbers / scales.float()).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
 
 
 def _require_fitting(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Layers and KV heads of tensors that fit together."""
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    _, codes = found.get("key_codes", (None, ()))
-    _, channels = found.get("key_scales", (None, ()))
+    """Checks names, dtypes and shapes; returns layers and KV heads."""
+    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    _, codes = got.get("key_codes", (None, ()))
+    _, channels = got.get("key_scales", (None, ()))
     if len(codes) != 2 or len(channels) != 3:
         raise ValueError(
             "key_codes must have shape (entries, head_dim) and key_scales (layers, kv_heads, "
@@ -441,9 +442,9 @@ def _require_fitting(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         "key_offsets": per_channel,
         "value_codes": (torch.int8, codes),
         "value_scales": (torch.bfloat16, codes[:1]),
-        "positions": found.get("positions"),
-        "heads": found.get("heads"),
+        "positions": got.get("positions"),
+        "heads": got.get("heads"),
     }
-    if found != expected:
-        raise ValueError(f"expected {expected}, got {found}")
+    if got != expected:
+        raise ValueError(f"expected {expected}, got {got}")
     return channels[0], channels[1]

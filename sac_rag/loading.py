@@ -1,4 +1,4 @@
-"""Loads a model with its compressor, by names and folders. Knows nothing of stores or answers."""
+"""Loads a model together with its compressor, by names, folders and hub ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -28,23 +29,34 @@ def load_compressor(
     ratio: int | None,
     stored_dtype: StoredDtype | None,
     prompt_format: PromptFormat | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype | str | None,
+    compressor_revision: str | None = None,
+    **model_kwargs: Any,
 ) -> tuple[Compressor, PromptFormat | None]:
-    """Loads what `SacRAG.from_pretrained` names; see there for arguments and errors.
+    """Loads the model and compressor of `SacRAG.from_pretrained`, which documents the errors.
+
+    Args:
+        model: As there.
+        compressor: As there.
+        ratio: As there.
+        stored_dtype: As there.
+        prompt_format: As there.
+        compressor_revision: As there.
+        **model_kwargs: Arguments of `Generator.from_pretrained`; `token` and `cache_dir` apply to
+            the compressor too.
 
     Returns:
-        The compressor, and the format given or else the one that it was trained for, if it was for
-        one.
+        The compressor; and the prompt format: the argument, or else that of the compressor's
+        training, if it has one.
     """
     named = default_compressor(model) if compressor is None else compressor
-    folder = checkpoint.find(named, model)
-    generator = Generator.from_pretrained(model, device=device, dtype=dtype)
+    hub = {name: model_kwargs.get(name) for name in ("token", "cache_dir")}
+    folder = checkpoint.find(named, model, revision=compressor_revision, **hub)
+    generator = Generator.from_pretrained(model, **model_kwargs)
     if folder is not None:
         asked = {"ratio": ratio, "stored_dtype": stored_dtype}
         changes = {name: value for name, value in asked.items() if value is not None}
         loaded = checkpoint.load(folder, generator, **changes)
-        return loaded, prompt_format or checkpoint.load_prompt_format(folder)
+        return loaded, prompt_format or loaded.prompt_format
     if ratio not in (None, 1):
         raise ValueError(
             f"'full' keeps every token (ratio 1), was asked for ratio {ratio}; give the folder of "
@@ -56,7 +68,7 @@ def load_compressor(
 
 
 def default_compressor(model: str | os.PathLike[str]) -> str:
-    """The compressor of a model for which none was named; logs once per model if it is "full"."""
+    """Name of the default compressor of a model; logs once per model if it is "full"."""
     name = checkpoint.default(model)
     if name == Full.method:
         _warn_of_full(os.fspath(model))
@@ -71,18 +83,21 @@ def _warn_of_full(model: str) -> None:
 
 
 def _fitting(model: str | os.PathLike[str]) -> str:
-    """The command that makes a compressor."""
+    """The command that fits a compressor to a model."""
     return f"sac-rag fit --model {shlex.quote(os.fspath(model))} --out FOLDER"
 
 
 def load_stored(
-    model: str | os.PathLike[str], origin: Origin, device: str | torch.device | None
+    model: str | os.PathLike[str],
+    origin: Origin,
+    device: str | torch.device | None,
+    **model_kwargs: Any,
 ) -> Stored:
-    """Loads a model to answer from what is stored, in the dtype in which it was compressed.
+    """Loads a model to answer from stored chunks, in the dtype that they were compressed in.
 
     Raises:
-        ValueError: if it is not the model that it was compressed for, naming what differs.
+        ValueError: if the chunks were compressed for another model; it names what differs.
     """
     dtype = origin.fields.get("generator.dtype")
-    generator = Generator.from_pretrained(model, device=device, dtype=dtype)
+    generator = Generator.from_pretrained(model, device=device, dtype=dtype, **model_kwargs)
     return Stored(generator, origin.config, origin.fields, origin.cue)

@@ -1,4 +1,4 @@
-"""What chunks and documents are called in a store. Knows nothing of stores or models."""
+"""Namespace: keys of chunks and ids of documents in a store, separate for each tenant."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 
 
 class Namespace:
-    """A tenant's names: digests that no other namespace has and that do not give the text away.
+    """Digests that differ from those of every other namespace and do not reveal the text.
 
-    The namespace is the secret of a keyed hash. Who does not know it cannot tell from a name
-    whether it is that of a text he guesses, or whether two tenants have the same text. The
-    namespace "" is known to everybody.
+    The namespace is the secret of a keyed hash. Without it, nobody can test whether a key belongs
+    to a guessed text, or whether two tenants have the same text. The namespace "" is public.
     """
 
     def __init__(self, name: str) -> None:
@@ -18,17 +17,17 @@ class Namespace:
         self._is_open = not name
 
     def key(self, fingerprint: str, text: str) -> str:
-        """The key of a chunk as one compressor makes it."""
+        """The key of a chunk that a compressor with this fingerprint makes."""
         return self._digest("key", fingerprint, text)
 
     def text_id(self, text: str) -> str:
-        """The same for every compressor, to find out that a text is there, compressed otherwise."""
+        """A digest of the text alone: shows that another compressor has stored the text."""
         return self._digest("text", text)
 
     def document_id(self, document: str) -> str:
-        """A document's id in the store: its own in the namespace "", else one of this namespace's.
+        """A document's id in the store: unchanged in the namespace "", else with a prefix.
 
-        The id itself stays readable, so that an operator can forget a document.
+        The caller's id stays readable in it, so that an operator can forget a document.
         """
         return document if self._is_open else f"{self._digest('document')[:16]}:{document}"
 
@@ -41,5 +40,5 @@ class Namespace:
 
 
 def _bytes(text: str) -> bytes:
-    # surrogatepass: half a surrogate pair is no valid text, but no reason to crash either.
+    # surrogatepass: half a surrogate pair is not valid text, but must not raise here.
     return text.encode("utf-8", "surrogatepass")

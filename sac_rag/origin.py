@@ -1,4 +1,4 @@
-"""What made stored KV, as far as answering from them needs it. Knows nothing of where they lie."""
+"""Origin: what made stored KV, with all that answering from it needs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sac_rag.prompts.format import PromptFormat
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """A compressor without what only compressing needs: no LoRA, no other weights but the cue.
+    """A compressor without the weights that only compressing needs: all of them except the cue.
 
     Attributes:
-        fields: The compressor's fingerprint fields.
-        config: The compressor's.
-        cue: The compressor's, if it has one. Shape: (hidden,)
-        prompt_format: The prompts that the chunks are for, if it is known.
+        fields: Fingerprint fields of the compressor.
+        config: Config of the compressor.
+        cue: Cue of the compressor, if it has one. Shape: (hidden,)
+        prompt_format: Format of the prompts that the chunks are for, if it is known.
 
     Raises:
-        ValueError: if config or cue are not those of the fields, or prompts with the anchors need a
+        ValueError: if config or cue contradict the fields, or if prompts with the anchors need a
             generator adapter, which only the compressor has.
     """
 
@@ -39,11 +39,12 @@ class Origin:
     prompt_format: PromptFormat | None = None
 
     def __post_init__(self) -> None:
-        told = {name: v for name, v in self.fields.items() if name.startswith("config.")}
-        own = self.config.fingerprint_fields()
-        differing = sorted(n for n in told.keys() | own.keys() if told.get(n) != own.get(n))
-        if differing:
-            raise ValueError(f"the config is not the fingerprint's: {', '.join(differing)} differ")
+        recorded = {name: v for name, v in self.fields.items() if name.startswith("config.")}
+        actual = self.config.fingerprint_fields()
+        names = recorded.keys() | actual.keys()
+        mismatches = sorted(name for name in names if recorded.get(name) != actual.get(name))
+        if mismatches:
+            raise ValueError(f"the config is not the fingerprint's: {', '.join(mismatches)} differ")
         if self.config.generator_adapter_rank:
             raise ValueError(
                 "chunks of a compressor with a generator adapter (rank "
@@ -58,25 +59,25 @@ class Origin:
 
     @property
     def fingerprint(self) -> str:
-        """Of the compressor."""
+        """Fingerprint of the compressor."""
         return digest_json(dict(self.fields))
 
     @classmethod
     def of(cls, compressor: Compressor, prompt_format: PromptFormat | None = None) -> Origin:
-        """What a loaded compressor would be the origin of."""
+        """The origin of chunks that a loaded compressor makes."""
         fields, cue = compressor.fingerprint_fields(), compressor.cue
         return cls(fields, compressor.config, None if cue is None else cue.detach(), prompt_format)
 
     @classmethod
     def from_folder(cls, fields: Mapping[str, str], folder: Path | None) -> Origin:
-        """Puts together what a store has noted and what a compressor's folder holds.
+        """Combines the fields that a store has recorded with a compressor's folder.
 
         Loads no model.
 
         Args:
-            fields: Of the fingerprint, as a store notes them.
-            folder: Of the compressor; None for one without weights. Where the fields are those of
-                every ratio, the folder's own is taken.
+            fields: Fingerprint fields as a store records them.
+            folder: Folder of the compressor; None for one without weights. Where the fields hold
+                for every ratio, the ratio is the folder's.
 
         Raises:
             ValueError: if the folder is not that of the compressor with this fingerprint.
@@ -90,7 +91,7 @@ class Origin:
         weights: dict[str, Tensor] = {}
         if folder is not None:
             loaded, weights = checkpoint.read(folder)
-            if config.is_nested:  # then the fields are those of every ratio
+            if config.is_nested:  # then the fields hold for every ratio
                 config = replace(config, ratio=loaded.ratio)
         if tensors_digest(weights) != fields.get("compressor_weights"):
             raise ValueError(
@@ -102,7 +103,7 @@ class Origin:
         return cls(fields, config, weights.get("cue"), prompt_format)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the cue, as JSON holds it."""
+        """All fields except the cue as JSON values."""
         return {
             "fingerprint": self.fingerprint,
             "fields": dict(self.fields),
@@ -114,11 +115,11 @@ class Origin:
 
     @classmethod
     def from_dict(cls, about: Mapping[str, Any], cue: Tensor | None) -> Origin:
-        """Reads what `to_dict` made.
+        """Reads the result of `to_dict`.
 
         Raises:
-            ValueError: if it contradicts itself, or is not what this version knows.
-            KeyError, TypeError: if it is something else.
+            ValueError: if it contradicts itself, or has fields unknown to this version.
+            KeyError, TypeError: if it has another structure.
         """
         text = about["prompt_format"]
         origin = cls(

@@ -1,14 +1,14 @@
-"""SacRAG, from a question and its chunks to an answer. Knows nothing of retrieval or frameworks."""
+"""SacRAG: answers questions and continues prompts with chunks that were compressed once."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 
-from sac_rag.answering import AnswerStream, Run, evictions, prepare, token_ids
+from sac_rag.answering import Answerer, AnswerStream, Request, Run, token_ids
 from sac_rag.archive import Archive, Exported, export
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
@@ -25,20 +25,21 @@ from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer, BadRecord, PrecompressReport
 from sac_rag.self_check import self_check
 from sac_rag.stores.memory import MemoryStore
-from sac_rag.telemetry import Meter, Metrics, Trace
+from sac_rag.telemetry import Meter, Metrics
 
 
 class SacRAG:
     """Answers questions from chunks whose KV was computed once and cached.
 
     Attributes:
-        compressor: Turns chunks into anchors, asking its store first.
-        prompt_format: How question and chunks become a prompt. Its stop texts end answers to its
-            own prompts, not turns of a chat or other completions, where the Decoding has none.
+        compressor: Compresses chunks that its store does not have.
+        prompt_format: How question and chunks become a prompt. If the Decoding has no stop texts,
+            those of the format end answers to its prompts, but not turns of a chat or other
+            completions.
         on_miss: What to do with a chunk that is not in the store: "compress", read it as "text",
             or "raise" ChunkMissError.
-        decoding: Used where a call gives none.
-        prefixes: KV of what prompts begin with, read once and kept in memory.
+        decoding: Default of all calls.
+        prefixes: KV of the beginnings of prompts, read once and kept in memory.
     """
 
     def __init__(
@@ -50,17 +51,16 @@ class SacRAG:
         decoding: Decoding | None = None,
     ) -> None:
         require_on_miss(on_miss)
-        if on_miss == "compress" and not compressor.compressor.computes:
+        if on_miss == "compress" and not compressor.computes:
             raise ValueError(
-                "on_miss must be 'text' or 'raise' where the compressor is not there to compress, "
-                "was: 'compress'"
+                "on_miss must be 'text' or 'raise' where no compressor is loaded, was: 'compress'"
             )
         self.compressor = compressor
         self.prompt_format = prompt_format or PromptFormat()
         self.on_miss: OnMiss = on_miss
         self.decoding = decoding or Decoding()
         self.prefixes = Prefixes(self.generator)
-        self._meter = Meter(evictions(compressor))
+        self._meter = Meter(compressor.store.evictions)
         self.self_check()
 
     @classmethod
@@ -77,42 +77,60 @@ class SacRAG:
         guard: bool = True,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        compressor_revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> SacRAG:
         """Loads a model and a compressor for it.
 
         Args:
             model: A default model's name, a local folder or a hub id.
-            store: Where anchors are kept. Default: in memory, at most 1 GiB.
+            store: Store of the anchors. Default: in memory, at most 1 GiB.
             compressor: "shipped" (trained for this default model, comes with the package), "full"
-                (every token is kept; needs no training), or the folder of a trained compressor.
-                Default: "shipped" if there is one for this model, else "full".
-            ratio: Source tokens per anchor, instead of the compressor's own; any is possible.
+                (every token is kept; needs no training), or the folder or hub id of a trained
+                compressor. Default: "shipped" if there is one for this model, else "full".
+            ratio: Source tokens per anchor. Default: the compressor's.
             prompt_format: How question and chunks become a prompt. Default: the format that the
-                compressor was trained for, if it was for one.
+                compressor was trained for, if it has one.
             namespace: The secret of every key: one tenant's chunks are no hits for another.
-            stored_dtype: What keys and values are kept in, instead of the compressor's own.
-            guard: Whether a stored chunk may be computed anew where that is faster than loading.
+            stored_dtype: Dtype of stored keys and values. Default: the compressor's.
+            guard: Whether a stored chunk may be computed again if that is faster than loading.
             device: Default: CUDA if there is one, else CPU.
-            dtype: What the model computes in. Default: the fastest the device has.
+            dtype: Dtype that the model computes in. Default: the fastest one of the device.
+            attn_implementation: "sdpa" or "eager". Default: as transformers chooses.
+            revision: Branch, tag or commit of a model on the Hub. Default: "main".
+            compressor_revision: The same of a compressor on the Hub.
+            token: Access token of the Hub. Default: that of `hf auth login` or HF_TOKEN.
+            cache_dir: Folder of downloads. Default: that of huggingface_hub.
+            model_kwargs: Further arguments of `Generator.from_pretrained`, such as device_map.
             **options: on_miss, decoding: see the class.
 
         Raises:
             ValueError: for an unknown model or compressor.
-            ModelUnavailableError: if a default model cannot be fetched.
+            ModelUnavailableError: if a default model cannot be downloaded.
             UnsupportedModelError: if the model's keys cannot be moved.
         """
-        plain, prompt_format = load_compressor(
+        loaded, prompt_format = load_compressor(
             model,
             compressor,
             ratio=ratio,
             stored_dtype=stored_dtype,
             prompt_format=prompt_format,
+            compressor_revision=compressor_revision,
             device=device,
             dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            **(model_kwargs or {}),
         )
-        kept = MemoryStore() if store is None else store
-        cached = CachedCompressor(plain, kept, namespace=namespace, guard=guard)
+        used_store = MemoryStore() if store is None else store
+        cached = CachedCompressor(loaded, used_store, namespace=namespace, guard=guard)
         return cls(cached, prompt_format=prompt_format, **options)
 
     @classmethod
@@ -127,33 +145,35 @@ class SacRAG:
         ratio: int | None = None,
         device: str | torch.device | None = None,
         on_miss: OnMiss = "text",
+        model_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> SacRAG:
         """Answers from precompressed chunks without their compressor: no LoRA is in memory.
 
         Args:
-            archive: What `export` wrote.
-            model: The one that the chunks were compressed for. It is loaded in the same dtype.
-            store: Where the archive was imported to. Default: the archive itself.
+            archive: A file written by `export`.
+            model: The model that the chunks were compressed for. It is loaded in the same dtype.
+            store: The store that the archive was imported into. Default: the archive itself.
             prompt_format: Default: the format that the chunks were made for, if it is known.
-            on_miss: "text" or "raise": what is not in the store cannot be compressed.
-            namespace: The one that they were compressed in.
-            ratio: Source tokens per anchor, instead of that of the compressor that was exported;
-                another one is possible for learned anchors only.
+            on_miss: "text" or "raise": chunks that are not in the store cannot be compressed.
+            namespace: The namespace that they were compressed in.
+            ratio: Source tokens per anchor. Default: that of the exported compressor; another one
+                is possible for learned anchors only.
             device: Default: CUDA if there is one, else CPU.
+            model_kwargs: Further arguments of `Generator.from_pretrained`, such as revision.
             **options: decoding: see the class.
 
         Raises:
-            ValueError: if the file is no archive, the model is another one, naming what differs, or
-                there is no such ratio.
-            ModelUnavailableError: if a default model cannot be fetched.
+            ValueError: if the file is no archive, if the model is another one, naming what differs,
+                or for a ratio that the chunks do not have.
+            ModelUnavailableError: if a default model cannot be downloaded.
         """
         opened = Archive(archive)
-        stored = load_stored(model, opened.origin, device)
+        stored = load_stored(model, opened.origin, device, **(model_kwargs or {}))
         if ratio not in (None, stored.config.ratio):
             stored = stored.at_ratio(ratio)
-        kept = opened if store is None else store
-        cached = CachedCompressor(stored, kept, namespace=namespace, guard=False)
+        used_store = opened if store is None else store
+        cached = CachedCompressor(stored, used_store, namespace=namespace, guard=False)
         return cls(
             cached,
             prompt_format=prompt_format or opened.origin.prompt_format,
@@ -164,15 +184,20 @@ class SacRAG:
     @property
     def generator(self) -> Generator:
         """The frozen LM and its tokenizer."""
-        return self.compressor.compressor.generator
+        return self.compressor.generator
 
     def self_check(self) -> float:
-        """Proves on the loaded model that moved chunks read like plain text.
+        """Tests on the loaded model that moved chunks give the logits of plain text.
 
-        Done at construction, once for a model, and remembered. Returns the largest relative error;
-        raises UnsupportedModelError where it is more than rounding.
+        Called at construction; the result is recorded, so that it runs once per model.
+
+        Returns:
+            The largest relative error.
+
+        Raises:
+            UnsupportedModelError: if the error is more than rounding.
         """
-        budget = self.compressor.compressor.config.budget
+        budget = self.compressor.config.budget
         return self_check(self.generator, ragged=budget != "uniform")
 
     def precompress(
@@ -185,19 +210,20 @@ class SacRAG:
     ) -> PrecompressReport:
         """Compresses and stores chunks ahead of any question.
 
-        What is in the store already is not computed again, so an interrupted run is resumed by
-        running it again.
+        Chunks that are in the store are not computed again, so an interrupted run is resumed by
+        repeating it.
 
         Args:
             chunks: Texts, (document id, text) pairs or Chunks; streamed, never all in memory.
-            on_progress: Called with the number of chunks done since the last call.
-            on_bad: Called with each chunk that is longer than the model's context, which is then
-                left out. Default: raise.
-            whole_documents: Whether the chunks of a document here are all there is of it: what the
-                store has of its former version is deleted when all chunks are stored.
+            on_progress: Called with the number of chunks processed since the last call.
+            on_bad: Called with each chunk that is longer than the model's context and skipped.
+                Default: raise.
+            whole_documents: Whether `chunks` has all chunks of each document in it: entries of a
+                former version of the document are deleted when all chunks are stored.
 
         Raises:
-            PromptTooLongError: for a chunk longer than the model's context; others are stored.
+            PromptTooLongError: for a chunk longer than the model's context; those before it are
+                stored.
             OSError: if the store cannot be written.
         """
         return precompress(
@@ -209,32 +235,32 @@ class SacRAG:
         )
 
     def forget(self, document_id: str) -> int:
-        """Deletes what was stored for a document; texts that other documents have too stay.
+        """Deletes the entries that only this document uses; texts of other documents stay.
 
         Returns:
-            How many entries were deleted.
+            Number of entries deleted.
 
         Raises:
-            TypeError: if the store does not remember documents.
+            TypeError: if the store does not record documents.
             OSError: if the store cannot be changed.
         """
         return self.compressor.forget(document_id)
 
     def export(self, archive: str | os.PathLike[str], *, decrypt: bool = False) -> Exported:
-        """Writes what this compressor has in its DiskStore into one file, for `from_archive`.
+        """Writes this compressor's entries of a DiskStore into one file, for `from_archive`.
 
         Args:
-            archive: A file that is not there yet.
-            decrypt: Must be said for an encrypted store: an archive is not encrypted.
+            archive: A file that does not exist.
+            decrypt: Must be True for an encrypted store, because an archive is not encrypted.
 
-        Raises as `export.export` does.
+        Raises as `archive.export` does.
         """
-        origin = Origin.of(self.compressor.compressor, self.prompt_format)
+        origin = Origin.of(self.compressor.inner, self.prompt_format)
         return export(self.compressor.store, archive, origin, decrypt=decrypt)
 
     def metrics(self) -> Metrics:
-        """What this pipeline's answers came to since it was made, in numbers."""
-        self._meter.evicted(evictions(self.compressor))
+        """Counts and times of all answers of this pipeline."""
+        self._meter.evicted(self.compressor.store.evictions)
         return self._meter.snapshot()
 
     def answer(
@@ -248,12 +274,12 @@ class SacRAG:
         """Answers a question from chunks.
 
         Args:
-            question: What to answer.
+            question: The question.
             chunks: Texts, (document id, text) pairs or Chunks.
             decoding: How to answer. Default: the pipeline's.
-            ratio: Source tokens per KV entry of chunks that have no ratio of their own. Default:
-                the compressor's. One store of learned anchors serves every ratio from the one it
-                was filled at; others have a single ratio.
+            ratio: Source tokens per KV entry of chunks without a ratio. Default: the compressor's.
+                A store of learned anchors serves every ratio from the one that it was filled at;
+                other compressors have a single ratio.
 
         Raises:
             ValueError: if the question is empty, or the compressor has no such ratio.
@@ -270,9 +296,9 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> AnswerStream:
-        """Answers a question piece by piece; leaving the loop ends the work.
+        """Answers a question piece by piece; leaving the loop ends the generation.
 
-        The joined pieces are what `answer` would give. Raises as `answer` does, at once.
+        The joined pieces are the text of `answer`. Raises as `answer` does, before the first piece.
         """
         return AnswerStream(self._start([(question, chunks)], decoding, ratio))
 
@@ -283,13 +309,13 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> list[Answer]:
-        """Answers several questions in one padded batch, each from chunks of its own.
+        """Answers several questions in one padded batch, each from its chunks.
 
         For decoding and ratio see `answer`.
         """
         if not questions:
             return []
-        return _finished(self._start(questions, decoding, ratio))
+        return self._start(questions, decoding, ratio).finish()
 
     def chat(
         self,
@@ -298,13 +324,13 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> list[Answer]:
-        """Writes the assistant's next turn of each conversation, chunks anywhere in them.
+        """Generates the assistant's next turn of conversations with chunks anywhere in them.
 
         For decoding and ratio see `answer`.
         """
         if not conversations:
             return []
-        return _finished(self._start_chat(conversations, decoding, ratio))
+        return self._start_chat(conversations, decoding, ratio).finish()
 
     def stream_chat(
         self,
@@ -313,7 +339,7 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> AnswerStream:
-        """Writes the assistant's next turn piece by piece."""
+        """Generates the assistant's next turn piece by piece."""
         return AnswerStream(self._start_chat([conversation], decoding, ratio))
 
     def complete(
@@ -323,10 +349,10 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> list[Answer]:
-        """Goes on with each plain prompt, chunks anywhere in it but at its end.
+        """Continues plain prompts, with chunks anywhere except at the end.
 
-        Nothing is added but the tokenizer's BOS: no chat template, no words of `prompt_format`,
-        whose stop texts count where the prompt is one of its own (`prompt_format.matches`). For
+        Only the tokenizer's BOS is added: no chat template, no text of `prompt_format`. The stop
+        texts of `prompt_format` apply to prompts of this format (`prompt_format.matches`). For
         decoding and ratio see `answer`.
 
         Raises:
@@ -334,7 +360,7 @@ class SacRAG:
         """
         if not prompts:
             return []
-        return _finished(self._start_plain(prompts, decoding, ratio))
+        return self._start_plain(prompts, decoding, ratio).finish()
 
     def stream_complete(
         self,
@@ -343,26 +369,30 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> AnswerStream:
-        """Goes on with a plain prompt piece by piece."""
+        """Continues a plain prompt piece by piece."""
         return AnswerStream(self._start_plain([prompt], decoding, ratio))
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
-        """Token ids of the same prompt with every chunk as text: what a plain LM would read."""
+        """Token ids of the prompt with every chunk as text: what a plain LM would read."""
         return token_ids(self._ask(question, chunks), self.compressor)
 
     def beginning_ids(self) -> list[int]:
-        """Token ids that prompts of this format begin with, whatever is asked: the shared prefix.
+        """Token ids that all prompts of this format begin with: the shared prefix.
 
-        A prompt may leave them at its last few, where text of its own is tokenized together with
-        them.
+        A prompt may differ in the last few, where its text is tokenized together with the prefix.
         """
         return token_ids(self.prompt_format.beginning(self.generator.tokenizer), self.compressor)
 
     def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Piece]:
         if isinstance(chunks, str):
             raise TypeError("chunks must be a sequence of chunks, was: one str; put it in a list")
-        given = [Chunk.of(chunk) for chunk in chunks]
-        return self.prompt_format.pieces(self.generator.tokenizer, question, given)
+        passages = [Chunk.of(chunk) for chunk in chunks]
+        return self.prompt_format.pieces(self.generator.tokenizer, question, passages)
+
+    @property
+    def _answerer(self) -> Answerer:
+        """Made for each call: the settings may have been changed since the last one."""
+        return Answerer(self.compressor, self.on_miss, self.prefixes, self._meter)
 
     def _start(
         self,
@@ -370,13 +400,14 @@ class SacRAG:
         decoding: Decoding | None,
         ratio: int | None,
     ) -> Run:
-        return self._run(
-            lambda: [self._ask(question, chunks) for question, chunks in questions],
-            self.beginning_ids,
-            [self.prompt_format.stop] * len(questions),
-            decoding,
-            ratio,
-        )
+        answerer, stop = self._answerer, self.prompt_format.stop
+        with answerer.call() as trace:
+            requests = [
+                Request(self._ask(question, chunks), stop) for question, chunks in questions
+            ]
+            return answerer.start(
+                requests, self.beginning_ids(), decoding or self.decoding, ratio=ratio, trace=trace
+            )
 
     def _start_chat(
         self,
@@ -384,14 +415,14 @@ class SacRAG:
         decoding: Decoding | None,
         ratio: int | None,
     ) -> Run:
-        tokenizer, first = self.generator.tokenizer, conversations[0]
-        return self._run(
-            lambda: [render(tokenizer, messages) for messages in conversations],
-            lambda: token_ids(before_first_turn(tokenizer, first), self.compressor),
-            [()] * len(conversations),
-            decoding,
-            ratio,
-        )
+        answerer, tokenizer = self._answerer, self.generator.tokenizer
+        with answerer.call() as trace:
+            requests = [Request(render(tokenizer, messages)) for messages in conversations]
+            prefix = before_first_turn(tokenizer, conversations[0])
+            prefix_ids = token_ids(prefix, self.compressor)
+            return answerer.start(
+                requests, prefix_ids, decoding or self.decoding, ratio=ratio, trace=trace
+            )
 
     def _start_plain(
         self,
@@ -402,46 +433,15 @@ class SacRAG:
         for prompt in prompts:
             if isinstance(prompt, str):
                 raise TypeError("a prompt must be a sequence of texts and chunks, was: one str")
-        return self._run(
-            lambda: [plain(self.generator.tokenizer, prompt) for prompt in prompts],
-            self.beginning_ids,
-            [
-                self.prompt_format.stop if self.prompt_format.matches(prompt) else ()
+        answerer, format = self._answerer, self.prompt_format
+        with answerer.call() as trace:
+            requests = [
+                Request(
+                    plain(self.generator.tokenizer, prompt),
+                    format.stop if format.matches(prompt) else (),
+                )
                 for prompt in prompts
-            ],
-            decoding,
-            ratio,
-        )
-
-    def _run(
-        self,
-        rows: Callable[[], list[list[Piece]]],
-        beginning: Callable[[], list[int]],
-        stops: Sequence[Sequence[str]],
-        decoding: Decoding | None,
-        ratio: int | None,
-    ) -> Run:
-        trace = Trace("answer")  # the run ends it, or what is raised before there is one
-        try:
-            return prepare(
-                rows(),
-                beginning(),
-                decoding or self.decoding,
-                stops=stops,
-                ratio=ratio,
-                compressor=self.compressor,
-                on_miss=self.on_miss,
-                prefixes=self.prefixes,
-                meter=self._meter,
-                trace=trace,
+            ]
+            return answerer.start(
+                requests, self.beginning_ids(), decoding or self.decoding, ratio=ratio, trace=trace
             )
-        except Exception as error:
-            self._meter.add(failed=1)
-            trace.end({}, {}, type(error).__name__)
-            raise
-
-
-def _finished(run: Run) -> list[Answer]:
-    for _ in run.steps():
-        pass
-    return run.answers()

@@ -1,4 +1,4 @@
-"""Prefixes, plain text read once for all prompts that begin with it. Knows no template or store."""
+"""Prefixes: KV of plain text that many prompts begin with, read once and kept in memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sac_rag.prompts.assemble import Part
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Prompts without the prefix that all of them begin with.
+    """Prompts split into their common prefix and the rest.
 
     Attributes:
-        prefix: KV of that prefix; None if they do not share one.
-        rows: What follows it, one prompt each.
-        reused: Tokens of the prefix that were read before, by another call.
+        prefix: KV of the prefix; None if there is no common one.
+        rows: The rest of each prompt.
+        reused: Tokens of the prefix that an earlier call has read.
     """
 
     prefix: AnchorKV | None
@@ -30,58 +30,58 @@ class Split:
 
 
 class Prefixes:
-    """KV of the prefixes read last, kept in memory.
+    """KV of the most recently used prefixes.
 
-    A prefix is read alone, at position 0 and with every token kept, so that a prompt behind it has
-    the logits of reading both in one pass, whoever read it and however often it is used.
+    A prefix is read alone, at position 0, and every token is kept: a prompt behind it then has the
+    same logits as in one pass over both.
 
     Attributes:
-        generator: Reads them.
-        capacity: Prefixes kept; the one used longest ago goes first.
+        generator: The LM that reads the prefixes.
+        capacity: Most prefixes kept; the least recently used is dropped first.
     """
 
     def __init__(self, generator: Generator, capacity: int = 8) -> None:
         self.generator = generator
         self.capacity = capacity
-        self._kept: OrderedDict[tuple[int, ...], AnchorKV] = OrderedDict()
+        self._prefixes: OrderedDict[tuple[int, ...], AnchorKV] = OrderedDict()
         self._lock = threading.Lock()
 
     def split(self, beginning: Sequence[int], rows: Sequence[Sequence[Part]]) -> Split:
-        """Takes off what all prompts begin with.
+        """Splits off the prefix that all prompts have in common.
 
         Args:
-            beginning: Token ids that prompts of this kind begin with. Where a prompt leaves them
-                before their end, so much is taken as is common to all.
+            beginning: Token ids that prompts of this kind begin with. Where a prompt differs before
+                their end, the prefix ends there.
             rows: One prompt each, any interleaving of text and chunks.
 
         Returns:
-            The prompts as they were if they do not have most of the beginning in common.
+            The prompts unchanged unless more than half of the beginning is common to all.
         """
         common = min((_common(beginning, row) for row in rows), default=0)
         if 2 * common <= len(beginning):
             return Split(None, [list(row) for row in rows], reused=0)
-        kv, was_there = self._read(tuple(beginning))
-        # Tokens see only those before them: the first so many are a prefix of their own.
-        of_token = kv.num_entries // kv.num_tokens
-        prefix = replace(kv.first(common * of_token), num_tokens=common)
+        kv, was_cached = self._read(tuple(beginning))
+        # Tokens attend only to earlier ones: the first ones are a complete shorter prefix.
+        per_token = kv.num_entries // kv.num_tokens
+        prefix = replace(kv.first(common * per_token), num_tokens=common)
         rest = [_without(row, common) for row in rows]
-        return Split(prefix, rest, reused=common if was_there else 0)
+        return Split(prefix, rest, reused=common if was_cached else 0)
 
     def _read(self, ids: tuple[int, ...]) -> tuple[AnchorKV, bool]:
-        # Whoever comes second waits, and finds it.
+        # Under the lock, so that a second thread waits instead of reading the same prefix.
         with self._lock:
-            found = self._kept.get(ids)
-            if found is not None:
-                self._kept.move_to_end(ids)
-                return found, True
-            kv = self._kept[ids] = read_plain(self.generator, ids)
-            while len(self._kept) > self.capacity:
-                self._kept.popitem(last=False)
+            cached = self._prefixes.get(ids)
+            if cached is not None:
+                self._prefixes.move_to_end(ids)
+                return cached, True
+            kv = self._prefixes[ids] = read_plain(self.generator, ids)
+            while len(self._prefixes) > self.capacity:
+                self._prefixes.popitem(last=False)
             return kv, False
 
 
 def _common(beginning: Sequence[int], row: Sequence[Part]) -> int:
-    """How many of a prompt's first tokens are the beginning's; never all of a prompt."""
+    """Number of first tokens that a prompt shares with the beginning; never all of the prompt."""
     plain = list(takewhile(lambda part: not isinstance(part, AnchorKV), row))
     ids = [token for part in plain for token in part]  # type: ignore[union-attr]
     if len(plain) == len(row):

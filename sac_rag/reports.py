@@ -1,4 +1,4 @@
-"""What the pipeline reports: answers and counts. Knows nothing of how they come about."""
+"""Results of the pipeline: answers with their counts and times, and reports of precompression."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sac_rag.prompts.generate import FinishReason
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What became of one chunk of a question.
+    """How one chunk of a question was read.
 
     Attributes:
-        chunk: As it was handed over.
-        status: "hit", or why it was not read from the store (see `misses.REASONS`); or "empty" for
+        chunk: The caller's chunk.
+        status: "hit", or why it was not read from the store (see `errors.REASONS`); or "empty" for
             a chunk without text, which was left out.
         read_as: "anchors", "text" (with on_miss="text"), or "nothing" for an empty chunk.
         num_tokens: Source tokens.
-        num_anchors: KV entries per layer and KV head that stand for them, their mean, rounded; the
-            tokens themselves if read as text.
-        nbytes: Bytes of the keys and values that were used of it; 0 if read as text.
+        num_anchors: KV entries that stand for them, as the rounded mean per layer and KV head; the
+            number of tokens if read as text.
+        nbytes: Bytes of the keys and values that were used; 0 if read as text.
         ratio: Source tokens per KV entry; 1 if read as text, 0 if empty.
     """
 
@@ -35,16 +35,16 @@ class ChunkReport:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one answer; KV entries are counted per layer and KV head, their mean, rounded.
+    """Counts of one answer; KV entries are counted as their rounded mean per layer and KV head.
 
     Attributes:
         positions_attended: KV entries the first answer token attends to: anchors and plain text.
-        plain_tokens: Tokens of plain text in the prompt, chunks read as text among them.
-        plain_tokens_reused: Those of them that an earlier call has read: the shared prefix.
+        plain_tokens: Tokens of plain text in the prompt, including chunks read as text.
+        plain_tokens_reused: Those of the shared prefix that an earlier call has read.
         anchors_from_store: Anchors that were cached.
         anchors_computed: Anchors that were computed for this answer.
         source_tokens: Tokens of the text that the anchors stand for.
-        kv_bytes: Bytes of the anchors' keys and values as stored, as far as they were used.
+        kv_bytes: Bytes of the anchors' keys and values, as stored, that were used.
         generated_tokens: Tokens of the answer, its end token included.
     """
 
@@ -65,9 +65,9 @@ class Timings:
     Attributes:
         load_s: Reading anchors from the store.
         compress_s: Computing and storing the anchors that were missing.
-        relocate_s: Moving anchors to their places and putting the prompt together.
+        relocate_s: Tokenizing text, moving anchors to their places and assembling the prompt.
         prefill_s: Reading the plain text, up to the first token of the answer.
-        decode_s: The rest of the answer, without the time a stream's consumer took.
+        decode_s: The rest of the answer, without the time of a stream's consumer.
     """
 
     load_s: float
@@ -78,7 +78,7 @@ class Timings:
 
     @property
     def time_to_first_token_s(self) -> float:
-        """What passes before an answer begins."""
+        """Seconds from the question to the first token of the answer."""
         return self.load_s + self.compress_s + self.relocate_s + self.prefill_s
 
 
@@ -88,11 +88,11 @@ class Answer:
 
     Attributes:
         text: The answer.
-        chunks: One report for each chunk handed over, in the same order.
+        chunks: One report per chunk of the question, in the same order.
         usage: Counts.
         timings: Seconds.
         finish_reason: "eos", "stop" (a stop text) or "length" (max_new_tokens); None for a stream
-            that was left before its end.
+            that has not ended.
     """
 
     text: str
@@ -104,10 +104,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """What could not be read or compressed, and was left out.
+    """A document or chunk that could not be read or compressed and was skipped.
 
     Attributes:
-        place: Where it is: "path:line", or the document and the part of it.
+        place: "path:line", or the document and its part.
         problem: What is wrong with it.
     """
 
@@ -117,20 +117,20 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class PrecompressReport:
-    """What a precompression did; those of its parts add up.
+    """Counts of a precompression, or of a part of one; reports of parts can be added.
 
     Attributes:
-        computed: Chunks compressed now.
-        hits: Chunks whose text was in the store before, at their ratio or a lower one, or came up
-            earlier in the same run.
-        empty: Chunks without text, left out.
+        computed: Chunks compressed in this run.
+        hits: Chunks whose text was in the store at their ratio or a lower one, or came earlier in
+            the same run.
+        empty: Chunks without text, which were skipped.
         bad: Chunks that could not be compressed.
         source_tokens: Tokens of the computed chunks.
         tokens_read: Tokens that the encoder read for them, sinks and pads included.
         anchors: Anchors of the computed chunks.
         nbytes: Bytes of their keys and values.
-        deleted: Entries of documents' former versions that were deleted.
-        workers_lost: Worker processes that died; what they had begun was done again.
+        deleted: Entries of former versions of the documents that were deleted.
+        workers_lost: Worker processes that died; their unfinished chunks were computed again.
         seconds: Wall time.
     """
 
@@ -148,12 +148,12 @@ class PrecompressReport:
 
     @property
     def chunks(self) -> int:
-        """Chunks that were dealt with, in whatever way."""
+        """Chunks that were processed or skipped."""
         return self.computed + self.hits + self.empty + len(self.bad)
 
     @property
     def padding(self) -> float:
-        """Share of what the encoder read that was not source: pads and sinks; 0 for nothing."""
+        """Share of pads and sinks in the tokens that the encoder read; 0 if it read none."""
         return max(0.0, 1 - self.source_tokens / self.tokens_read) if self.tokens_read else 0.0
 
     def __add__(self, other: PrecompressReport) -> PrecompressReport:

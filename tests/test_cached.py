@@ -19,7 +19,7 @@ from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
 from sac_rag.stores import DiskStore, MemoryStore
-from sac_rag.stores.base import DocumentStore, PartialStore, Wanted
+from sac_rag.stores.base import DocumentStore, MappingStore, Wanted, as_document_store
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_hit_has_the_bits_of_compressing_without_a_store(
     compressor = make_compressor(llama, "sac", stored_dtype=stored_dtype)
     cached = CachedCompressor(compressor, disk)
     cached.compress([PROSE[0]])
-    (plain,), (hit,) = cached.compressor.compress([PROSE[0]]), cached.compress([PROSE[0]])
+    (plain,), (hit,) = cached.inner.compress([PROSE[0]]), cached.compress([PROSE[0]])
     assert hit.bit_equal(plain)
 
 
@@ -163,9 +163,9 @@ def test_a_store_filled_at_2x_has_the_bits_of_compressing_at_any_higher_ratio(
     expected = compressor.at_ratio(ratio).compress(PROSE)
     with passes_of(nested.generator) as passes:
         asked = CachedCompressor(compressor, store).fetch(PROSE, ratios=[ratio] * 8)
-        own = CachedCompressor(compressor.at_ratio(ratio), store).fetch(PROSE)
+        at_ratio = CachedCompressor(compressor.at_ratio(ratio), store).fetch(PROSE)
     assert passes == []
-    for fetched in (asked, own):
+    for fetched in (asked, at_ratio):
         assert fetched.misses == [None] * 8
         for kv, one in zip(fetched.kvs, expected, strict=True):
             assert kv is not None and kv.bit_equal(one)
@@ -238,11 +238,11 @@ def test_what_a_higher_ratio_computes_is_stored_at_the_compressors_own(nested: C
     assert cached.fetch(PROSE[:1]).misses == [None]
 
 
-class Partial(dict[str, AnchorKV]):
-    """A store that notes how many entries are wanted of it."""
+class Partial(MappingStore):
+    """A store that records how many entries are wanted of it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__({})
         self.read_entries: list[int] = []
 
     def read(self, key: str, wanted: Wanted) -> AnchorKV:
@@ -260,7 +260,7 @@ class Partial(dict[str, AnchorKV]):
 
 def test_no_more_is_read_than_the_lowest_ratio_needs(nested: Compressor) -> None:
     store = Partial()
-    assert isinstance(store, PartialStore)
+    assert as_document_store(store) is store
     cached = CachedCompressor(nested, store)
     for text, kv in zip(PROSE, nested.compress(PROSE), strict=True):
         cached.keep(text, kv)
@@ -292,11 +292,11 @@ def test_a_compressor_that_ranks_nothing_has_one_ratio_and_says_what_to_do(
     llama: Generator, sac: Compressor, method: str
 ) -> None:
     compressor = sac if method == "sac" else make_compressor(llama, "full")
-    cached, own = CachedCompressor(compressor, {}), compressor.config.ratio
-    assert cached.fetch(PROSE[:1], ratios=[own]).misses == ["absent"]
+    cached, configured = CachedCompressor(compressor, {}), compressor.config.ratio
+    assert cached.fetch(PROSE[:1], ratios=[configured]).misses == ["absent"]
     assert cached.fetch(PROSE[:1], ratios=[None]).misses == [None]
     remedy = r"SacRAG.from_pretrained\(ratio=7\)" if method == "sac" else "trained compressor"
-    with pytest.raises(ValueError, match=f"ratio must be {own}, .*was: 7; .*{remedy}"):
+    with pytest.raises(ValueError, match=f"ratio must be {configured}, .*was: 7; .*{remedy}"):
         cached.fetch(PROSE[:1], ratios=[7])
     assert len(cached.store) == 1
 
@@ -456,7 +456,38 @@ def test_a_text_longer_than_the_model_is_refused_and_nothing_is_stored(sac: Comp
     assert len(cached.store) == 0
 
 
+# --- the face of the compressor
+
+
+@pytest.mark.parametrize("method", ["sac", "full", "shared"])
+def test_the_wrapper_has_the_face_of_what_it_wraps(llama: Generator, method: str) -> None:
+    compressor = make_compressor(llama, method)
+    cached = CachedCompressor(compressor, {})
+    for name in (
+        *("generator", "config", "method", "computes", "is_nested", "cue", "generator_adapter"),
+        *("sink_ids", "heading_ids", "batch_tokens"),
+    ):
+        expected = getattr(compressor, name)
+        got = getattr(cached, name)
+        assert got is expected or got == expected, name
+    assert cached.tokenize(PROSE[0]) == compressor.tokenize(PROSE[0])
+    assert cached.tokens_read([3, 700]) == compressor.tokens_read([3, 700])
+    assert cached.storing("bfloat16").config == compressor.storing("bfloat16").config
+    assert cached.at_ratio(compressor.config.ratio) is cached.inner
+
+
 # --- accept
+
+
+@pytest.mark.parametrize("on_miss", ["compress", "text"])
+def test_accept_hears_of_hits_and_of_what_is_read_as_text(sac: Compressor, on_miss: Any) -> None:
+    cached = CachedCompressor(sac, {})
+    cached.compress(PROSE if on_miss == "compress" else PROSE[:1])
+    heard: list[list[int]] = []
+    with passes_of(sac.generator) as passes:
+        cached.fetch(PROSE, on_miss=on_miss, accept=heard.append)
+    assert heard == [[len(sac.tokenize(text)) for text in PROSE]]
+    assert passes == []
 
 
 def test_accept_hears_all_lengths_before_anything_is_computed(sac: Compressor) -> None:
@@ -489,9 +520,22 @@ def test_what_accept_raises_ends_it_before_anything_is_computed(sac: Compressor)
 # --- documents
 
 
-def test_a_disk_store_is_a_document_store_and_a_dict_is_none(disk: DiskStore) -> None:
-    assert isinstance(disk, DocumentStore)
-    assert not isinstance({}, DocumentStore)
+def test_a_disk_store_remembers_documents_and_a_dict_remembers_none(disk: DiskStore) -> None:
+    assert as_document_store(disk) is disk
+    assert disk.remembers_documents
+    for store in (as_document_store({}), MemoryStore()):
+        assert isinstance(store, DocumentStore)
+        assert not store.remembers_documents
+
+
+def test_a_dict_that_is_given_as_store_is_the_one_that_is_filled(sac: Compressor) -> None:
+    mapping: dict[str, AnchorKV] = {}
+    cached = CachedCompressor(sac, mapping)
+    cached.fetch(PROSE[:2])
+    assert dict(cached.store) == mapping
+    assert list(mapping) == [cached.key(text) for text in PROSE[:2]]
+    del cached.store[cached.key(PROSE[0])]
+    assert list(mapping) == [cached.key(PROSE[1])]
 
 
 def test_one_text_of_two_documents_is_stored_once_and_both_are_noted(

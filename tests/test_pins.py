@@ -391,7 +391,7 @@ def test_counters_and_sizes_of_a_pinned_store_are_those_it_was_closed_with(
 ) -> None:
     stats = opened.stats()
     assert (stats.entries, stats.pinned, stats.documents, stats.quarantined) == (4, 1, 4, 1)
-    assert (stats.hits, stats.misses, stats.set_aside, stats.evicted) == (4, 2, 1, 0)
+    assert (stats.hits, stats.misses, stats.total_quarantined, stats.evicted) == (4, 2, 1, 0)
     assert stats.reasons == {"absent": 1, "corrupt": 1}
     assert stats.cipher == (None if cipher is None else cipher.id)
     assert stats.nbytes == opened.nbytes == (11968 if cipher is None else 13104)
@@ -418,7 +418,7 @@ def test_forgetting_a_document_of_a_pinned_store_deletes_what_only_it_uses(
         assert store.documents(KEYS[0]) == ("all.txt",)
         assert store.why_absent(KEYS[2]) == "forgotten"
         assert store.stats().quarantined == 1
-        store.forget("tower.txt")  # whose entry was set aside
+        store.forget("tower.txt")  # whose entry is in quarantine
         assert store.stats().quarantined == 0
         assert store.check() == []
 
@@ -428,11 +428,11 @@ def test_pinned_entries_expire_by_when_they_were_stored(
 ) -> None:
     with DiskStore(folder, read_only=True, cipher=cipher) as store:
         written = time.time() - (store.stats().oldest_s or 0.0)
-    for age, kept in ((3600.0, set(KEYS)), (3 * 3600.0, set())):
+    for age, remaining in ((3600.0, set(KEYS)), (3 * 3600.0, set())):
         monkeypatch.setattr(time, "time", partial(float, written + age))
         with DiskStore(folder, read_only=True, max_age_s=2 * 3600.0, cipher=cipher) as store:
-            assert set(store) == kept
-            assert store.why_absent(KEYS[0]) == ("absent" if kept else "expired")
+            assert set(store) == remaining
+            assert store.why_absent(KEYS[0]) == ("absent" if remaining else "expired")
 
 
 def test_an_encrypted_store_is_opened_with_its_key_alone(tmp_path: Path) -> None:
@@ -609,8 +609,8 @@ def test_every_chunk_of_a_pinned_collection_is_a_hit(
     with closing(Collection("collection")) as collection:
         answer = collection.rag.answer(QUESTION, CHUNKS, SHORT)
         assert [chunk.status for chunk in answer.chunks] == ["hit", "hit", "hit"]
-        done = [report for report in collection.precompress(CHUNKS) if report.chunks]
-        assert [(report.hits, report.computed) for report in done] == [(3, 0)]
+        reports = [report for report in collection.precompress(CHUNKS) if report.chunks]
+        assert [(report.hits, report.computed) for report in reports] == [(3, 0)]
     with DiskStore(place / "collection" / "anchors", read_only=True) as store:
         assert store.check() == []
         for text in ("owls", "barley"):

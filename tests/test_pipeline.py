@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,22 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import PROSE, make_compressor, make_model, make_tokenizer, passes_of
+from support.models import PROSE, make_compressor, passes_of
 
 from sac_rag import SacRAG
-from sac_rag import default_models as models
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk, ChunkLike
-from sac_rag.compressors import checkpoint
 from sac_rag.compressors.base import Compressor
 from sac_rag.errors import ChunkMissError, PromptTooLongError, UnsupportedModelError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
-from sac_rag.origin import Origin
 from sac_rag.prompts.chat import Message
 from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.prompts.generate import Decoding
-from sac_rag.stores import DiskStore, MemoryStore
+from sac_rag.stores import DiskStore
 
 SHORT = Decoding(max_new_tokens=8)
 PREFIX = 1  # a pipeline's first answer also reads the prefix, in a pass of its own
@@ -38,8 +33,8 @@ BARE = PromptFormat(system="", chunk="{chunk}", user="{chunks}\n\nQ: {question}"
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAC_RAG_HOME", str(tmp_path / "home"))
+def _home(home: Path) -> None:
+    """No record of another run is believed."""
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +45,6 @@ def sac(llama: Generator) -> Compressor:
 @pytest.fixture(scope="module")
 def full(llama: Generator) -> Compressor:
     return make_compressor(llama, "full")
-
-
-@pytest.fixture(scope="module")
-def nested(llama: Generator) -> Compressor:
-    """Learned anchors with a budget for each head, at 2x."""
-    return make_compressor(llama, "shared", ratio=2).merged()
 
 
 @pytest.fixture
@@ -218,9 +207,9 @@ def test_an_answer_cut_short_counts_what_was_written(rag: SacRAG) -> None:
 
 def test_chunks_are_reported_one_to_one_in_order(rag: SacRAG) -> None:
     rag.precompress([PROSE[1]])
-    given = [Chunk(PROSE[0], id="d"), Chunk(""), Chunk(PROSE[1]), Chunk(PROSE[0]), Chunk(" \n")]
-    answer = rag.answer(QUESTION, given)
-    assert [report.chunk for report in answer.chunks] == given
+    passages = [Chunk(PROSE[0], id="d"), Chunk(""), Chunk(PROSE[1]), Chunk(PROSE[0]), Chunk(" \n")]
+    answer = rag.answer(QUESTION, passages)
+    assert [report.chunk for report in answer.chunks] == passages
     assert [report.status for report in answer.chunks] == [
         *("absent", "empty", "hit", "absent", "empty"),
     ]
@@ -492,144 +481,6 @@ def test_a_full_disk_does_not_end_an_answer(make_rag: Callable[..., SacRAG]) -> 
     assert rag.compressor.store_failures == 8
 
 
-# --- the ratio of a question, and of a chunk
-
-
-def asked_every_way(rag: SacRAG, chunks: Sequence[Chunk], ratio: int | None) -> list[Any]:
-    """Answers to one question at a ratio; the plain prompt's is another."""
-    turns = rag.prompt_format.messages(QUESTION, chunks)
-    prompt = [*chunks, " Why?"]
-    streams = [
-        rag.stream(QUESTION, chunks, ratio=ratio),
-        rag.stream_chat(turns, ratio=ratio),
-        rag.stream_complete(prompt, ratio=ratio),
-    ]
-    for stream in streams:
-        list(stream)
-    return [
-        rag.answer(QUESTION, chunks, ratio=ratio),
-        *rag.batch([(QUESTION, chunks)], ratio=ratio),
-        *rag.chat([turns], ratio=ratio),
-        *rag.complete([prompt], ratio=ratio),
-        *(stream.answer for stream in streams),
-    ]
-
-
-def test_a_store_filled_at_2x_answers_at_any_higher_ratio_as_if_it_were_filled_at_it(
-    make_rag: Callable[..., SacRAG], nested: Compressor, disk: DiskStore
-) -> None:
-    rag = make_rag(nested, disk)
-    rag.precompress(PROSE)
-    chunks = [Chunk(text) for text in PROSE]
-    for ratio in (5, 15):
-        expected = asked_every_way(make_rag(nested.at_ratio(ratio)), chunks, None)
-        reports = make_rag(nested, disk).answer(QUESTION, chunks, ratio=ratio).chunks
-        assert [c.status for c in reports] == ["hit"] * 8
-        assert [c.ratio for c in reports] == pytest.approx([ratio] * 8, rel=0.1)
-        kvs = nested.at_ratio(ratio).compress(PROSE)
-        assert [(c.num_anchors, c.ratio, c.nbytes) for c in reports] == [
-            (kv.num_anchors, kv.ratio, kv.nbytes) for kv in kvs
-        ]
-        with passes_of(nested.generator) as passes:
-            got = asked_every_way(rag, chunks, ratio)
-        assert len(passes) in (len(got) * 8, len(got) * 8 + PREFIX)  # none of the encoder's
-        assert [answer.text for answer in got] == [answer.text for answer in expected]
-        assert {answer.usage.kv_bytes for answer in got} == {sum(kv.nbytes for kv in kvs)}
-    assert rag.answer(QUESTION, chunks).text == make_rag(nested).answer(QUESTION, chunks).text
-
-
-def test_a_chunks_ratio_goes_before_the_questions_and_that_before_the_compressors(
-    make_rag: Callable[..., SacRAG], nested: Compressor
-) -> None:
-    rag = make_rag(nested)
-    chunks = [Chunk(PROSE[0], ratio=1), Chunk(PROSE[1]), Chunk(PROSE[0], ratio=15)]
-    for status in ("absent", "hit"):
-        reports = rag.answer(QUESTION, chunks, ratio=5).chunks
-        assert [c.status for c in reports] == [status] * 3
-        assert [c.ratio for c in reports] == pytest.approx([1, 5, 15], rel=0.1)
-    reports = rag.answer(QUESTION, chunks).chunks
-    assert [c.ratio for c in reports] == pytest.approx([1, 2, 15], rel=0.1)
-
-
-def test_a_lower_ratio_than_is_stored_is_a_miss_once(
-    make_rag: Callable[..., SacRAG], nested: Compressor, disk: DiskStore
-) -> None:
-    rag = make_rag(nested, disk)
-    rag.precompress(PROSE[:2])
-    first = rag.answer(QUESTION, PROSE[:2], ratio=1)
-    assert [c.status for c in first.chunks] == ["ratio: stored at 2x, asked for 1x"] * 2
-    again = rag.answer(QUESTION, PROSE[:2], ratio=1)
-    assert [c.status for c in again.chunks] == ["hit"] * 2
-    assert again.text == first.text == make_rag(nested.at_ratio(1)).answer(QUESTION, PROSE[:2]).text
-    assert rag.metrics().misses == {"ratio": 2}
-
-
-def test_a_compressor_with_one_ratio_is_asked_for_no_other(
-    rag: SacRAG, make_rag: Callable[..., SacRAG], full: Compressor
-) -> None:
-    chunk = Chunk(PROSE[0])
-    with passes_of(rag.generator) as passes:
-        for ask in (
-            lambda: rag.answer(QUESTION, [], ratio=7),
-            lambda: rag.stream(QUESTION, [chunk], ratio=7),
-            lambda: rag.batch([(QUESTION, [Chunk(PROSE[0], ratio=7)])]),
-            lambda: rag.chat([[Message("user", (chunk,))]], ratio=7),
-            lambda: rag.stream_chat([Message("user", (chunk,))], ratio=7),
-            lambda: rag.complete([[chunk, "?"]], ratio=7),
-            lambda: rag.stream_complete([chunk, "?"], ratio=7),
-        ):
-            with pytest.raises(ValueError, match=r"ratio must be 3, .* was: 7; .*at_ratio\(7\)"):
-                ask()
-        with pytest.raises(ValueError, match="'full' keeps every token: ratio must be 1, was: 2"):
-            make_rag(full).answer(QUESTION, [chunk], ratio=2)
-    assert passes == []
-    assert rag.answer(QUESTION, [chunk], ratio=3).text == rag.answer(QUESTION, [chunk]).text
-
-
-@pytest.mark.parametrize("ratio", [0, -2, True, "5", 2.5])
-def test_what_is_no_ratio_is_refused(
-    make_rag: Callable[..., SacRAG], nested: Compressor, ratio: Any
-) -> None:
-    with pytest.raises(ValueError, match="ratio must be an integer of at least 1, was: "):
-        make_rag(nested).answer(QUESTION, PROSE, ratio=ratio)
-
-
-@pytest.mark.parametrize("stored_dtype", ["float32", "int8"])
-def test_an_archive_filled_at_2x_answers_at_15x(
-    make_rag: Callable[..., SacRAG],
-    nested: Compressor,
-    disk: DiskStore,
-    saved: Path,
-    tmp_path: Path,
-    stored_dtype: Any,
-) -> None:
-    compressor = nested.storing(stored_dtype)
-    rag, path = make_rag(compressor, disk), tmp_path / "corpus"
-    rag.precompress(PROSE)
-    rag.export(path)
-    expected = rag.answer(QUESTION, PROSE, ratio=15)
-    served = SacRAG.from_archive(path, saved, **ON_CPU)
-    at_15 = SacRAG.from_archive(path, saved, ratio=15, on_miss="raise", **ON_CPU)
-    for got in (served.answer(QUESTION, PROSE, ratio=15), at_15.answer(QUESTION, PROSE)):
-        assert got.text == expected.text
-        assert [c.status for c in got.chunks] == ["hit"] * 8
-        assert got.usage == expected.usage
-    assert served.answer(QUESTION, PROSE).text == rag.answer(QUESTION, PROSE).text
-    assert served.answer(QUESTION, PROSE[:1], ratio=1).chunks[0].read_as == "text"
-
-
-def test_an_origin_has_the_ratio_of_the_compressors_folder(
-    nested: Compressor, sac: Compressor, tmp_path: Path
-) -> None:
-    for compressor, asked, ratio in ((nested, 15, 15), (sac, 3, 3)):
-        checkpoint.save(compressor.at_ratio(asked), tmp_path)
-        origin = Origin.from_folder(compressor.fingerprint_fields(), tmp_path)
-        assert origin.config.ratio == ratio
-        assert origin.fingerprint == compressor.fingerprint
-        again = Origin.from_dict(json.loads(json.dumps(origin.to_dict())), origin.cue)
-        assert again.config == origin.config
-
-
 # --- chat
 
 
@@ -736,9 +587,9 @@ def test_the_formats_stop_texts_end_answers_unless_others_are_given(
     make_rag: Callable[..., SacRAG], prompt_format: PromptFormat
 ) -> None:
     said = make_rag(prompt_format=replace(prompt_format, stop=())).answer(QUESTION, PROSE).text
-    own, other = said[2], said[4]
-    stopping = make_rag(prompt_format=replace(prompt_format, stop=(own,)))
-    assert stopping.answer(QUESTION, PROSE).text == said.split(own)[0]
+    answer, other = said[2], said[4]
+    stopping = make_rag(prompt_format=replace(prompt_format, stop=(answer,)))
+    assert stopping.answer(QUESTION, PROSE).text == said.split(answer)[0]
     assert stopping.answer(QUESTION, PROSE).finish_reason == "stop"
     for stop, expected in (((other,), said.split(other)[0]), ((), said)):
         decoding = replace(stopping.decoding, stop=stop)
@@ -773,237 +624,6 @@ def test_the_formats_stop_texts_do_not_end_turns_of_a_chat(
     stopping = make_rag(prompt_format=replace(SPANS, stop=(expected[1],)))
     assert stopping.chat([conversation])[0].text == expected
     assert "".join(stopping.stream_chat(conversation)) == expected
-
-
-# --- loading
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama").save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, sac: Compressor) -> Path:
-    folder = tmp_path_factory.mktemp("compressor")
-    checkpoint.save(sac, folder)
-    return folder
-
-
-ON_CPU: dict[str, Any] = {"device": "cpu", "decoding": SHORT}
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32", "decoding": SHORT}
-
-
-def test_a_saved_model_answers_like_the_one_in_memory(
-    saved: Path, make_rag: Callable[..., SacRAG], full: Compressor
-) -> None:
-    rag = SacRAG.from_pretrained(saved, **CPU)
-    assert rag.answer(QUESTION, PROSE).text == make_rag(full).answer(QUESTION, PROSE).text
-    assert isinstance(rag.compressor.store, MemoryStore)
-    assert rag.compressor.fingerprint == full.fingerprint
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whole_chunks_are_kept_in_the_dtype_they_are_computed_in(saved: Path, dtype: str) -> None:
-    rag = SacRAG.from_pretrained(saved, device="cpu", dtype=dtype, decoding=SHORT)
-    rag.precompress([PROSE[0]])
-    (kv,) = rag.compressor.store.values()
-    assert kv.dtype == getattr(torch, dtype) == rag.generator.dtype
-
-
-def test_a_trained_compressor_answers_like_the_one_in_memory(
-    saved: Path, trained: Path, rag: SacRAG
-) -> None:
-    loaded = SacRAG.from_pretrained(saved, compressor=trained, **CPU)
-    assert loaded.answer(QUESTION, PROSE).text == rag.answer(QUESTION, PROSE).text
-
-
-def test_a_ratio_is_taken_instead_of_the_compressors_own(saved: Path, trained: Path) -> None:
-    rag = SacRAG.from_pretrained(saved, compressor=trained, ratio=7, **CPU)
-    assert rag.compressor.compressor.config.ratio == 7
-    (report,) = rag.answer(QUESTION, [PROSE[0]]).chunks
-    assert report.num_anchors == (report.num_tokens - 1 - 3) // 7 + 1
-
-
-def test_an_impossible_ratio_is_refused(saved: Path, trained: Path) -> None:
-    with pytest.raises(ValueError, match="ratio must be an integer of at least 1, was: 0"):
-        SacRAG.from_pretrained(saved, compressor=trained, ratio=0, **CPU)
-
-
-def test_one_checkpoint_serves_any_ratio(saved: Path, trained: Path) -> None:
-    store: dict[str, AnchorKV] = {}
-    kept = []
-    for ratio in (1, 2, 40):
-        rag = SacRAG.from_pretrained(saved, compressor=trained, ratio=ratio, store=store, **CPU)
-        (report,) = rag.answer(QUESTION, [PROSE[0]]).chunks
-        assert report.status == "absent"
-        kept.append(report.num_anchors)
-    assert kept == sorted(kept, reverse=True)
-    assert kept[0] > kept[-1] == 1
-
-
-def test_full_keeps_every_token_and_takes_no_other_ratio(saved: Path) -> None:
-    assert SacRAG.from_pretrained(saved, ratio=1, **CPU).compressor.compressor.config.ratio == 1
-    with pytest.raises(ValueError, match=r"'full' keeps every token .*asked for ratio 5; .*folder"):
-        SacRAG.from_pretrained(saved, ratio=5, **CPU)
-
-
-def test_a_folder_without_a_compressor_is_refused(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold config\.json and compressor\.s"):
-        SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU)
-
-
-@pytest.mark.parametrize("compressor", ["", "fulll", "no/such/folder", Path("nowhere")])
-def test_what_is_no_compressor_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, compressor: Any
-) -> None:
-    with pytest.raises(ValueError, match=r"must be 'full', 'shipped' or .*folder of .*, was: "):
-        SacRAG.from_pretrained(tmp_path / "no model either", compressor=compressor)
-
-
-def test_a_compressors_own_format_is_used_unless_another_is_given(
-    saved: Path, tmp_path: Path, sac: Compressor
-) -> None:
-    checkpoint.save(sac, tmp_path, prompt_format=SPANS)
-    assert SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU).prompt_format == SPANS
-    other = SacRAG.from_pretrained(saved, compressor=tmp_path, prompt_format=BARE, **CPU)
-    assert other.prompt_format == BARE
-
-
-def test_a_compressor_without_a_format_gets_the_default_one(saved: Path, trained: Path) -> None:
-    assert SacRAG.from_pretrained(saved, compressor=trained, **CPU).prompt_format == PromptFormat()
-
-
-def test_whole_chunks_are_encoded_behind_the_opening_of_the_format(saved: Path) -> None:
-    rag = SacRAG.from_pretrained(saved, prompt_format=SPANS, **CPU)
-    sink = rag.compressor.compressor.config.sink
-    assert sink == "Answer each question with a few words from the text.\n\nText:\n"
-    assert rag.answer(QUESTION, PROSE).chunks[0].read_as == "anchors"
-
-
-# --- a folder of a compressor
-
-
-def test_a_format_comes_back_as_it_was_saved(tmp_path: Path, sac: Compressor) -> None:
-    checkpoint.save(sac, tmp_path, prompt_format=SPANS)
-    assert checkpoint.load_prompt_format(tmp_path) == SPANS
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "compressor.safetensors",
-        "config.json",
-        "format.json",
-    ]
-
-
-def test_saving_without_a_format_leaves_none_of_another_compressor(
-    tmp_path: Path, sac: Compressor
-) -> None:
-    checkpoint.save(sac, tmp_path, prompt_format=SPANS)
-    checkpoint.save(sac, tmp_path)
-    assert checkpoint.load_prompt_format(tmp_path) is None
-    assert not (tmp_path / "format.json").exists()
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"colour": "red"}', b"\xff", b'{"chunk": 1}']
-)
-def test_a_format_that_cannot_be_read_is_refused_by_file(
-    saved: Path, tmp_path: Path, sac: Compressor, content: bytes
-) -> None:
-    checkpoint.save(sac, tmp_path)
-    (tmp_path / "format.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"format\.json cannot be read as a prompt format: "):
-        SacRAG.from_pretrained(saved, compressor=tmp_path, **CPU)
-
-
-# --- compressors that come with the package
-
-
-@pytest.fixture
-def pulled(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """The name of a default model whose pulled folder holds a tiny one."""
-    name = "smollm2-135m"
-    folder = models.home() / f"{name}-{models.SOURCES[name].version}"
-    shutil.copytree(saved, folder)
-    files = {p.name: {"sha256": "", "bytes": p.stat().st_size} for p in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
-    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
-    assert models.pull(name) == folder
-    return name
-
-
-@pytest.fixture
-def shipped(pulled: str, sac: Compressor) -> str:
-    """The same, with a compressor that comes with the package."""
-    checkpoint.save(sac, checkpoint.WEIGHTS / pulled, prompt_format=SPANS)
-    return pulled
-
-
-def test_the_compressor_that_comes_with_the_package_is_the_default(
-    shipped: str, sac: Compressor, make_rag: Callable[..., SacRAG]
-) -> None:
-    rag = SacRAG.from_pretrained(shipped, **CPU)
-    assert rag.compressor.fingerprint == sac.fingerprint
-    assert rag.prompt_format == SPANS
-    expected = make_rag(sac, prompt_format=SPANS).answer(QUESTION, PROSE).text
-    assert rag.answer(QUESTION, PROSE).text == expected
-    assert SacRAG.from_pretrained(**CPU).compressor.fingerprint == sac.fingerprint
-    named = SacRAG.from_pretrained(shipped, compressor="shipped", ratio=2, **CPU)
-    assert named.compressor.compressor.config.ratio == 2
-
-
-def test_another_compressor_may_be_asked_for_where_one_is_shipped(
-    shipped: str, trained: Path, sac: Compressor
-) -> None:
-    assert SacRAG.from_pretrained(shipped, compressor="full", **CPU).compressor.fingerprint != (
-        sac.fingerprint
-    )
-    rag = SacRAG.from_pretrained(shipped, compressor=str(trained), **CPU)
-    assert rag.prompt_format == PromptFormat()
-
-
-def test_where_none_is_shipped_every_token_is_kept(pulled: str) -> None:
-    rag = SacRAG.from_pretrained(pulled, **CPU)
-    assert rag.compressor.compressor.method == "full"
-    assert rag.prompt_format == PromptFormat()
-    with pytest.raises(ValueError, match=r"comes with sac_rag for 'smollm2-135m', only for: none"):
-        SacRAG.from_pretrained(pulled, compressor="shipped", **CPU)
-
-
-def test_a_model_of_the_users_own_gets_no_shipped_compressor(shipped: str, saved: Path) -> None:
-    """It may be called like a default model and hold other weights."""
-    assert SacRAG.from_pretrained(saved, **CPU).compressor.compressor.method == "full"
-    with pytest.raises(ValueError, match="only for: smollm2-135m; give 'full'"):
-        SacRAG.from_pretrained(saved, compressor="shipped", **CPU)
-
-
-def test_a_store_and_a_namespace_are_passed_on(saved: Path, disk: DiskStore) -> None:
-    one = SacRAG.from_pretrained(saved, store=disk, namespace="one", **CPU)
-    one.precompress([PROSE[0]])
-    two = SacRAG.from_pretrained(saved, store=disk, namespace="two", on_miss="raise", **CPU)
-    assert one.compressor.store is two.compressor.store is disk
-    with pytest.raises(ChunkMissError):
-        two.answer(QUESTION, [PROSE[0]])
-
-
-def test_an_empty_store_of_the_callers_own_is_used(saved: Path) -> None:
-    store: dict[str, AnchorKV] = {}
-    rag = SacRAG.from_pretrained(saved, store=store, **CPU)
-    rag.precompress([PROSE[0]])
-    assert len(store) == 1
-
-
-def test_a_model_whose_template_refuses_system_messages_can_be_used(tmp_path: Path) -> None:
-    """Gemma's does. A prompt format without system prompt is all it should take."""
-    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    make_model("llama").save_pretrained(tmp_path)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = refuse + str(tokenizer.chat_template)
-    tokenizer.save_pretrained(tmp_path)
-    rag = SacRAG.from_pretrained(tmp_path, prompt_format=BARE, **CPU)
-    assert rag.answer(QUESTION, PROSE).text
 
 
 # --- self check

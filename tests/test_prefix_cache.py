@@ -110,7 +110,7 @@ def test_a_prompt_behind_its_prefix_has_the_logits_of_reading_both(
 def test_answers_are_those_of_reading_the_prefix_anew(
     make_rag: Callable[..., SacRAG], prompt_format: PromptFormat, on_miss: Any
 ) -> None:
-    options = {"format": prompt_format, "on_miss": on_miss}
+    options = {"prompt_format": prompt_format, "on_miss": on_miss}
     rag, other = make_rag(**options), reading_anew(make_rag(**options))
     asked: list[tuple[str, Sequence[ChunkLike]]] = [
         (QUESTION, PROSE[:3]),

@@ -66,10 +66,10 @@ def test_every_number_is_rounded_by_half_a_step_at_most(
     drawn = make_kv(seed, anchors=anchors)
     kv = replace(drawn, keys=(drawn.keys + mean) * size, values=drawn.values * size)
     quantized = quantize(kv)
-    kept = quantized.tensors()
-    scales = kept["key_scales"].flatten(0, 1)[kv.heads.long()]
+    tensors = quantized.tensors()
+    scales = tensors["key_scales"].flatten(0, 1)[kv.heads.long()]
     assert half_a_step_off(kv.keys, quantized.keys, scales)
-    assert half_a_step_off(kv.values, quantized.values, kept["value_scales"][:, None])
+    assert half_a_step_off(kv.values, quantized.values, tensors["value_scales"][:, None])
 
 
 def test_equal_numbers_stay_exact_to_the_precision_of_their_offset() -> None:
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_refused(bad: float, name: str) -> None:
             "positions must be",
         ),
         ({"heads": torch.full((240,), 6).short()}, 200, "heads must be from 0 to 5"),
-        ({}, 39, "at most one for each token and head"),
+        ({}, 39, "at most one per token and head"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -184,9 +184,9 @@ def test_the_first_entries_of_what_is_quantized_are_worked_out_to_the_same_bits(
 def test_every_store_gives_back_the_codes_themselves(store: AnchorStore) -> None:
     quantized = quantize(make_kv())
     store[KEY] = quantized
-    found = store[KEY]
-    assert type(found) is QuantizedKV
-    assert found.bit_equal(quantized)
+    loaded = store[KEY]
+    assert type(loaded) is QuantizedKV
+    assert loaded.bit_equal(quantized)
 
 
 def test_memory_counts_the_codes_and_keeps_no_batch_alive() -> None:

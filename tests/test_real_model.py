@@ -59,8 +59,8 @@ def test_moved_chunks_read_like_chunks_computed_in_place(smollm: Generator) -> N
         in_place = assemble([[before, *(cached[i] for i in order), after]], smollm)
         keys = torch.cat([kv.by_head()[0] for kv in placed], dim=2)
         values = torch.cat([kv.by_head()[1] for kv in placed], dim=2)
-        for layer, own in enumerate(in_place.cache.layers):
-            own.keys, own.values = keys[layer][None], values[layer][None]
+        for layer, expected in enumerate(in_place.cache.layers):
+            expected.keys, expected.values = keys[layer][None], values[layer][None]
         texts = []
         for prompt in (moved, in_place):
             generation = Generation(smollm, prompt, Decoding(max_new_tokens=12))

@@ -38,7 +38,7 @@ def shipped() -> SacRAG:
 
 
 def at_ratio(rag: SacRAG, ratio: int) -> SacRAG:
-    compressor = rag.compressor.compressor.at_ratio(ratio)
+    compressor = rag.compressor.inner.at_ratio(ratio)
     return SacRAG(CachedCompressor(compressor, {}), prompt_format=rag.prompt_format)
 
 
@@ -56,7 +56,7 @@ def right(rag: SacRAG, shift: int = 0) -> int:
 
 
 def test_it_is_the_default_and_brings_its_prompt(shipped: SacRAG) -> None:
-    config = shipped.compressor.compressor.config
+    config = shipped.compressor.config
     assert (config.method, config.stored_dtype) == ("sac", "bfloat16")
     assert shipped.prompt_format == checkpoint.load_prompt_format(
         checkpoint.WEIGHTS / "smollm2-135m"
@@ -69,7 +69,7 @@ def test_it_is_small_and_of_the_named_model(shipped: SacRAG) -> None:
     assert (folder / "compressor.safetensors").stat().st_size <= 10_000_000
     _, weights = checkpoint.read(folder)
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
-    assert weights.keys() == shipped.compressor.compressor.weights.keys()
+    assert weights.keys() == shipped.compressor.inner.weights.keys()
 
 
 @pytest.mark.parametrize(("ratio", "least"), [(1, 5), (2, 5), (3, 4), (5, 3)])
@@ -89,7 +89,7 @@ def test_answers_are_written_by_the_frozen_model(shipped: SacRAG) -> None:
 
 def test_the_fitted_one_keeps_what_is_answered_too_and_ends_by_itself() -> None:
     rag = SacRAG.from_pretrained("smollm2-135m", compressor="fitted", dtype="float32")
-    config = rag.compressor.compressor.config
+    config = rag.compressor.config
     assert (config.budget, config.ratio, config.lora_targets) == ("shared", 5, ())
     answers = rag.batch([(question, [text]) for text, question, _ in ASKED])
     pairs = zip(answers, ASKED, strict=True)

@@ -58,10 +58,11 @@ MOST_KNOWS_NOTHING = 20
 def prose_of(source: str) -> Iterator[tuple[int, str]]:
     """Docstrings and comments, with their lines."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if (text := ast.get_docstring(node, clean=False)) is not None:
-                start = node.body[0].lineno
-                yield from ((start + i, line) for i, line in enumerate(text.splitlines()))
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if (text := ast.get_docstring(node, clean=False)) is not None:
+            start = node.body[0].lineno
+            yield from ((start + i, line) for i, line in enumerate(text.splitlines()))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

@@ -1,6 +1,6 @@
 """LangChain components over sac_rag: compress what is retrieved, answer from it.
 
-The names below are all there is; nothing of LangChain is known to `sac_rag` itself.
+The public names are those below; `sac_rag` itself does not depend on LangChain.
 """
 
 from __future__ import annotations

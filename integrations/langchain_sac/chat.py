@@ -1,8 +1,9 @@
-"""ChatSAC, a chat model that attends to marked chunks. Knows nothing of retrieval or documents."""
+"""ChatSAC: a LangChain chat model that attends to marked chunks."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -24,14 +25,9 @@ from typing_extensions import Self
 
 from langchain_sac.messages import conversation, metadata_of, plain_prompt, usage_of
 from langchain_sac.together import Place, Together
-from sac_rag.chunk import Chunk
-from sac_rag.lm.digests import digest_json
-from sac_rag.pipeline import SacRAG
-from sac_rag.prompts.chat import Message
-from sac_rag.prompts.generate import Decoding
-from sac_rag.reports import Answer
+from sac_rag import Answer, Chunk, Decoding, Message, SacRAG
 
-# LangChain's names for fields of a Decoding.
+# Fields of Decoding by their names in LangChain.
 _DECODING = {
     "max_tokens": "max_new_tokens",
     "temperature": "temperature",
@@ -39,12 +35,12 @@ _DECODING = {
     "top_k": "top_k",
     "seed": "seed",
 }
-# What chains ask of models behind a network; there is nothing to do about it here.
+# Arguments for models behind a network, without a meaning here.
 _IGNORED = {"stream", "stream_usage", "timeout", "max_retries"}
 
 
 class _Row(NamedTuple):
-    """One prompt, the turns of a chat or else a plain text, and how to answer it."""
+    """One prompt (turns of a chat, or a plain text), and how to answer it."""
 
     turns: Sequence[Message]
     text: Sequence[str | Chunk] | None
@@ -55,9 +51,9 @@ class _Row(NamedTuple):
 class ChatSAC(BaseChatModel):
     """A local model that attends to the anchors of what SACCompressor has marked.
 
-    Anything else is read as by any chat model, a marker that does not prove itself too. A prompt
-    may have chunks in any message. What is not in the store is compressed now, read as text or
-    refused, as the pipeline's `on_miss` says.
+    Everything else is read as by any chat model, including a marker whose key does not match its
+    text. Chunks can be in any message. A chunk that is not in the store is compressed, read as text
+    or refused, depending on `on_miss` of the pipeline.
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")
@@ -79,26 +75,26 @@ class ChatSAC(BaseChatModel):
         ['hit', 'hit']
 
     Attributes:
-        rag: Answers; several components may share it.
-        model: What the model is called in traces and metadata. Default: its config's own name.
+        rag: The pipeline that answers; several components may share it.
+        model: Name of the model in traces and metadata. Default: that of its config.
         plain: How messages are read. None: a prompt that `prompt_template(rag)` made is read as
             `rag.answer` reads it, in a chat template or as plain text; everything else is a chat.
             True: all contents are one plain text to complete, without a chat template and without
             roles. False: everything is a chat.
         max_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token; above 0 samples.
-        top_p: Sample from the likeliest tokens that together have this probability.
-        top_k: Sample from this many likeliest tokens; 0 for no such limit.
+        temperature: 0 takes the most likely token; above 0 samples.
+        top_p: Sample from the most likely tokens that together have this probability.
+        top_k: Sample from this many most likely tokens; 0 for no such limit.
         seed: Makes sampling repeatable.
-        stop: Texts at which an answer ends, in place of those of `rag.prompt_format`, which end
-            answers to its own plain prompts. A `stop` given in a call takes the place of both.
+        stop: Texts at which an answer ends, instead of those of `rag.prompt_format`, which end
+            answers to its own plain prompts. `stop` in a call replaces both.
         ratio: Source tokens per KV entry of marked chunks, unless SACCompressor gave them one.
-            None for the compressor's own.
-        batch_size: At most so many inputs of a `batch` are answered in one padded batch;
-            `max_concurrency` of the config may make it fewer.
+            None for that of the compressor.
+        batch_size: Most inputs of a `batch` that are answered in one padded batch; lowered by
+            `max_concurrency` of the config.
 
-    What else is None is as `rag.decoding` says. All but the first three and the last can be given
-    in a call or by `bind`; other arguments are refused, tools too.
+    Other fields that are None default to `rag.decoding`. All except the first three and the last
+    can be given in a call or by `bind`; other arguments, such as tools, are refused.
     """
 
     rag: SacRAG = Field(repr=False, exclude=True)
@@ -126,14 +122,14 @@ class ChatSAC(BaseChatModel):
 
         Args:
             model: A default model's name, a local folder or a hub id.
-            **options: Fields of this class, and what `SacRAG.from_pretrained` takes; `ratio` is
+            **options: Fields of this class and arguments of `SacRAG.from_pretrained`; `ratio` is
                 the latter's.
 
         Raises as `SacRAG.from_pretrained` does.
         """
         names = cls.model_fields.keys() - {"ratio"}
-        own = {name: options.pop(name) for name in [*options] if name in names}
-        return cls(SacRAG.from_pretrained(model, **options), model=_short(model), **own)
+        fields = {name: options.pop(name) for name in [*options] if name in names}
+        return cls(SacRAG.from_pretrained(model, **options), model=_short(model), **fields)
 
     @model_validator(mode="after")
     def _decoding_is_possible(self) -> Self:
@@ -147,11 +143,11 @@ class ChatSAC(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Whatever an answer depends on besides the prompt: LangChain's caches go by it."""
+        """Everything besides the prompt that determines an answer: a key of LangChain's caches."""
         compressor, generator = self.rag.compressor, self.rag.generator
-        config = compressor.compressor.config
+        config = compressor.config
         template = None if self.plain else getattr(generator.tokenizer, "chat_template", None)
-        # Decides which prompts are plain, and where answers to those end.
+        # Decides which prompts are plain, and where answers to them end.
         format = self.rag.prompt_format
         rule = None if format.chat or self.plain is False else format.to_json()
         return {
@@ -161,17 +157,17 @@ class ChatSAC(BaseChatModel):
             "method": config.method,
             "ratio": compressor.ratio_for(self.ratio),
             "on_miss": self.rag.on_miss,
-            # Tells tenants apart, and not who they are.
+            # Distinguishes tenants without revealing the namespace.
             "namespace": compressor.text_id(""),
             "plain": self.plain,
-            "template": digest_json(template),
-            "format": digest_json(rule),
-            # Not "stop", which LangChain overwrites with that of the call.
+            "template": _digest(template),
+            "format": _digest(rule),
+            # Not named "stop", which LangChain overwrites with that of the call.
             "decoding": asdict(self._decoding(None, {})),
         }
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Token ids of a text, as this model reads it."""
+        """Token ids of a text in the tokenizer of the model."""
         return self.rag.generator.tokenize(text)
 
     def batch(
@@ -182,12 +178,12 @@ class ChatSAC(BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answers several inputs in padded batches, each over chunks of its own."""
+        """Answers several inputs, each with its own chunks, in padded batches."""
         outputs: list[Any] = []
         for rows, configs, together in self._groups(inputs, config):
 
             def one(row: Any, config: RunnableConfig, together: Any = together) -> Any:
-                with Place(self, together).kept():
+                with Place(self, together).reserved():
                     try:
                         return self.invoke(row, config, **kwargs)
                     except Exception as error:  # noqa: BLE001 (raised or returned below)
@@ -206,12 +202,12 @@ class ChatSAC(BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answers several inputs in padded batches, each over chunks of its own."""
+        """Answers several inputs, each with its own chunks, in padded batches."""
         outputs: list[Any] = []
         for rows, configs, together in self._groups(inputs, config):
 
             async def one(row: Any, config: RunnableConfig, together: Any = together) -> Any:
-                with Place(self, together).kept():
+                with Place(self, together).reserved():
                     try:
                         return await self.ainvoke(row, config, **kwargs)
                     except Exception as error:  # noqa: BLE001 (raised or returned below)
@@ -241,7 +237,7 @@ class ChatSAC(BaseChatModel):
     ) -> ChatResult:
         place = Place.find(self)
         if place is None:
-            # Token by token, so that whoever cancels this ends the work.
+            # Token by token, so that cancelling this ends the work.
             return await agenerate_from_stream(self._astream(messages, stop=stop, **kwargs))
         row = self._row(messages, stop, kwargs)
         return self._result(await asyncio.wrap_future(place.ask(row)))
@@ -288,7 +284,7 @@ class ChatSAC(BaseChatModel):
     def _answers(self, rows: Sequence[_Row]) -> list[Answer]:
         """Answers chats in one padded batch and plain prompts in one.
 
-        All rows come with the same decoding and ratio.
+        All rows have the same decoding and ratio.
         """
         decoding, ratio = rows[0].decoding, rows[0].ratio
         turns = [row.turns for row in rows if row.text is None]
@@ -341,8 +337,12 @@ class ChatSAC(BaseChatModel):
 
 
 def _short(name: str | os.PathLike[str]) -> str:
-    """A model's name without the machine's folders in it."""
+    """Name of a model, without the path of a local folder."""
     return Path(name).name if Path(name).is_dir() else os.fspath(name)
+
+
+def _digest(text: str | None) -> str:
+    return "" if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_answers(outputs: Sequence[Any], return_exceptions: bool) -> None:

@@ -1,4 +1,4 @@
-"""SACCompressor, which marks retrieved documents. Knows nothing of prompts, chats or answers."""
+"""SACCompressor: marks retrieved documents."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing_extensions import Self
 
 from langchain_sac.documents import chunk_of, require_documents
 from langchain_sac.marker import find, mark
-from sac_rag.chunk import Chunk
-from sac_rag.pipeline import SacRAG
+from sac_rag import Chunk, SacRAG
 
 
 class SACCompressor(
@@ -25,10 +24,10 @@ class SACCompressor(
 ):
     """Marks retrieved documents, so that ChatSAC attends to their anchors instead of reading them.
 
-    Marking is all that happens at question time: no model runs, and the query does not matter.
-    What is marked is compressed ahead of time by `transform_documents`, or else by ChatSAC when it
-    comes to it. Goes behind a retriever (`retriever | compressor`), into LangChain's
-    ContextualCompressionRetriever, and before an indexing (`transform_documents`).
+    At question time documents are only marked: no model runs, and the query has no influence. They
+    are compressed ahead of time by `transform_documents`, or else by ChatSAC. Stands behind a
+    retriever (`retriever | compressor`), in LangChain's ContextualCompressionRetriever, and before
+    indexing (`transform_documents`).
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")
@@ -41,10 +40,10 @@ class SACCompressor(
         '<sac:chunk key="…">The lighthouse was built in 1889.</sac:chunk>'
 
     Attributes:
-        rag: Whose keys the markers have; ChatSAC must have one with the same model, compressor and
+        rag: Gives the keys of markers; that of ChatSAC must have the same model, compressor and
             namespace.
-        ratio: Source tokens per KV entry of what is marked, whatever ratio ChatSAC has. Default:
-            ChatSAC's, or else the compressor's own.
+        ratio: Source tokens per KV entry of marked documents, whatever ratio ChatSAC has. Default:
+            that of ChatSAC, or else of the compressor.
     """
 
     rag: SacRAG = Field(repr=False, exclude=True)
@@ -63,45 +62,44 @@ class SACCompressor(
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """Marks documents; those that are marked already stay as they are.
+        """Marks documents; documents that are already marked stay as they are.
 
         Args:
-            documents: What was retrieved.
-            query: Does not matter: a chunk is compressed once for all questions.
-            callbacks: Not called; nothing runs.
+            documents: Retrieved documents.
+            query: Without influence: a chunk is compressed once for all questions.
+            callbacks: Not called: nothing runs.
 
         Returns:
-            As many documents in the same order, with ids and metadata as they were, and
-            `metadata["sac_key"]` beside them. The documents given are not changed.
+            Copies of the documents in the same order, with `metadata["sac_key"]` added.
 
         Raises:
-            TypeError: for what is no Document.
+            TypeError: for anything else than Documents.
         """
         return [self._marked(document) for document in require_documents(documents)]
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> list[Document]:
-        """Compresses documents ahead of any question and stores their anchors.
+        """Compresses documents ahead of questions and stores their anchors.
 
-        What is stored already is not computed again. The documents do not change, so what an
-        indexing knows them by does not either. A stored chunk belongs to the document's
-        `metadata["source"]`, or else its id: what `rag.forget` asks for.
+        Stored chunks are not computed again. The documents do not change, so that an index of them
+        does not either. A stored chunk belongs to `metadata["source"]` of the document, or else its
+        id: the argument of `rag.forget`.
 
         Args:
-            documents: As they will be retrieved: the splits, not what they are cut from.
-            **kwargs: Those of `SacRAG.precompress`: on_progress, on_bad, whole_documents.
+            documents: As they will be retrieved: splits, not the documents they are cut from.
+            **kwargs: Arguments of `SacRAG.precompress`: on_progress, on_bad, whole_documents.
 
         Returns:
             The same documents.
 
         Raises:
-            TypeError: for what is no Document.
+            TypeError: for anything else than Documents.
             PromptTooLongError: for a document longer than the model's context, without on_bad.
             OSError: if the store cannot be written.
         """
-        given = require_documents(documents)
-        chunks = (replace(chunk_of(document), ratio=self.ratio) for document in given)
+        checked = require_documents(documents)
+        chunks = (replace(chunk_of(document), ratio=self.ratio) for document in checked)
         self.rag.precompress(chunks, **kwargs)
-        return given
+        return checked
 
     def invoke(
         self, input: Sequence[Document], config: RunnableConfig | None = None, **kwargs: Any

@@ -1,4 +1,4 @@
-"""LangChain documents as chunks. Knows nothing of markers, prompts or models."""
+"""LangChain documents as chunks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from langchain_core.documents import Document
 
-from sac_rag.chunk import Chunk
+from sac_rag import Chunk
 
 
 def chunk_of(document: Document) -> Chunk:
-    """The chunk that a document is, named as the command line names what LangChain has written.
+    """The chunk of a document, with the id that the command line gives LangChain's exports.
 
-    It belongs to what `metadata["source"]` names, the file that it was cut from, or else to the
-    document's own id; its title is `metadata["title"]`.
+    Its id is `metadata["source"]`, the file that it was cut from, or else the id of the document;
+    its title is `metadata["title"]`.
     """
     source, title = document.metadata.get("source"), document.metadata.get("title")
     return Chunk(
@@ -27,7 +27,7 @@ def require_documents(documents: Iterable[object]) -> list[Document]:
     """The documents as a list.
 
     Raises:
-        TypeError: if there is something else among them, or they are one document.
+        TypeError: if one is not a Document, or a single document is given.
     """
     if isinstance(documents, (Document, str)):
         raise TypeError(

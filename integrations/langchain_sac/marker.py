@@ -1,9 +1,10 @@
-"""Marks chunks in a text, and finds them again. Knows nothing of LangChain, stores or models.
+"""Markers of chunks in a text: written by `mark`, read by `find`.
 
-A marker is `<sac:chunk key="…">the text</sac:chunk>`, or `<sac:chunk key="…" ratio="15">` with the
-ratio to attend to it at. It proves itself: the text is hashed again,
-and where that does not give the key, it is no marker but text like any other. So a marker says no
-more than "read this text as a chunk", whoever wrote it, and cannot stand for another text's KV.
+A marker is `<sac:chunk key="…">the text</sac:chunk>`, or `<sac:chunk key="…" ratio="15">` with a
+ratio of its own. Its key is checked: the text is hashed again, and if the digest is not the key,
+the marker is read as plain text. A marker therefore means no more than "read this text as a chunk",
+whoever wrote it, and cannot refer to the KV of another text. docs/markers.md compares it with the
+markers of llama_index_sac.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias
 
-from sac_rag.chunk import Chunk
+from sac_rag import Chunk
 
 log = logging.getLogger(__name__)
 
 # The key of a text: `CachedCompressor.key`.
 KeyOf: TypeAlias = Callable[[str], str]
 
-# No text within a marker has a tag in it: `mark` puts a backslash into every one.
+# The text within a marker contains no tag: `mark` escapes each with a backslash.
 _PLAIN = (
     r'<sac:chunk key="([0-9a-f]{64})"(?: ratio="([1-9][0-9]{0,8})")?>'
     r"([^<]*(?:<(?!/?sac:chunk)[^<]*)*)</sac:chunk>"
 )
-# The same as {{context}} of a mustache template writes it.
+# The same, as {{context}} of a mustache template escapes it.
 _HTML = (
     r"&lt;sac:chunk key=&quot;([0-9a-f]{64})&quot;(?: ratio=&quot;([1-9][0-9]{0,8})&quot;)?&gt;"
     r'((?:(?!&lt;/?sac:chunk)[^<>"])*)&lt;/sac:chunk&gt;'
@@ -35,12 +36,12 @@ _MARKER = re.compile(f"{_PLAIN}|{_HTML}")
 
 
 def mark(text: str, key: str, ratio: int | None = None) -> str:
-    """Writes a chunk's text between tags; tags in it lose their meaning, and get it back in `find`.
+    """Writes the text of a chunk between tags; tags in it are escaped, and restored by `find`.
 
     Args:
         text: Any text.
         key: Its key.
-        ratio: Source tokens per KV entry to attend to it at. Default: that of the question.
+        ratio: Source tokens per KV entry of this chunk. Default: that of the question.
     """
     inside = re.sub(r"<(\\*/?sac:chunk)", r"<\\\1", text)
     at_ratio = "" if ratio is None else f' ratio="{ratio}"'
@@ -48,27 +49,27 @@ def mark(text: str, key: str, ratio: int | None = None) -> str:
 
 
 def find(text: str, key_of: KeyOf) -> list[str | Chunk]:
-    """Takes a text apart where chunks are marked in it.
+    """Splits a text at the chunks that are marked in it.
 
     Args:
-        text: As a prompt template left it.
-        key_of: Gives the key that a text must have.
+        text: A prompt with markers.
+        key_of: Computes the key of a text.
 
     Returns:
-        Text and chunks in reading order, each chunk with its key in the metadata. What is marked
-        with another key than its own is text, tags and all.
+        Text and chunks in reading order, each chunk with its key in the metadata. A marker whose
+        key is not that of its text is text, tags included.
     """
     pieces: list[str | Chunk] = []
     end = ignored = 0
-    for found in _MARKER.finditer(text):
-        key, ratio = found[1] or found[4], found[2] or found[5]
-        inside = _raw(found[3] if found[1] else _from_html(found[6]))
+    for match in _MARKER.finditer(text):
+        key, ratio = match[1] or match[4], match[2] or match[5]
+        inside = _raw(match[3] if match[1] else _from_html(match[6]))
         if not fits(inside, key, key_of):
             ignored += 1
             continue
         chunk = Chunk(inside, metadata={"key": key}, ratio=int(ratio) if ratio else None)
-        pieces += [text[end : found.start()], chunk]
-        end = found.end()
+        pieces += [text[end : match.start()], chunk]
+        end = match.end()
     pieces.append(text[end:])
     if ignored:
         log.warning(
@@ -80,7 +81,7 @@ def find(text: str, key_of: KeyOf) -> list[str | Chunk]:
 
 
 def fits(text: str, key: str, key_of: KeyOf) -> bool:
-    """Whether this is the key of the text; takes as long for a wrong one as for the right one."""
+    """Whether a key is that of a text; compared in constant time."""
     return hmac.compare_digest(key_of(text).encode(), key.encode())
 
 

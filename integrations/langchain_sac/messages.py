@@ -1,8 +1,8 @@
-"""LangChain messages to pieces of prompts, answers to messages. Knows nothing of stores or models.
+"""Messages of LangChain to pieces of prompts, and answers to messages.
 
-Everything becomes text or chunks. A tool's result is a turn of the user's; what an assistant wanted
-called stands behind its words, a call a line. Blocks that only carry such calls again, or thoughts
-of an earlier turn, are left out; pictures and sound are refused.
+All content becomes text or chunks. The result of a tool is a turn of the user; tool calls follow
+the text of the assistant, one per line. Blocks that only repeat such calls, or carry the reasoning
+of an earlier turn, are left out; images and audio are refused.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from langchain_core.messages import (
 from langchain_core.messages.ai import UsageMetadata
 
 from langchain_sac.marker import KeyOf, find, fits
-from sac_rag.chunk import Chunk
-from sac_rag.prompts.chat import Message
-from sac_rag.reports import Answer
+from sac_rag import Answer, Chunk, Message
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),
@@ -34,18 +32,18 @@ _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (ToolMessage, "user"),
     (FunctionMessage, "user"),
 )
-_SAID_ELSEWHERE = {"tool_call", "tool_use", "invalid_tool_call", "reasoning", "thinking"}
+_LEFT_OUT = {"tool_call", "tool_use", "invalid_tool_call", "reasoning", "thinking"}
 
 
 def conversation(messages: Sequence[BaseMessage], key_of: KeyOf) -> list[Message]:
-    """The turns of a chat; messages of one role in a row are one turn, a blank line between them.
+    """The turns of a chat; consecutive messages of one role are joined by blank lines.
 
     Args:
-        messages: What LangChain hands to a chat model.
-        key_of: Gives the key that a text must have.
+        messages: Input of a chat model.
+        key_of: Computes the key of a text.
 
     Raises:
-        ValueError: for a message that has no role, or content that is no text.
+        ValueError: for a message without a role, or content that is not text.
     """
     turns: list[Message] = []
     for message in messages:
@@ -58,10 +56,10 @@ def conversation(messages: Sequence[BaseMessage], key_of: KeyOf) -> list[Message
 
 
 def plain_prompt(messages: Sequence[BaseMessage], key_of: KeyOf) -> list[str | Chunk]:
-    """The contents of messages as one text, a blank line between them, whoever said them.
+    """The contents of messages of any role as one text, joined by blank lines.
 
     Raises:
-        ValueError: for content that is no text.
+        ValueError: for content that is not text.
     """
     pieces: list[str | Chunk] = []
     for number, message in enumerate(messages):
@@ -71,10 +69,10 @@ def plain_prompt(messages: Sequence[BaseMessage], key_of: KeyOf) -> list[str | C
 
 
 def usage_of(answer: Answer) -> UsageMetadata:
-    """What an answer took: `input_tokens` are the positions that the model attended to.
+    """Usage of an answer: `input_tokens` are the positions that the model attended to.
 
-    Anchors are among them: `cache_read` out of the store, `cache_creation` computed for this
-    answer. `sac_source_tokens` is how much text they stand for.
+    They include anchors: `cache_read` from the store, `cache_creation` computed for this answer.
+    `sac_source_tokens` is the number of tokens of the chunks' text.
     """
     usage = answer.usage
     details: Any = {
@@ -91,10 +89,10 @@ def usage_of(answer: Answer) -> UsageMetadata:
 
 
 def metadata_of(answer: Answer, model: str) -> dict[str, Any]:
-    """The rest of an answer's account: JSON, with what became of each chunk under "sac"."""
+    """Metadata of an answer as JSON values, with the status of each chunk under "sac"."""
     return {
         "model_name": model,
-        # "eos" is a name of ours; others call any end of the model's own choice "stop".
+        # OpenAI's names: "stop" is any end that the model chose, "eos" included.
         "finish_reason": "length" if answer.finish_reason == "length" else "stop",
         "sac": [
             {
@@ -137,12 +135,12 @@ def _block(block: str | dict[Any, Any], key_of: KeyOf) -> list[str | Chunk]:
     if isinstance(block, str):
         return find(block, key_of)
     kind, text = block.get("type"), block.get("text")
-    if kind in _SAID_ELSEWHERE:
+    if kind in _LEFT_OUT:
         return []
     if kind not in ("text", "text-plain") or not isinstance(text, str):
         raise ValueError(
-            "ChatSAC reads text alone: expected content blocks of type 'text' or 'text-plain' "
-            f"with a 'text', got: {kind!r}; leave it out, or say in words what is in it"
+            "ChatSAC reads text only: expected content blocks of type 'text' or 'text-plain' "
+            f"with a 'text', got: {kind!r}; leave it out, or describe it in words"
         )
     key = _key_in(block) if kind == "text-plain" else None
     if key is not None and fits(text, key, key_of):
@@ -151,7 +149,7 @@ def _block(block: str | dict[Any, Any], key_of: KeyOf) -> list[str | Chunk]:
 
 
 def _key_in(block: dict[Any, Any]) -> str | None:
-    """The key in a block's extras["sac"]["key"]."""
+    """The key of a block, in extras["sac"]["key"], if it has one."""
     inside: Any = block
     for name in ("extras", "sac", "key"):
         inside = inside.get(name) if isinstance(inside, dict) else None

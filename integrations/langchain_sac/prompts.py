@@ -1,4 +1,4 @@
-"""A pipeline's prompt format as LangChain's prompts. Knows nothing of chats, stores or models."""
+"""The prompt format of a pipeline as a prompt template of LangChain."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate
 
 from langchain_sac.documents import chunk_of, require_documents
-from sac_rag.pipeline import SacRAG
+from sac_rag import SacRAG
 
 
 def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
-    """The prompt that `rag.answer` writes, with places for {context} and {question}.
+    """The prompt of `rag.answer`, with the variables {context} and {question}.
 
     With `format_docs(rag)` for the context, ChatSAC answers as `rag.answer` does from the same
-    documents, of which there must be at least one: it knows a plain prompt
-    (`rag.prompt_format.chat` is False) by the format's first and last words. Two
-    things must be given to ChatSAC: `plain=True` for a plain format whose prompts have neither in
-    common, and a chat format's stop texts, at which chats do not end by themselves.
+    documents, of which there must be at least one: it recognizes a plain prompt
+    (`rag.prompt_format.chat` is False) by the first and last words of the format. ChatSAC needs
+    `plain=True` for a plain format whose prompts have neither in common, and `stop` for a chat
+    format with stop texts, which it does not apply to chats.
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")
@@ -26,7 +26,7 @@ def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
         ['context', 'question']
 
     Raises:
-        ValueError: for a raw format: its special tokens cannot be told from text in a message.
+        ValueError: for a raw format: its special tokens would be plain text in a message.
     """
     form = rag.prompt_format
     if form.raw:
@@ -41,7 +41,7 @@ def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
 
 
 def format_docs(rag: SacRAG) -> Callable[[Sequence[Document]], str]:
-    """Gives a function that joins documents as `rag.answer` does: headings, separators and all.
+    """Returns a function that joins documents as `rag.answer` does, with headings and separators.
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")
@@ -63,5 +63,5 @@ def format_docs(rag: SacRAG) -> Callable[[Sequence[Document]], str]:
 
 
 def _literal(text: str) -> str:
-    """The text as an f-string template that gives it."""
+    """The text with braces escaped for an f-string template."""
     return text.replace("{", "{{").replace("}", "}}")

@@ -1,4 +1,4 @@
-"""SACRetriever, a retriever whose documents come marked. Knows nothing of models or prompts."""
+"""SACRetriever: a retriever that marks its documents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from langchain_sac.compressor import SACCompressor
 
 
 class SACRetriever(BaseRetriever):
-    """Retrieves with another retriever and marks what it finds, where a chain wants one retriever.
+    """Retrieves with another retriever and marks the documents, for chains that take one retriever.
 
     Example:
         >>> rag = SacRAG.from_pretrained("smollm2-135m")
@@ -28,10 +28,10 @@ class SACRetriever(BaseRetriever):
         ['<sac:chunk key="', '<sac:chunk key="']
 
     Attributes:
-        base_retriever: Finds documents.
+        base_retriever: Retrieves documents.
         compressor: Marks them.
-        k: At most so many documents, the first; handed on to the base retriever too, which may
-            heed it or not. Default: as many as it finds.
+        k: Most documents, the first ones; passed to the base retriever too, which may ignore it.
+            Default: all that it retrieves.
     """
 
     base_retriever: RetrieverLike

@@ -1,4 +1,4 @@
-"""Brings together what several threads or tasks ask. Knows nothing of what is asked, or of whom."""
+"""Together: one batch out of the rows of several threads or tasks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Result = TypeVar("Result")
 
 
 class Together(Generic[Row, Result]):
-    """Rows that are answered all at once, as soon as each has asked or will not.
+    """Rows that are answered as one batch, once every place is taken or given up.
 
-    What cannot be answered together is answered alone, so that one bad row is only its own. A row
-    whose asker has been cancelled before the last has asked is left out.
+    If the batch fails, each row is answered by itself, so that one bad row does not fail others. A
+    row that is cancelled before the batch starts is left out.
 
     Args:
-        expected: How many places there will be.
-        answer: Answers rows, one to one; called in a thread of its own.
+        expected: Number of places.
+        answer: Answers rows, one result per row; called in a thread of its own.
     """
 
     def __init__(self, expected: int, answer: Callable[[Sequence[Row]], Sequence[Result]]) -> None:
@@ -34,7 +34,7 @@ class Together(Generic[Row, Result]):
         self._worker = ContextThreadPoolExecutor(max_workers=1)
 
     def ask(self, row: Row) -> Future[Result]:
-        """Asks; the result comes when all places are taken or given up."""
+        """Adds a row; its result is computed once all places are taken or given up."""
         future: Future[Result] = Future()
         with self._lock:
             self._asked.append((row, future))
@@ -42,7 +42,7 @@ class Together(Generic[Row, Result]):
         return future
 
     def leave(self) -> None:
-        """Gives up a place: no more is to be waited for."""
+        """Gives up a place, which is then not waited for."""
         with self._lock:
             self._expected -= 1
             self._begin_if_complete()
@@ -58,7 +58,7 @@ class Together(Generic[Row, Result]):
     def _settle(self, waiting: list[tuple[Row, Future[Result]]]) -> None:
         try:
             results = self._answer([row for row, _ in waiting]) if waiting else []
-        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+        except BaseException as error:  # noqa: BLE001 (raised by the future)
             if len(waiting) == 1:
                 waiting[0][1].set_exception(error)
                 return
@@ -70,11 +70,11 @@ class Together(Generic[Row, Result]):
 
 
 class Place(Generic[Row, Result]):
-    """One row's place: kept for its owner in whatever is called, and taken by asking.
+    """Place of one row in a batch: reserved for its owner in a context, taken by `ask`.
 
     Args:
-        owner: Who may take it.
-        together: Where it is.
+        owner: The object that may take it.
+        together: The batch.
     """
 
     def __init__(self, owner: object, together: Together[Row, Result]) -> None:
@@ -83,8 +83,8 @@ class Place(Generic[Row, Result]):
         self._is_taken = False
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keeps the place for what is called here; at the end it is given up, if still there."""
+    def reserved(self) -> Iterator[None]:
+        """Reserves the place within this context, at whose end it is given up if not taken."""
         token = _place.set(self)
         try:
             yield
@@ -96,7 +96,7 @@ class Place(Generic[Row, Result]):
 
     @staticmethod
     def find(owner: object) -> Place[Any, Any] | None:
-        """The place that is kept here for this owner, unless it is taken."""
+        """The place that is reserved for this owner in the current context, unless it is taken."""
         place = _place.get()
         if place is None or place._owner is not owner or place._is_taken:
             return None

@@ -1,6 +1,6 @@
-"""LlamaIndex over sac_rag: nodes whose text the LLM attends to as anchors instead of reading it.
+"""LlamaIndex components over sac_rag: the LLM attends to anchors of nodes instead of their text.
 
-Two arguments change in a query engine; `docs/llama_index.md` has the rest.
+Two arguments of a query engine change; see `docs/llama_index.md`.
 
     index.as_query_engine(llm=SACLLM(rag), node_postprocessors=[SACPostprocessor(rag)])
 """
@@ -11,7 +11,7 @@ try:
     import llama_index.core  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name not in ("llama_index", "llama_index.core"):
-        raise  # it is there, and misses something itself
+        raise  # it is installed, and one of its own imports fails
     raise ImportError(
         "llama_index_sac needs the 'llama-index' extra: pip install 'sac-rag[llama-index]'"
     ) from error

@@ -1,4 +1,4 @@
-"""SACLLM, a SacRAG as an LLM of LlamaIndex. Knows nothing of retrieval."""
+"""SACLLM: a SacRAG as an LLM of LlamaIndex."""
 
 from __future__ import annotations
 
@@ -26,30 +26,28 @@ from llama_index.core.llms.custom import CustomLLM
 
 from llama_index_sac.markers import Markers, UnanswerableError, escape, markers_of
 from llama_index_sac.responses import Step, completion, growing, turn
-from sac_rag.chunk import Chunk
-from sac_rag.prompts.chat import Message
+from sac_rag import Chunk, Message
 
 if TYPE_CHECKING:
-    from sac_rag.pipeline import SacRAG
-    from sac_rag.prompts.generate import Decoding
+    from sac_rag import Decoding, SacRAG
 
 ResponseT = TypeVar("ResponseT")
 
 # The turns of a chat, or the pieces of a plain text.
 _Prompt: TypeAlias = list[Message] | tuple[str | Chunk, ...]
 
-# What LlamaIndex's own LLMs call it.
+# Names that LlamaIndex's own LLMs have for fields of Decoding.
 _ALIASES = {"max_tokens": "max_new_tokens"}
 
 
 class SACLLM(CustomLLM):
-    """The frozen LM of a SacRAG; it attends to what a SACPostprocessor over the same SacRAG marked.
+    """The frozen LM of a SacRAG; attends to nodes that a SACPostprocessor over it has marked.
 
-    A prompt that `text_qa_template` made is read as `rag.answer` reads it; everything else is a
-    chat in the model's chat template, or as `plain` says. `complete`, `chat`, their streams and
-    async versions give the same answer; async ones work in threads, and a stream that is left
-    writes no more. `raw["usage"]` of a response counts what was attended to,
-    `additional_kwargs["sac"]` says what became of each chunk.
+    A prompt of `text_qa_template` is read as `rag.answer` reads it; everything else is a chat in
+    the chat template of the model, or as `plain` defines. `complete`, `chat`, their streams and
+    async versions give the same answer; async ones run in threads, and a stream that is closed
+    stops generating. `raw["usage"]` of a response counts attended positions;
+    `additional_kwargs["sac"]` has the status of each chunk.
 
     >>> from llama_index.core.llms import ChatMessage
     >>> llm = SACLLM(rag)
@@ -61,22 +59,23 @@ class SACLLM(CustomLLM):
     ['completion_tokens', 'prompt_tokens', 'total_tokens']
 
     Args:
-        rag: Answers. Its `on_miss` deals with chunks that have left the store since retrieval.
+        rag: The pipeline that answers. Its `on_miss` applies to chunks that were deleted from the
+            store since retrieval.
         plain: How prompts are read. None: those in the plain format of `rag.prompt_format`, and
-            those that are completed with `formatted=True`, are plain text; all others are
-            chats. True: all are plain text: no template, no roles, messages joined by blank lines.
-            False: all are chats.
-        decoding: How answers are written. Default: the SacRAG's own. Each call may change its
+            those completed with `formatted=True`, are plain text; all others are chats. True: all
+            are plain text: no template, no roles, messages joined by blank lines. False: all are
+            chats.
+        decoding: How answers are generated. Default: that of the SacRAG. Each call can change its
             fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`. Without a `stop`, answers
             to prompts in the plain format end at its stop texts.
         ratio: Source tokens per KV entry of marked chunks, unless a SACPostprocessor gave them one;
-            an option of each call too. Default: the compressor's own.
-        **settings: Those of LlamaIndex's LLM.
+            also an option of each call. Default: that of the compressor.
+        **settings: Fields of LlamaIndex's LLM.
 
     Raises:
-        TypeError: if rag is no SacRAG.
-        ValueError: if answers could be as long as the model's context, or for a ratio that the
-            compressor does not have.
+        TypeError: if rag is not a SacRAG.
+        ValueError: if answers could be as long as the context of the model, or for a ratio that
+            the compressor does not have.
     """
 
     plain: bool | None = Field(
@@ -106,11 +105,11 @@ class SACLLM(CustomLLM):
         super().__init__(plain=plain, ratio=ratio, **settings)
         self._rag, self._markers = rag, markers
         self._decoding = decoding or rag.decoding
-        told = self.metadata
-        if told.num_output >= told.context_window:
+        metadata = self.metadata
+        if metadata.num_output >= metadata.context_window:
             raise ValueError(
-                f"answers must be shorter than the model's context of {told.context_window} "
-                f"tokens, may have {told.num_output}; give a Decoding with fewer max_new_tokens"
+                f"answers must be shorter than the model's context of {metadata.context_window} "
+                f"tokens, may have {metadata.num_output}; give a Decoding with fewer max_new_tokens"
             )
 
     @classmethod
@@ -121,7 +120,7 @@ class SACLLM(CustomLLM):
 
         The SacRAG for the postprocessor is `llm.rag`.
         """
-        from sac_rag.pipeline import SacRAG
+        from sac_rag import SacRAG
 
         return cls(SacRAG.from_pretrained(model, **options), plain=plain)
 
@@ -137,22 +136,22 @@ class SACLLM(CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans prompts by. Its lengths are in tokens of text, a chunk's all."""
+        """Limits by which LlamaIndex builds prompts, in tokens of text; a chunk counts in full."""
         generator = self._rag.generator
         config = generator.model.config
         return LLMMetadata(
             context_window=generator.max_positions,
             num_output=self._decoding.max_new_tokens,
             is_chat_model=self.plain is not True,
-            model_name=Path(config._name_or_path or config.model_type).name,
+            model_name=Path(config.name_or_path or config.model_type).name,
         )
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, a marker's being those of its chunk.
+        """Token ids of a text; those of a marker are those of its chunk.
 
-        With `Settings.tokenizer = llm.tokenize`, LlamaIndex plans prompts by their real lengths.
+        With `Settings.tokenizer = llm.tokenize`, LlamaIndex builds prompts by their actual lengths.
         """
-        compressor, generator = self._rag.compressor.compressor, self._rag.generator
+        compressor, generator = self._rag.compressor, self._rag.generator
         return [
             token
             for piece in self._markers.known(text)
@@ -165,17 +164,17 @@ class SACLLM(CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        """Answers a prompt: one turn of a user, or plain text to go on with, as `plain` says.
+        """Answers a prompt: one turn of a user, or plain text to continue, depending on `plain`.
 
         Args:
-            prompt: Gets the LLM's `completion_to_prompt` around it, unless it is formatted.
-            formatted: Whether the prompt is as the model must read it, without a chat template
-                too, unless `plain` is False.
+            prompt: Passed through `completion_to_prompt` of the LLM, unless it is formatted.
+            formatted: Whether the prompt is complete, so that no chat template is applied unless
+                `plain` is False.
             **options: Fields of Decoding, and ratio.
 
         Raises:
             UnanswerableError: if it is too long, or contains a marker of unknown origin.
-            ChunkMissError: with the SacRAG's on_miss="raise", if a chunk has left the store.
+            ChunkMissError: with the SacRAG's on_miss="raise", if the store has lost a chunk.
             TypeError: for an option that is neither a field of Decoding nor ratio.
         """
         *_, last = self._steps(self._completion(prompt, formatted), options)
@@ -185,18 +184,18 @@ class SACLLM(CustomLLM):
     def stream_complete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseGen:
-        """The same, piece by piece; raises as `complete` does, at once."""
+        """The same as a stream; raises as `complete` does, before the first piece."""
         return _each(self._steps(self._completion(prompt, formatted), options), completion)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-        """Writes the assistant's next turn. Raises as `complete` does."""
+        """Generates the next turn of the assistant. Raises as `complete` does."""
         *_, last = self._steps(self._conversation(messages), options)
         return turn(last)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseGen:
-        """The same, piece by piece; raises as `complete` does, at once."""
+        """The same as a stream; raises as `complete` does, before the first piece."""
         return _each(self._steps(self._conversation(messages), options), turn)
 
     @llm_completion_callback()
@@ -244,7 +243,7 @@ class SACLLM(CustomLLM):
         return self._recognized(turns)
 
     def _recognized(self, turns: list[Message]) -> _Prompt:
-        """Turns of a chat, or the plain text that they are if they are in the plain format."""
+        """Turns of a chat, or their plain text if they are in the plain format."""
         if self.plain is None and [turn.role for turn in turns] == [MessageRole.USER.value]:
             content = turns[0].content
             if self._rag.prompt_format.matches(content):
@@ -252,7 +251,7 @@ class SACLLM(CustomLLM):
         return turns
 
     def _steps(self, prompt: _Prompt, options: dict[str, Any]) -> Iterator[Step]:
-        """The answer as it grows, begun now: what is wrong with the prompt is raised here."""
+        """The answer as it is generated; started here, so that a bad prompt raises at once."""
         ratio = self.ratio if options.get("ratio") is None else options["ratio"]
         changes = {name: value for name, value in options.items() if name != "ratio"}
         decoding = _changed(self._decoding, changes)
@@ -271,7 +270,7 @@ class SACLLM(CustomLLM):
         options: dict[str, Any],
         make: Callable[[Step], ResponseT],
     ) -> AsyncGenerator[ResponseT, None]:
-        # One thread a step: whoever leaves the stream, or is cancelled, asks for no further one.
+        # One thread call per step: a stream that is closed or cancelled takes no further step.
         steps = await asyncio.to_thread(self._steps, prompt, options)
 
         async def responses() -> AsyncGenerator[ResponseT, None]:
@@ -293,10 +292,10 @@ def _changed(decoding: Decoding, options: dict[str, Any]) -> Decoding:
 
 
 def _text(message: ChatMessage) -> str:
-    """A message's text. In the assistant's nothing is a marker: he was never shown one."""
+    """Text of a message. That of the assistant contains no markers: it was never shown one."""
     for block in message.blocks:
         if not isinstance(block, TextBlock):
-            raise UnanswerableError(f"the model reads text alone, got a {type(block).__name__}")
+            raise UnanswerableError(f"the model reads text only, got a {type(block).__name__}")
     text = message.content or ""
     return escape(text) if message.role == MessageRole.ASSISTANT else text
 
@@ -308,5 +307,5 @@ def _paragraphs(messages: Sequence[ChatMessage]) -> str:
 def _each(
     steps: Iterator[Step], make: Callable[[Step], ResponseT]
 ) -> Generator[ResponseT, None, None]:
-    # LlamaIndex tells a stream by its being a generator.
+    # LlamaIndex recognizes a stream by its being a generator.
     yield from map(make, steps)

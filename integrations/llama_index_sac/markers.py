@@ -1,4 +1,7 @@
-"""Markers: what stands in a prompt for a chunk, and which chunk. Knows nothing of LlamaIndex."""
+"""Markers: texts that stand for chunks in a prompt, issued and resolved by one process.
+
+docs/markers.md compares them with the markers of langchain_sac.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from sac_rag.chunk import Chunk
+from sac_rag import Chunk
 
 if TYPE_CHECKING:
-    from sac_rag.pipeline import SacRAG
+    from sac_rag import SacRAG
 
 # Chunks a pipeline remembers; a few kilobytes of text each.
 REMEMBERED = 10_000
@@ -23,18 +26,18 @@ MARKER = re.compile(r"(<\|sac:[0-9a-f]{32}\|>)")
 
 
 class UnanswerableError(RuntimeError):
-    """A prompt cannot be answered as it stands: it is too long, or a marker in it is unknown.
+    """A prompt cannot be answered: it is too long, or has an unknown marker.
 
-    No ValueError: LlamaIndex's Refine takes one for an answer that could not be parsed, logs it
-    and says "Empty Response".
+    Not a ValueError: LlamaIndex's Refine takes one for an answer that cannot be parsed, logs it and
+    returns "Empty Response".
     """
 
 
 def escape(text: str) -> str:
-    """A text in which nothing can be taken for a marker; nearly every text as it is.
+    """Escapes everything in a text that could be taken for a marker; most texts do not change.
 
-    An escaped beginning of a text is the beginning of the escaped text, so that an answer can be
-    escaped while it is written.
+    An escaped prefix of a text is a prefix of the escaped text, so that an answer can be escaped
+    while it is generated.
 
     >>> escape("What does <|sac:1|> mean?")
     'What does <|sac :1|> mean?'
@@ -43,7 +46,7 @@ def escape(text: str) -> str:
 
 
 def require_no_marker(question: str) -> None:
-    """Raises UnanswerableError for a question in which something could be taken for a marker."""
+    """Raises UnanswerableError for a question with a text that could be taken for a marker."""
     if _OPENING in question:
         raise UnanswerableError(
             f"a question must not contain {_OPENING!r}, which stands for a chunk; "
@@ -52,13 +55,13 @@ def require_no_marker(question: str) -> None:
 
 
 class Markers:
-    """Markers that were issued for chunks, and the chunks they stand for. Safe between threads.
+    """Issued markers and the chunks that they stand for; thread-safe.
 
-    A marker is a digest of the chunk under a secret that is drawn with this object: nobody can
-    write one that he was not shown, and none is known to another pipeline or process.
+    A marker is a digest of the chunk under a secret that each instance draws: it cannot be guessed,
+    and is unknown to other pipelines and processes.
 
     Args:
-        limit: Chunks to remember; beyond it those used longest ago are forgotten.
+        limit: Number of chunks remembered; the least recently used are forgotten.
     """
 
     def __init__(self, limit: int = REMEMBERED) -> None:
@@ -68,7 +71,7 @@ class Markers:
         self._lock = threading.Lock()
 
     def issue(self, chunk: Chunk) -> str:
-        """The marker of a chunk: the same for the same text, id, node and ratio."""
+        """The marker of a chunk; equal for equal text, id, node and ratio."""
         node_id = chunk.metadata.get("node_id")
         named = repr((chunk.text, chunk.id, node_id, chunk.ratio)).encode()
         key = hashlib.blake2b(named, key=self._secret, digest_size=16).hexdigest()
@@ -81,7 +84,7 @@ class Markers:
         return marker
 
     def known(self, text: str) -> list[str | Chunk]:
-        """A text with the markers that were issued here replaced by their chunks."""
+        """Splits a text at known markers, which are replaced by their chunks."""
         parts: list[str | Chunk] = list(MARKER.split(text))
         with self._lock:
             for i in range(1, len(parts), 2):
@@ -92,7 +95,7 @@ class Markers:
         return parts
 
     def pieces(self, text: str) -> tuple[str | Chunk, ...]:
-        """The same, for a prompt: nothing that looks like a marker is left in it.
+        """The same for a prompt, in which unknown markers are refused.
 
         Raises:
             UnanswerableError: for a marker that was not issued here, was forgotten, or is damaged.
@@ -115,12 +118,12 @@ _MAKING = threading.Lock()
 
 
 def markers_of(rag: SacRAG) -> Markers:
-    """The markers of a pipeline, shared by everything that is made over it.
+    """The markers of a pipeline, shared by all components over it.
 
     Raises:
-        TypeError: for what is no SacRAG.
+        TypeError: if it is not a SacRAG.
     """
-    from sac_rag.pipeline import SacRAG
+    from sac_rag import SacRAG
 
     if not isinstance(rag, SacRAG):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""SACNode, a node that shows the LLM a marker for its text. Knows nothing of what resolves it."""
+"""SACNode: a node that shows the LLM a marker instead of its text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, Document, MetadataMode, Node, TextNode
 
 from llama_index_sac.markers import escape
-from sac_rag.chunk import Chunk
+from sac_rag import Chunk
 
 
 class SACNode(TextNode):
-    r"""A retrieved node as the LLM gets it: its metadata as text, and a marker for its text.
+    r"""A retrieved node whose content for the LLM is its metadata and a marker.
 
-    In every other mode, and wherever it is stored, it is the node that was retrieved.
+    In every other mode, and when stored, it equals the node that was retrieved.
 
     >>> from llama_index.core.schema import MetadataMode
     >>> node = SACNode(text="Seven ships.", metadata={"page": 4}, marker="<|sac:1|>")
@@ -22,7 +22,7 @@ class SACNode(TextNode):
     ('Seven ships.', 'page: 4\n\nSeven ships.')
 
     Attributes:
-        marker: Stands for the text in a prompt. Not stored with the node: a node that comes out of
+        marker: Stands for the text in a prompt. Not stored with the node, so that a node read from
             a store shows its text.
     """
 
@@ -30,11 +30,11 @@ class SACNode(TextNode):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name that it is stored under; what reads it makes a TextNode."""
+        """The name under which it is stored; read back as a TextNode."""
         return "SACNode"
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """The text, in LLM mode its marker, behind the metadata that the mode asks for."""
+        """The text (in LLM mode the marker), behind the metadata of the mode."""
         if metadata_mode != MetadataMode.LLM or not self.marker:
             return super().get_content(metadata_mode)
         metadata = escape(self.get_metadata_str(mode=metadata_mode).strip())
@@ -45,7 +45,7 @@ class SACNode(TextNode):
 
 
 def can_be_compressed(node: BaseNode) -> bool:
-    """Whether a node is its text and no more: no image, no reference to another index."""
+    """Whether a node has only text: no image, no reference to another index."""
     if type(node) in (Node, Document):
         media = ("image_resource", "audio_resource", "video_resource")
         return all(getattr(node, name, None) is None for name in media)
@@ -53,7 +53,7 @@ def can_be_compressed(node: BaseNode) -> bool:
 
 
 def chunk_of(node: BaseNode) -> Chunk:
-    """A node's text as a chunk of the document that it is from."""
+    """The text of a node as a chunk of its document."""
     return Chunk(
         node.get_content(MetadataMode.NONE),
         id=node.ref_doc_id or node.node_id,
@@ -62,6 +62,6 @@ def chunk_of(node: BaseNode) -> Chunk:
 
 
 def marked(node: BaseNode, marker: str) -> SACNode:
-    """A copy of a node that shows the LLM a marker; the node itself stays as it is."""
+    """A copy of a node that shows the LLM a marker."""
     fields = {name: getattr(node, name) for name in TextNode.model_fields if hasattr(node, name)}
     return SACNode(**{**fields, "text": node.get_content(MetadataMode.NONE), "marker": marker})

@@ -1,4 +1,4 @@
-"""SACPostprocessor: retrieved nodes to nodes the LLM attends to. Knows nothing of prompts."""
+"""SACPostprocessor: replaces the text of retrieved nodes by markers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from llama_index_sac.markers import Markers, markers_of, require_no_marker
 from llama_index_sac.node import can_be_compressed, chunk_of, marked
 
 if TYPE_CHECKING:
-    from sac_rag.chunk import Chunk
-    from sac_rag.pipeline import SacRAG
+    from sac_rag import Chunk, SacRAG
 
 
 class SACPostprocessor(BaseNodePostprocessor):
-    """Puts compressed text in the place of text, for a SACLLM over the same SacRAG.
+    """Replaces text by markers of compressed text, for a SACLLM over the same SacRAG.
 
-    It goes last. Nodes keep ids, scores, metadata, relationships, number and order; the nodes that
-    it was given stay as they are. Texts that are not in the store are dealt with as the SacRAG's
-    `on_miss` says. Nodes that are more than a text (images, references to other indices) go on as
-    they are, and are read.
+    Must be the last postprocessor. Returns copies of the nodes with the same ids, scores, metadata,
+    relationships and order. Texts that are not in the store are handled as `on_miss` of the SacRAG
+    defines. Nodes with more than text (images, references to other indices) are passed through and
+    read as usual.
 
     >>> from llama_index.core import SummaryIndex
     >>> from llama_index.core.schema import TextNode
@@ -37,13 +36,13 @@ class SACPostprocessor(BaseNodePostprocessor):
     'log, page 4'
 
     Args:
-        rag: Compresses and remembers the texts.
+        rag: Compresses the texts and resolves the markers.
         ratio: Source tokens per KV entry of these texts, whatever ratio the SACLLM has. Default:
-            the SACLLM's, or else the compressor's own.
-        **settings: Those of BaseNodePostprocessor.
+            that of the SACLLM, or else of the compressor.
+        **settings: Fields of BaseNodePostprocessor.
 
     Raises:
-        TypeError: if rag is no SacRAG.
+        TypeError: if rag is not a SacRAG.
         ValueError: for a ratio that the compressor does not have.
     """
 
@@ -68,12 +67,12 @@ class SACPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """The nodes, marked; LlamaIndex's own async version does it in a thread.
+        """Marks the nodes; LlamaIndex's async version runs it in a thread.
 
         Raises:
-            UnanswerableError: if the question contains what could be taken for a marker.
+            UnanswerableError: if the question has a text that could be taken for a marker.
             ChunkMissError: with on_miss="raise", if a text is not in the store.
-            PromptTooLongError: for a text longer than the model's context that is to be compressed.
+            PromptTooLongError: for a text longer than the model's context that must be compressed.
         """
         if query_bundle is not None:
             require_no_marker(query_bundle.query_str)
@@ -89,7 +88,7 @@ class SACPostprocessor(BaseNodePostprocessor):
         ]
 
     def _fetched(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The same, those that were not in the store compressed now, and told why they had to."""
+        """The chunks; those that are compressed now have the miss reason in their metadata."""
         rag = self._rag
         missing = [i for i, chunk in enumerate(chunks) if self._is_missing(chunk)]
         if not missing or rag.on_miss == "text":
@@ -100,14 +99,14 @@ class SACPostprocessor(BaseNodePostprocessor):
             on_miss=rag.on_miss,
             documents=[chunks[i].id for i in missing],
         )
-        noted = list(chunks)
+        annotated = list(chunks)
         for i, reason in zip(missing, fetched.misses, strict=True):
-            noted[i] = replace(chunks[i], metadata={**chunks[i].metadata, "miss": reason})
-        return noted
+            annotated[i] = replace(chunks[i], metadata={**chunks[i].metadata, "miss": reason})
+        return annotated
 
     def _is_missing(self, chunk: Chunk) -> bool:
         try:
             compressor = self._rag.compressor
             return not chunk.is_empty and not compressor.is_stored(chunk.text, chunk.ratio)
         except OSError:
-            return True  # `fetch` finds out too, says so, and does without the store
+            return True  # `fetch` meets the same error, logs it, and computes without the store

@@ -1,4 +1,4 @@
-"""SACPrecompress: texts of an ingestion pipeline into a store. Knows nothing of questions."""
+"""SACPrecompress: compresses the texts of an ingestion pipeline into a store."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from llama_index_sac.markers import markers_of
 from llama_index_sac.node import can_be_compressed, chunk_of
 
 if TYPE_CHECKING:
-    from sac_rag.pipeline import SacRAG
+    from sac_rag import SacRAG
 
 
 class SACPrecompress(TransformComponent):
-    """Compresses the texts of nodes into a store, and hands the nodes on as they are.
+    """Compresses the texts of nodes into a store, and returns the nodes unchanged.
 
-    It stands behind the splitter. It is a convenience and no guarantee: an IngestionPipeline that
-    has seen the same nodes before takes them from its cache and skips every transformation. What
-    is missing then is compressed when it is retrieved.
+    Stands behind the splitter. Does not guarantee that the store has every text: an
+    IngestionPipeline takes nodes that it has seen before from its cache and skips all
+    transformations. Missing texts are compressed when they are retrieved.
 
-    Give it a SacRAG or, for `num_workers` above 1, what each process is to open for itself: the
-    names and folders that `SacRAG.from_pretrained` takes.
+    Takes a SacRAG or, for `num_workers` above 1, the names and folders with which each process
+    opens its own: arguments of `SacRAG.from_pretrained`.
 
     >>> from llama_index.core.ingestion import IngestionPipeline
     >>> from llama_index.core.node_parser import SentenceSplitter
@@ -38,13 +38,13 @@ class SACPrecompress(TransformComponent):
     Attributes:
         model: A default model's name, a local folder or a hub id.
         store: The folder of a DiskStore.
-        compressor: A compressor's name or folder; see `SacRAG.from_pretrained`.
-        ratio: Source tokens per anchor; see there. That of a SacRAG that was given.
-        namespace: See there. Part of this component's hash and pickle, not of its repr.
-        fingerprint: Of a SacRAG that was given: another compressor is another hash.
+        compressor: Name, folder or hub id of a compressor; see `SacRAG.from_pretrained`.
+        ratio: Source tokens per anchor; see there. With a SacRAG, that of its compressor.
+        namespace: See there. Part of the hash and pickle of this component, not of its repr.
+        fingerprint: With a SacRAG, that of its compressor, so that another one changes the hash.
 
     Raises:
-        TypeError: if neither or both of a SacRAG and a store are given.
+        TypeError: unless exactly one of SacRAG and store is given.
     """
 
     model: str = "smollm2-135m"
@@ -65,8 +65,8 @@ class SACPrecompress(TransformComponent):
         if rag is not None:
             markers_of(rag)
             settings["fingerprint"] = rag.compressor.fingerprint
-            # Where one compression serves several ratios, it is no part of the fingerprint.
-            settings["ratio"] = rag.compressor.compressor.config.ratio
+            # Where ratios are nested, the fingerprint does not include the ratio.
+            settings["ratio"] = rag.compressor.config.ratio
         super().__init__(**settings)
         self._rag = rag
 
@@ -76,7 +76,7 @@ class SACPrecompress(TransformComponent):
         return "SACPrecompress"
 
     def __call__(self, nodes: Sequence[BaseNode], **options: Any) -> Sequence[BaseNode]:
-        """Compresses what the store does not have.
+        """Compresses texts that the store does not have.
 
         Raises:
             PromptTooLongError: for a text longer than the model's context.
@@ -93,15 +93,16 @@ class SACPrecompress(TransformComponent):
         return await asyncio.to_thread(self, nodes, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process gets.
+        """State for another process.
 
         Raises:
             TypeError: if it holds a SacRAG.
         """
         if self._rag is not None:
             raise TypeError(
-                "a SACPrecompress over a loaded SacRAG cannot go to another process; give what "
-                "each is to open, as in SACPrecompress(model='smollm2-135m', store='anchors/')"
+                "a SACPrecompress over a loaded SacRAG cannot be pickled for another process; "
+                "give a model and a store to open there, as in "
+                "SACPrecompress(model='smollm2-135m', store='anchors/')"
             )
         return super().__getstate__()
 
@@ -110,7 +111,7 @@ class SACPrecompress(TransformComponent):
 def _opened(
     model: str, store: str, compressor: str | None, ratio: int | None, namespace: str
 ) -> SacRAG:
-    """Opened once in a process, and kept."""
+    """A pipeline, opened once per process."""
     from sac_rag import DiskStore, SacRAG
 
     return SacRAG.from_pretrained(

@@ -1,4 +1,4 @@
-"""A SacRAG's prompt format as a template of LlamaIndex. Knows nothing of KV or of retrieval."""
+"""The prompt format of a SacRAG as a prompt template of LlamaIndex."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
 
 from llama_index_sac.markers import MARKER, markers_of
-from sac_rag.chunk import Chunk
-from sac_rag.prompts.chat import Markup
+from sac_rag import Chunk
 
 if TYPE_CHECKING:
-    from sac_rag.pipeline import SacRAG
+    from sac_rag import SacRAG
 
 
 def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
-    """The template with which a query engine asks as `rag.answer` does.
+    """The template with which a query engine asks in the prompt of `rag.answer`.
 
-    The answers are equal where the nodes have no metadata for the LLM: then what stands between two
-    chunks is what the format puts there. SACLLM knows a plain prompt by the format's first and last
-    words; one whose prompts have neither in common needs `SACLLM(rag, plain=True)`.
+    The answers are equal if the nodes have no metadata for the LLM: the text between two chunks is
+    then the separator of the format. SACLLM recognizes a plain prompt by the first and last words
+    of the format; a format whose prompts have neither in common needs `SACLLM(rag, plain=True)`.
 
     >>> from llama_index.core import SummaryIndex
     >>> from llama_index.core.schema import TextNode
@@ -36,8 +35,8 @@ def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
     True
 
     Raises:
-        TypeError: if rag is no SacRAG.
-        ValueError: for a raw format, whose own words are special tokens: no template has those.
+        TypeError: if rag is not a SacRAG.
+        ValueError: for a raw format: its special tokens would be plain text in a template.
     """
     markers_of(rag)
     format, tokenizer = rag.prompt_format, rag.generator.tokenizer
@@ -47,14 +46,14 @@ def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
         )
 
     def around(chunks: int) -> list[str]:
-        """The user's text before, between and behind so many chunks."""
-        given = [Chunk("?")] * chunks
+        """The text of the user before, between and behind n chunks."""
+        placeholders = [Chunk("?")] * chunks
         if format.chat:
-            return _texts(format.messages("{query_str}", given)[-1].content)
-        return _texts(format.pieces(tokenizer, "{query_str}", given))
+            return _texts(format.messages("{query_str}", placeholders)[-1].content)
+        return _texts(format.pieces(tokenizer, "{query_str}", placeholders))
 
     def context_str(context_str: str | Sequence[str] = "", **others: Any) -> str:
-        # A list comes from "simple_summarize".
+        # "simple_summarize" gives a list.
         context = context_str if isinstance(context_str, str) else "\n".join(context_str)
         parts = MARKER.split(context)
         for i, between in enumerate(around(len(parts) // 2)[1:-1], start=1):
@@ -72,12 +71,12 @@ def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
     return ChatPromptTemplate(turns, function_mappings=mappings)
 
 
-def _texts(content: Sequence[Markup | str | Chunk]) -> list[str]:
-    """What stands before, between and behind chunks."""
+def _texts(content: Sequence[object]) -> list[str]:
+    """The texts before, between and behind chunks."""
     texts = [""]
     for piece in content:
         if isinstance(piece, Chunk):
             texts.append("")
-        elif isinstance(piece, str):  # Markup is the tokenizer's BOS, which SacRAG puts there
+        elif isinstance(piece, str):  # the rest is the tokenizer's BOS, which SacRAG adds
             texts[-1] += piece
     return texts

@@ -1,4 +1,4 @@
-"""Answers as they are written to responses of LlamaIndex. Knows nothing of prompts."""
+"""Answers to responses of LlamaIndex, whole or while they are generated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from llama_index.core.base.llms.types import (
 from llama_index_sac.markers import escape
 
 if TYPE_CHECKING:
-    from sac_rag.answering import AnswerStream
-    from sac_rag.reports import Answer
+    from sac_rag import Answer, AnswerStream
 
 
 @dataclass(frozen=True)
 class Step:
-    """An answer as far as it is written, with its account once it has ended."""
+    """An answer as far as it is generated; `answer` has usage and timings once it has ended."""
 
     text: str
     delta: str
@@ -30,18 +29,18 @@ class Step:
 
 
 def growing(stream: AnswerStream) -> Iterator[Step]:
-    """An answer step by step; the last step adds no text and has the account."""
+    """An answer step by step; the last step adds no text and has the whole answer."""
     written = shown = ""
     for piece in stream:
         written += piece
-        # Whoever hands an answer on in a prompt must not hand on what looks like a marker.
+        # Answers end up in later prompts, where they must not look like markers.
         before, shown = shown, escape(written)
         yield Step(shown, shown[len(before) :])
     yield Step(shown, "", stream.answer)
 
 
 def _account(step: Step) -> dict[str, Any]:
-    """What a response says besides its text."""
+    """Fields of a response besides its text."""
     answer = step.answer
     if answer is None:
         return {}
@@ -49,7 +48,7 @@ def _account(step: Step) -> dict[str, Any]:
     chunks = [
         {
             "node_id": report.chunk.metadata.get("node_id"),
-            # A chunk that was compressed on retrieval is a hit by now.
+            # A chunk that was compressed on retrieval is a hit by now; its reason is recorded.
             "status": report.chunk.metadata.get("miss") or report.status,
             "read_as": report.read_as,
             "num_tokens": report.num_tokens,
@@ -73,11 +72,11 @@ def _account(step: Step) -> dict[str, Any]:
 
 
 def completion(step: Step) -> CompletionResponse:
-    """What `complete` and its kin return."""
+    """Response of `complete` and its stream."""
     return CompletionResponse(text=step.text, delta=step.delta, **_account(step))
 
 
 def turn(step: Step) -> ChatResponse:
-    """What `chat` and its kin return."""
+    """Response of `chat` and its stream."""
     message = ChatMessage(step.text, role=MessageRole.ASSISTANT)
     return ChatResponse(message=message, delta=step.delta, **_account(step))

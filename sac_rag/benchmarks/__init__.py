@@ -1,1 +1,1 @@
-"""Measurements of time, bytes and numbers that anyone can take again."""
+"""Measurements of time, bytes and rounding that anyone can repeat."""

@@ -1,4 +1,4 @@
-"""What it costs to store in fewer bits: bytes, logits, answers. Knows nothing of how it is done."""
+"""Costs of storing in fewer bits: bytes, logits, answers."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ REFERENCE: StoredDtype = "float32"
 
 @dataclass(frozen=True)
 class DtypeRow:
-    """One stored dtype, compared with float32, which holds whatever was computed.
+    """One stored dtype, compared with float32, which holds the computed values.
 
     Attributes:
-        stored_dtype: What keys and values are kept in.
+        stored_dtype: Dtype of stored keys and values.
         n: Questions.
         entry_bytes: Mean bytes of a chunk's entry on disk.
-        logit_rms: Root mean square error of a logit, where the gold answer is read.
+        logit_rms: Root mean square error of a logit, at the tokens of the gold answer.
         logit_max: The largest error of any.
         kl: Mean Kullback-Leibler divergence of the next token's probabilities, in nats.
-        same_tokens: Share of the answer's tokens at which the likeliest one is the same.
-        same_answers: Share of greedy answers that are the same, letter by letter.
+        same_tokens: Share of the gold answer's tokens at which the most likely token is the same.
+        same_answers: Share of greedy answers that are equal.
         f1: Mean F1 of the greedy answers.
         f1_change: Its difference from float32's.
         f1_change_interval: Bootstrap 95 % interval of that, over questions.
@@ -57,7 +57,7 @@ class DtypeRow:
 
 @dataclass
 class _Account:
-    """What a dtype came to so far, an item for each chunk, for each logit row or for each trial."""
+    """Figures of a dtype so far, one per chunk, per logit row or per trial."""
 
     nbytes: list[int] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
@@ -76,25 +76,25 @@ def measure(
     max_new_tokens: int = 32,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[DtypeRow]:
-    """Has every question answered from chunks in each dtype, each chunk compressed once.
+    """Answers every question from chunks in each dtype, each chunk compressed once.
 
     Args:
-        rag: Model, compressor and prompt format. Where the model computes in bfloat16, that is
-            what float32 holds, and storing in bfloat16 changes nothing.
+        rag: Model, compressor and prompt format. Where the model computes in bfloat16, float32
+            holds bfloat16 values, and storing in bfloat16 changes nothing.
         sample: The questions.
         dtypes: Compared with float32.
         max_new_tokens: Longest answer, in tokens.
-        on_progress: Called with the number of questions done since the last call.
+        on_progress: Called with the number of questions answered since the last call.
 
     Returns:
-        A row for float32, and one for each dtype.
+        A row for float32, and one per dtype.
 
     Raises:
         PromptTooLongError: if a question with its chunks does not fit the model.
     """
-    exact = rag.compressor.compressor.storing(REFERENCE)
+    exact = rag.compressor.storing(REFERENCE)
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
-    # The guard would compute anew what is slow to load.
+    # The guard would compute again what is slow to load.
     readers = {
         dtype: SacRAG(
             CachedCompressor(exact.storing(dtype), {}, guard=False),
@@ -130,7 +130,7 @@ def measure(
 @torch.inference_mode()
 def _logits_of_gold(rag: SacRAG, trial: Trial, kvs: dict[str, AnchorKV]) -> Tensor:
     """Logits from which each token of the gold answer is read. Shape: (tokens, vocabulary)."""
-    generator, compressor = rag.generator, rag.compressor.compressor
+    generator, compressor = rag.generator, rag.compressor
     parts: list[Part] = []
     for piece in rag.prompt_format.pieces(
         generator.tokenizer, trial.question.text, list(trial.chunks)
@@ -158,10 +158,10 @@ def _logits_of_gold(rag: SacRAG, trial: Trial, kvs: dict[str, AnchorKV]) -> Tens
 
 def _compare(account: _Account, logits: Tensor, expected: Tensor) -> None:
     error = logits - expected
-    right, got = expected.log_softmax(-1), logits.log_softmax(-1)
+    exact, actual = expected.log_softmax(-1), logits.log_softmax(-1)
     account.squares += error.square().mean(-1).tolist()
     account.largest.append(float(error.abs().max()))
-    account.kl += (right.exp() * (right - got)).sum(-1).tolist()
+    account.kl += (exact.exp() * (exact - actual)).sum(-1).tolist()
     account.same_token += (logits.argmax(-1) == expected.argmax(-1)).float().tolist()
 
 

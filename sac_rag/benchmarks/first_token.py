@@ -1,15 +1,17 @@
-"""How long answers take: from cached anchors against reading the text. Knows no retrieval."""
+"""Time to the first token from cached anchors, beside that of reading the text."""
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from sac_rag.benchmarks.timing import in_turn, seconds_of, time_repeated
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import ChunkLike
 from sac_rag.compressors.base import Compressor
@@ -27,7 +29,7 @@ from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.memory import MemoryStore
 
 _QUESTION = "What is the most important thing that these passages say?"
-# Without titles, so that the floor is the question and nothing else.
+# Without titles, so that the floor is the question alone.
 _FORMAT = PromptFormat(chunk="{chunk}")
 _ONE_TOKEN = Decoding(max_new_tokens=1)
 _FEW_TOKENS = Decoding(max_new_tokens=17)
@@ -35,22 +37,22 @@ _FEW_TOKENS = Decoding(max_new_tokens=17)
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One setting, measured.
+    """Times of one setting.
 
     Attributes:
         k: Chunks in the prompt.
         ratio: Source tokens per anchor; 1 keeps every token (`full`).
-        budget: How entries were given out to heads.
-        store: Where the anchors were: "disk" or "memory".
-        dtype: What the model computes in and the anchors are kept in.
+        budget: How entries are distributed over heads.
+        store: Where the anchors are: "disk" or "memory".
+        dtype: Dtype that the model computes in and the anchors are stored in.
         source_tokens: Tokens of the chunks.
-        kv_entries: Anchors that stand for them.
+        kv_entries: Their anchors.
         kv_bytes: Bytes of those.
         ttft_s: Seconds to the first token with anchors from the store, everything included.
-        token_s: Seconds for each token after the first.
-        floor_s: The same for the question without any chunk.
-        full_text_s: The same for HF `generate` reading the same prompt as text, behind the prefix
-            that both have read before.
+        token_s: Seconds per token after the first.
+        floor_s: Seconds to the first token for the question without any chunk.
+        full_text_s: Seconds to the first token of HF `generate`, which reads the same prompt as
+            text, behind the prefix that both have read before.
     """
 
     k: int
@@ -72,7 +74,10 @@ def full_text_seconds(rag: SacRAG, question: str, chunks: Sequence[ChunkLike]) -
 
     The KV of the prefix that all questions share is handed to it: both sides read that only once.
     """
-    started = time.perf_counter()
+    return seconds_of(partial(_generate_from_text, rag, question, chunks))
+
+
+def _generate_from_text(rag: SacRAG, question: str, chunks: Sequence[ChunkLike]) -> None:
     ids = rag.prompt_ids(question, chunks)
     split = rag.prefixes.split(rag.beginning_ids(), [[ids]])
     # The last token stands for the rest, which `generate` embeds itself.
@@ -87,7 +92,6 @@ def full_text_seconds(rag: SacRAG, question: str, chunks: Sequence[ChunkLike]) -
             do_sample=False,
             pad_token_id=min(rag.generator.eos_ids, default=0),
         )
-    return time.perf_counter() - started
 
 
 def measure(
@@ -101,9 +105,9 @@ def measure(
     chunk_tokens: int = 510,
     repeats: int = 3,
 ) -> Iterator[SpeedRow]:
-    """Times every combination in this one process, the best of `repeats` each.
+    """Times every combination in this process, the best of `repeats` each.
 
-    Where heads have budgets of their own, equal heads are timed by turns with them.
+    Where heads have budgets of their own, equal heads are timed in turn with them.
 
     Args:
         generator: Model, dtype and threads that all rows share.
@@ -113,7 +117,7 @@ def measure(
         compressor: For the ratios above 1. Default: SAC without trained weights, which is as fast.
         stores: "disk", "memory" or both.
         chunk_tokens: Tokens of every chunk.
-        repeats: Times that each figure is taken; the least disturbed counts.
+        repeats: Measurements of each figure; the best counts.
 
     Raises:
         ValueError: if the texts are too short for the largest k, or a store is unknown.
@@ -125,48 +129,64 @@ def measure(
     full = _full(generator)
     sac = compressor or SAC(generator, replace(full.config, method=SAC.method, cue=True))
     plain = SacRAG(CachedCompressor(full, MemoryStore()), prompt_format=_FORMAT)
-    floor_s = _best(repeats, lambda: plain.answer(_QUESTION, [], _ONE_TOKEN))
+    floor_s = time_repeated(partial(plain.answer, _QUESTION, [], _ONE_TOKEN), repeats).best
     full_text = {
-        k: _best(repeats, lambda k=k: full_text_seconds(plain, _QUESTION, chunks[:k]))  # type: ignore[misc]
+        k: time_repeated(partial(_generate_from_text, plain, _QUESTION, chunks[:k]), repeats).best
         for k in ks
     }
     for ratio in ratios:
         methods = [full] if ratio == 1 else _budgets(sac.at_ratio(ratio))
-        for name in stores:
-            with tempfile.TemporaryDirectory() as folder:
-                rags = []
-                for method in methods:
-                    budget = method.config.budget
-                    store = DiskStore(Path(folder) / budget) if name == "disk" else MemoryStore()
-                    # Loading is what is measured here, however slow it is.
-                    rag = SacRAG(
-                        CachedCompressor(method, store, guard=False), prompt_format=_FORMAT
-                    )
-                    rag.precompress(chunks)
-                    rags.append(rag)
+        for store in stores:
+            with _filled(methods, store, chunks) as rags:
                 for k in ks:
-                    # The first round warms up.
-                    rounds = [
-                        [rag.answer(_QUESTION, chunks[:k], _FEW_TOKENS) for rag in rags]
-                        for _ in range(1 + repeats)
-                    ]
-                    for method, (first, *answers) in zip(
-                        methods, zip(*rounds, strict=True), strict=True
+                    ways = [partial(rag.answer, _QUESTION, chunks[:k], _FEW_TOKENS) for rag in rags]
+                    for method, answers in zip(
+                        methods, in_turn(ways, repeats, warm_up=True), strict=True
                     ):
-                        yield SpeedRow(
-                            k=k,
-                            ratio=ratio,
-                            budget=method.config.budget,
-                            store=name,
-                            dtype=generator.dtype_name,
-                            source_tokens=first.usage.source_tokens,
-                            kv_entries=first.usage.anchors_from_store,
-                            kv_bytes=first.usage.kv_bytes,
-                            ttft_s=min(a.timings.time_to_first_token_s for a in answers),
-                            token_s=min(map(_token_seconds, answers)),
-                            floor_s=floor_s,
-                            full_text_s=full_text[k],
-                        )
+                        yield _row(method, answers, k, ratio, store, floor_s, full_text[k])
+
+
+@contextmanager
+def _filled(
+    methods: Sequence[Compressor], store: str, chunks: Sequence[str]
+) -> Iterator[list[SacRAG]]:
+    """A pipeline per compressor, with the chunks in a store of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        rags = []
+        for method in methods:
+            place = Path(folder) / method.config.budget
+            anchors = DiskStore(place) if store == "disk" else MemoryStore()
+            # Loading is measured here, however slow it is, so no guard.
+            cached = CachedCompressor(method, anchors, guard=False)
+            rags.append(SacRAG(cached, prompt_format=_FORMAT))
+            rags[-1].precompress(chunks)
+        yield rags
+
+
+def _row(
+    method: Compressor,
+    answers: Sequence[Answer],
+    k: int,
+    ratio: int,
+    store: str,
+    floor_s: float,
+    full_text_s: float,
+) -> SpeedRow:
+    usage = answers[0].usage  # the same of all
+    return SpeedRow(
+        k=k,
+        ratio=ratio,
+        budget=method.config.budget,
+        store=store,
+        dtype=method.generator.dtype_name,
+        source_tokens=usage.source_tokens,
+        kv_entries=usage.anchors_from_store,
+        kv_bytes=usage.kv_bytes,
+        ttft_s=min(answer.timings.time_to_first_token_s for answer in answers),
+        token_s=min(map(_token_seconds, answers)),
+        floor_s=floor_s,
+        full_text_s=full_text_s,
+    )
 
 
 def _budgets(compressor: Compressor) -> list[Compressor]:
@@ -191,7 +211,7 @@ def cut(generator: Generator, texts: Iterable[str], count: int, chunk_tokens: in
         ids += generator.tokenize(" " + text)
         while len(ids) >= chunk_tokens and len(chunks) < count:
             candidate = generator.tokenizer.decode(ids[:chunk_tokens])
-            # A cut inside a word can tokenize otherwise; such a stretch is passed over.
+            # A cut inside a word can tokenize otherwise; such a passage is skipped.
             if len(generator.tokenize(candidate)) == chunk_tokens:
                 chunks.append(candidate)
             ids = ids[chunk_tokens:]
@@ -208,12 +228,3 @@ def _full(generator: Generator) -> Full:
         generator,
         Full.default_config(sink=opening(generator.tokenizer), stored_dtype=generator.dtype_name),
     )
-
-
-def _best(repeats: int, work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

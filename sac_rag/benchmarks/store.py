@@ -1,14 +1,14 @@
-"""How long a chunk takes to be read: from a store, and its bare bytes. Knows no models."""
+"""Times of a store: reading an entry beside its bare bytes, looking up among many entries."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sac_rag.benchmarks.timing import Times, seconds_of, time_in_turn, time_over, time_repeated
 from sac_rag.kv import AnchorKV, as_stored
-from sac_rag.stores.disk import DiskStore
-from sac_rag.stores.disk.maintenance import Progress
-from sac_rag.stores.entry import decode
-from sac_rag.stores.payload import stored_dtype, to_bytes
+from sac_rag.stores.disk import DiskStore, Progress
+from sac_rag.stores.entry import decode, stored_dtype, to_bytes
 
 # 510 tokens at 5x in SmolLM2-135M.
 _SHAPE = (30, 3, 102, 64)
@@ -29,13 +28,13 @@ _KEY = "ab" * 32
 
 @dataclass(frozen=True)
 class ReadSpeed:
-    """One chunk, read over and over from files that are in memory; the best of many.
+    """Best times of reading one chunk, from files that are in memory.
 
-    Seconds are those until every byte of its tensors was used once, by copying it: safetensors maps
+    Seconds are those until every byte of its tensors is used once, by copying it: safetensors maps
     a file, and reads nothing of it before that.
 
     Attributes:
-        stored_dtype: What its keys and values are kept in.
+        stored_dtype: Dtype of its stored keys and values.
         encrypted: Whether the store has a key.
         nbytes: Of its entry.
         store_s: Seconds to read it from the store, everything verified.
@@ -58,8 +57,12 @@ class ReadSpeed:
 
     @property
     def ratio(self) -> float:
-        """The store's time in terms of safetensors'."""
+        """The store's time over that of safetensors."""
         return self.store_s / self.safetensors_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name, as JSON holds them."""
+        return {**asdict(self), "ratio": self.ratio}
 
 
 def chunk(shape: tuple[int, int, int, int] = _SHAPE) -> AnchorKV:
@@ -76,10 +79,10 @@ def measure_reads(
     """Times reading a chunk in bfloat16 and in int8.
 
     Args:
-        folder: On the disk to measure; what is written there stays.
+        folder: On the disk to measure; the files written there stay.
         kv: The chunk. Default: one of 510 tokens at 5x.
         encrypted: Whether to encrypt it, with a key made for this; needs the "encrypt" extra.
-        repeats: Best of so many.
+        repeats: Measurements of each; the best counts.
     """
     kv = chunk() if kv is None else kv
     stored = (kv, as_stored(kv, "int8"))
@@ -114,7 +117,8 @@ def _measure(folder: Path, kv: AnchorKV, encrypted: bool, repeats: int) -> ReadS
             lambda: _use(read().tensors()),
             lambda: _use(mapped().tensors()),
         )
-        seconds = _best(ways, repeats)
+        # In turn, so that all are disturbed alike.
+        seconds = [times.best for times in time_in_turn(ways, repeats)]
         return ReadSpeed(stored_dtype(kv), encrypted, store.nbytes, *seconds)
 
 
@@ -123,29 +127,18 @@ def _use(tensors: Mapping[str, Tensor]) -> None:
         tensor.clone()
 
 
-def _best(ways: tuple[Callable[[], object], ...], repeats: int) -> list[float]:
-    """The shortest time of each way; in turn, so that all are disturbed alike."""
-    best = [float("inf")] * len(ways)
-    for _ in range(repeats):
-        for number, way in enumerate(ways):
-            started = time.perf_counter()
-            way()
-            best[number] = min(best[number], time.perf_counter() - started)
-    return best
-
-
 @dataclass(frozen=True)
 class LookupSpeed:
-    """A store of many entries, measured; medians.
+    """Median times of a store of many entries.
 
     Attributes:
         entries: In the store.
         entry_nbytes: Bytes of one.
         index_nbytes: Bytes of the index.
-        open_ms: To open the store, and close it.
+        open_ms: To open and close the store.
         hit_ms: To read an entry that is there.
         read_ms: To read the bytes of its file and decode them, without a store.
-        miss_ms: To find out that an entry is not there.
+        miss_ms: To look up an entry that is not there.
         put_ms: To write an entry so that it survives a power cut.
         forget_ms: To forget a document that has one entry, to the last byte.
     """
@@ -162,8 +155,12 @@ class LookupSpeed:
 
     @property
     def lookup_ms(self) -> float:
-        """What the store adds to reading an entry."""
+        """Milliseconds that the store adds to reading an entry."""
         return self.hit_ms - self.read_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name, as JSON holds them."""
+        return {**asdict(self), "lookup_ms": self.lookup_ms}
 
 
 def measure_lookups(
@@ -172,48 +169,41 @@ def measure_lookups(
     """Fills a new store with small entries and measures it.
 
     Args:
-        folder: Where; its store is left there.
-        entries: How many to fill it with.
+        folder: Of the store, which stays.
+        entries: Number of entries to fill it with.
         repeats: Of each measurement.
-        on_progress: Called with the entries written since the last call.
+        on_progress: Called with the number of entries written since the last call.
     """
     kv = _small()
     puts = []
     with DiskStore(folder) as store:
         for number in range(entries):
-            puts.append(_timed(lambda n=number: store.put(_key(n), kv, [f"document {n}"])))  # type: ignore[misc]
+            put = partial(store.put, _key(number), kv, [f"document {number}"])
+            puts.append(seconds_of(put))
             if on_progress is not None:
                 on_progress(1)
-    opening = [_timed(lambda: DiskStore(folder).close()) for _ in range(min(repeats, 20))]
+    opens = time_repeated(lambda: DiskStore(folder).close(), min(repeats, 20))
     with DiskStore(folder) as store:
-        step = max(1, entries // repeats)
-        keys = [_key(number) for number in range(0, entries, step)]
+        keys = [_key(number) for number in range(0, entries, max(1, entries // repeats))]
         paths = {path.name.partition("-")[0]: path for path in folder.glob("entries/*/*.kv")}
-        for key in keys:  # the second time, the files are in memory in either case
+        for key in keys:  # warms up: from now on the files are in memory in either case
             store[key]
-        hits = [_timed(lambda key=key: store[key]) for key in keys]  # type: ignore[misc]
-        reads = [_timed(lambda key=key: decode(key, paths[key].read_bytes())) for key in keys]  # type: ignore[misc]
-        misses = [_timed(lambda n=n: store.get(_key(-n))) for n in range(1, repeats)]  # type: ignore[misc]
+        hits = time_over(store.__getitem__, keys)
+        reads = time_over(lambda key: decode(key, paths[key].read_bytes()), keys)
+        misses = time_over(store.get, [_key(-number) for number in range(1, repeats)])
         stats = store.stats()
-        forgotten = range(min(entries, 5))
-        forgets = [_timed(lambda n=n: store.forget(f"document {n}")) for n in forgotten]  # type: ignore[misc]
+        forgets = time_over(store.forget, [f"document {n}" for n in range(min(entries, 5))])
     return LookupSpeed(
         entries=stats.entries,
         entry_nbytes=stats.nbytes // stats.entries,
         index_nbytes=stats.index_nbytes,
-        open_ms=statistics.median(opening),
-        hit_ms=statistics.median(hits),
-        read_ms=statistics.median(reads),
-        miss_ms=statistics.median(misses),
-        put_ms=statistics.median(puts),
-        forget_ms=statistics.median(forgets),
+        open_ms=1000 * opens.median,
+        hit_ms=1000 * hits.median,
+        read_ms=1000 * reads.median,
+        miss_ms=1000 * misses.median,
+        put_ms=1000 * Times(tuple(puts)).median,
+        forget_ms=1000 * forgets.median,
     )
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return 1000 * (time.perf_counter() - started)
 
 
 def _key(number: int) -> str:
@@ -221,6 +211,6 @@ def _key(number: int) -> str:
 
 
 def _small() -> AnchorKV:
-    """So small that what is measured is not the disk."""
+    """An entry so small that the disk's bandwidth does not matter."""
     tensor = torch.zeros(2, 2, 4, 16, dtype=torch.bfloat16)
     return AnchorKV.uniform(tensor, tensor, torch.arange(4, dtype=torch.int32), 20)

@@ -1,18 +1,18 @@
-"""How fast chunks are compressed and stored: against a plain prefill of the same tokens."""
+"""Tokens per second of compressing and storing, beside a plain prefill of the same tokens."""
 
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sac_rag.benchmarks.first_token import cut
+from sac_rag.benchmarks.timing import Times, in_turn, seconds_of
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
@@ -28,23 +28,23 @@ from sac_rag.stores.disk import DiskStore
 
 @dataclass(frozen=True)
 class ThroughputRow:
-    """One compressor, measured.
+    """Throughput of one compressor.
 
     Attributes:
         method: "full", or "sac" with LoRA as it is trained, or merged as it compresses chunks for a
             store.
         ratio: Source tokens per anchor.
-        dtype: What the model computes in.
+        dtype: Dtype that the model computes in.
         batch_tokens: Most tokens of a pass, on both sides.
         source_tokens: Tokens of the chunks.
-        padding: Share of what the compressor read that was pads and sinks.
-        plain_tokens_per_s: Source tokens a second of a plain prefill, pads included in its time.
-        tokens_per_s: The same of compressing.
-        relative: The latter over the former: the median over repeats, each of which measures both,
-            one after the other.
-        stored_tokens_per_s: The same of precompressing into a DiskStore, everything included; None
-            for LoRA unmerged, as no store is filled.
-        stored_relative: That over the plain one, likewise.
+        padding: Share of pads and sinks in the tokens that the compressor reads.
+        plain_tokens_per_s: Source tokens per second of a plain prefill, pads included in its time.
+        tokens_per_s: Source tokens per second of compressing.
+        relative: tokens_per_s over plain_tokens_per_s: the median over repeats, each of which
+            measures both, one after the other.
+        stored_tokens_per_s: Source tokens per second of precompressing into a DiskStore, everything
+            included; None for unmerged LoRA, which fills no store.
+        stored_relative: stored_tokens_per_s over plain_tokens_per_s, likewise.
     """
 
     method: str
@@ -70,17 +70,17 @@ def measure(
     repeats: int = 5,
     seed: int = 0,
 ) -> Iterator[ThroughputRow]:
-    """Times compressors in this one process, by turns with a plain prefill.
+    """Times compressors in this process, in turn with a plain prefill.
 
     SAC runs without trained weights: its speed does not depend on them.
 
     Args:
         generator: Model, dtype and threads that all rows share.
         texts: Prose to cut the chunks from.
-        chunks: How many.
+        chunks: Number of chunks.
         chunk_tokens: Tokens of the longest; the shortest have half as many.
         batch_tokens: Most tokens of a pass, pads included.
-        repeats: Times that both sides are measured; the median counts.
+        repeats: Measurements of both sides; the median counts.
         seed: Of the chunks' lengths.
 
     Raises:
@@ -103,14 +103,16 @@ def measure(
     for method, compressor, is_stored in _compressors(generator):
         compressor.batch_tokens = batch_tokens
         tokens = sum(map(len, ids))
-        plain, ours, stored = [], [], []
+        # A short pass of each warms up; whole ones would take as long as a repeat.
         compressor.compress_tokens(ids[:1])
         plain_prefill(generator, batches[-1:])
-        for _ in range(repeats):
-            plain.append(_seconds(lambda: plain_prefill(generator, batches)))
-            ours.append(_seconds(lambda c=compressor: c.compress_tokens(ids)))  # type: ignore[misc]
-            if is_stored:
-                stored.append(_stored_seconds(generator, compressor, ids))
+        ways = [
+            partial(seconds_of, partial(plain_prefill, generator, batches)),
+            partial(seconds_of, partial(compressor.compress_tokens, ids)),
+        ]
+        if is_stored:
+            ways.append(partial(_stored_seconds, generator, compressor, ids))
+        plain, ours, *stored = (Times(tuple(times)) for times in in_turn(ways, repeats))
         yield ThroughputRow(
             method=method,
             ratio=compressor.config.ratio,
@@ -118,17 +120,17 @@ def measure(
             batch_tokens=batch_tokens,
             source_tokens=tokens,
             padding=1 - tokens / compressor.tokens_read([len(row) for row in ids]),
-            plain_tokens_per_s=tokens / statistics.median(plain),
-            tokens_per_s=tokens / statistics.median(ours),
-            relative=_median_ratio(plain, ours),
-            stored_tokens_per_s=tokens / statistics.median(stored) if stored else None,
-            stored_relative=_median_ratio(plain, stored) if stored else None,
+            plain_tokens_per_s=tokens / plain.median,
+            tokens_per_s=tokens / ours.median,
+            relative=ours.speed_relative_to(plain),
+            stored_tokens_per_s=tokens / stored[0].median if stored else None,
+            stored_relative=stored[0].speed_relative_to(plain) if stored else None,
         )
 
 
 @torch.inference_mode()
 def plain_prefill(generator: Generator, batches: Sequence[Sequence[Sequence[int]]]) -> None:
-    """What anyone would do to have the KV of texts: the HF model over padded batches."""
+    """KV of texts without any compressor: the HF model over padded batches."""
     for batch in batches:
         longest = max(map(len, batch))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in batch])
@@ -158,14 +160,4 @@ def _stored_seconds(
     chunks = [Chunk(generator.tokenizer.decode(row), id=str(n)) for n, row in enumerate(ids)]
     with tempfile.TemporaryDirectory() as folder, DiskStore(Path(folder) / "anchors") as store:
         cached = CachedCompressor(compressor, store, guard=False)
-        return _seconds(lambda: precompress(cached, chunks))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _median_ratio(plain: Sequence[float], ours: Sequence[float]) -> float:
-    return statistics.median(p / o for p, o in zip(plain, ours, strict=True))
+        return seconds_of(lambda: precompress(cached, chunks))

@@ -1,7 +1,6 @@
-"""The command line: parses, calls the library, prints. Knows nothing that the library does not.
+"""The command line parses arguments, calls the library and prints; one file per command family.
 
-A file is a family of commands. Everything heavy is imported inside the commands, so that --help
-answers at once.
+Heavy libraries are imported inside the commands, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -53,11 +52,10 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Runs the command line; mistakes and missing things are a sentence, not a traceback."""
-    # Threads that wait for each other spin, and where another process has a core, they spin through
-    # their whole time slice: 0.6 to 1.6 s a token were measured on two cores, in place of 0.05.
-    # Spinning only briefly it is 0.07, and 0.06 where the cores are free. GNU OpenMP reads this
-    # when torch is imported, so not yet.
+    """Runs the command line; an error of the user's is a sentence, not a traceback."""
+    # Threads that wait for each other spin. Where another process has a core, they spin through
+    # their whole time slice: 0.6 to 1.6 s per token on two cores, in place of 0.05 s. With brief
+    # spinning it is 0.07 s, and 0.06 s on free cores. GNU OpenMP reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -66,7 +64,7 @@ def main() -> None:
         notes.print(f"sac-rag: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as end:
-        # Typer makes Ctrl-C an exit without a word; a command that had one of its own has no cause.
+        # Typer turns Ctrl-C into a silent exit; an exit that a command raised itself has no cause.
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             notes.print("sac-rag: interrupted; what was finished is kept", style="red")
         raise

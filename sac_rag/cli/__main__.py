@@ -1,4 +1,4 @@
-"""`python -m sac_rag.cli`. Knows nothing but where the command line begins."""
+"""`python -m sac_rag.cli`."""
 
 from __future__ import annotations
 

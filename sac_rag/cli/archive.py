@@ -1,4 +1,4 @@
-"""store export and store import: a corpus out of one store and into another, as one file."""
+"""store export | import: the chunks of a store as one file, and back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sac_rag.cli.console import AsJson, progress
-from sac_rag.cli.render import human_bytes, notes, out, print_json
-from sac_rag.cli.store import Folder, KeyEnv, KeyFile, cipher_of, in_full, open_store
+from sac_rag.cli.options import (
+    ArchiveFile,
+    AsJson,
+    Folder,
+    KeyEnv,
+    KeyFile,
+    ModelOfCompressor,
+)
+from sac_rag.cli.progress import progress
+from sac_rag.cli.render import human_bytes, notes, out, write
+from sac_rag.cli.store import cipher_of, in_full, open_store
 
 if TYPE_CHECKING:
     from sac_rag.stores.disk import DiskStore
-
-ArchiveFile = Annotated[Path, typer.Argument(help="The file with the chunks.")]
 
 
 def export(
@@ -24,19 +30,17 @@ def export(
     compressor: Annotated[
         str | None,
         typer.Option(
-            help="What compressed the chunks: 'full', 'shipped', 'fitted' or a folder. Default: a "
-            "collection's own, else 'full'."
+            help="What compressed the chunks: 'full', 'shipped', 'fitted' or a folder. Default: "
+            "that of the collection, else 'full'."
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="What 'shipped' or 'fitted' was for.")
-    ] = "smollm2-135m",
+    model: ModelOfCompressor = "smollm2-135m",
     fingerprint: Annotated[
         str | None,
         typer.Option(help="Whose chunks, where a store has those of several; may be shortened."),
     ] = None,
     decrypt: Annotated[
-        bool, typer.Option("--decrypt", help="Write an encrypted store's chunks in plain.")
+        bool, typer.Option("--decrypt", help="Write an encrypted store's chunks unencrypted.")
     ] = False,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
@@ -57,17 +61,19 @@ def export(
             raise ValueError(f"{store.folder} does not say what the fingerprint {chosen} is of")
         origin = Origin.from_folder(fields, of)
         with progress("exporting", total=len(store), show=not as_json) as advance:
-            done = export(store, archive, origin, decrypt=decrypt, on_progress=advance)
+            exported = export(store, archive, origin, decrypt=decrypt, on_progress=advance)
     nbytes = archive.stat().st_size
-    if as_json:
-        print_json({**asdict(done), "fingerprint": chosen, "nbytes": nbytes})
-    else:
-        for problem in done.bad:
+
+    def show() -> None:
+        for problem in exported.bad:
             notes.print(f"left out {problem}", style="yellow", markup=False)
-        others = f", {done.others} of other compressors left out" if done.others else ""
-        out.print(f"{done.written} chunks, {human_bytes(nbytes)}{others}")
+        others = f", {exported.others} of other compressors left out" if exported.others else ""
+        out.print(f"{exported.written} chunks, {human_bytes(nbytes)}{others}")
         out.print(f"Serve: SacRAG.from_archive({str(archive)!r})", style="dim", markup=False)
-    if done.bad:
+
+    result = {**asdict(exported), "fingerprint": chosen, "nbytes": nbytes}
+    write(result, show, as_json=as_json)
+    if exported.bad:
         raise typer.Exit(1)
 
 
@@ -81,7 +87,7 @@ def import_(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copies an archive's chunks into a store, each verified; run again, it goes on."""
+    """Copies an archive's chunks into a store, each verified; run again to resume."""
     from sac_rag.archive import Archive
     from sac_rag.collection import Collection
     from sac_rag.stores.disk import DiskStore
@@ -93,18 +99,19 @@ def import_(
         with progress("importing", total=len(opened), show=not as_json) as advance:
             copied = opened.copy_to(store, advance)
         there, evicted = len(opened) - copied, store.evictions
-    if as_json:
-        print_json({"copied": copied, "there": there, "evicted": evicted})
-    else:
+
+    def show() -> None:
         out.print(f"{copied} chunks copied, {there} were there before")
         if evicted:
             notes.print(f"{evicted} were evicted again: raise --max-bytes", style="yellow")
+
+    write({"copied": copied, "there": there, "evicted": evicted}, show, as_json=as_json)
     if evicted:
         raise typer.Exit(1)
 
 
 def _of_collection(folder: Path, model: str) -> tuple[str, str]:
-    """The compressor that made a folder's chunks and its model, as far as a collection says so."""
+    """Compressor and model of a folder's chunks, from its settings where it is a collection."""
     from sac_rag.collection import Collection, read_settings
 
     if not Collection.exists(folder):
@@ -114,15 +121,15 @@ def _of_collection(folder: Path, model: str) -> tuple[str, str]:
 
 
 def _fingerprint(store: DiskStore, shortened: str | None) -> str:
-    """The fingerprint that was named, or the only one there is."""
+    """The fingerprint that begins as asked for, or the only one of a store."""
     if shortened is not None:
         return in_full(store, [shortened])[0]
-    there = {found.fingerprint: found.entries for found in store.stats().fingerprints}
-    there.pop(None, None)
-    if len(there) != 1:
-        listed = ", ".join(f"{name} ({count} chunks)" for name, count in there.items())
+    counts = {made_by.fingerprint: made_by.entries for made_by in store.stats().fingerprints}
+    counts.pop(None, None)
+    if len(counts) != 1:
+        listed = ", ".join(f"{name} ({count} chunks)" for name, count in counts.items())
         raise ValueError(
-            f"{store.folder} has chunks of {len(there)} fingerprints"
-            + (f": {listed}; give one with --fingerprint" if there else ", so nothing to export")
+            f"{store.folder} has chunks of {len(counts)} fingerprints"
+            + (f": {listed}; give one with --fingerprint" if counts else ", so nothing to export")
         )
-    return str(next(iter(there)))
+    return str(next(iter(counts)))

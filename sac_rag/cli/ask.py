@@ -1,4 +1,4 @@
-"""demo and ask: from chunks to answers. Knows nothing of measuring or training."""
+"""demo and ask: from chunks to answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sac_rag.cli.console import (
-    AsJson,
-    NumChunks,
-    Store,
-    open_collection,
-    progress,
-    pull_missing,
-)
+from sac_rag.cli.console import open_collection, pull_missing
+from sac_rag.cli.options import AsJson, MaxNewTokens, NumChunks, Store
+from sac_rag.cli.progress import progress
 from sac_rag.cli.render import (
     answer_as_json,
     out,
@@ -22,6 +17,7 @@ from sac_rag.cli.render import (
     print_demo,
     print_introduction,
     print_json,
+    write,
 )
 
 
@@ -51,7 +47,7 @@ def demo(
                 print_demo(len(results), result)
     collection.close()
     if as_json:
-        print_json({"questions": [result.to_dict() for result in results]})
+        print_json({"questions": results})
         return
     out.print(f"Text: {models.SOURCES[LEADS].attribution}", style="dim")
     out.print("\nYour own question, from the same leads:")
@@ -62,7 +58,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     store: Store,
     k: NumChunks = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     as_json: AsJson = False,
 ) -> None:
     """Finds the chunks most like a question and answers from their cached anchors."""
@@ -79,7 +75,8 @@ def ask(
             out.print(piece, end="", markup=False, soft_wrap=True)
     answer = stream.answer
     collection.close()
-    if as_json:
-        print_json(answer_as_json(question, answer, hits))
-        return
-    print_account(answer, hits)
+    write(
+        answer_as_json(question, answer, hits),
+        lambda: print_account(answer, hits),
+        as_json=as_json,
+    )

@@ -1,25 +1,51 @@
-"""bench: measurements that anyone can take again. Knows nothing of how they are taken."""
+"""bench: measurements that anyone can repeat."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
+from sac_rag.cli.console import loading, pull_if_default, pull_missing
+from sac_rag.cli.options import (
+    AsJson,
+    BatchSize,
+    Compressor,
+    CompressorOrDefault,
+    Dtype,
+    DtypeOrDefault,
+    Limit,
+    LimitOrAll,
+    MaxNewTokens,
+    Model,
+    NumChunks,
+    NumsOfChunks,
+    Questions,
+    Ratios,
+    Repeats,
+    Seed,
+    name_of,
+)
+from sac_rag.cli.progress import progress
 from sac_rag.cli.render import (
     notes,
     out,
-    print_json,
+    print_dropin,
+    print_dtypes,
+    print_lookups,
+    print_reads,
     print_speed,
     print_throughput,
+    write,
 )
-from sac_rag.cli.tables import print_dropin, print_dtypes, print_lookups, print_reads
+
+if TYPE_CHECKING:
+    from sac_rag.evaluation.sample import Sample
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -33,15 +59,11 @@ class ReadAs(str, Enum):
 
 @app.command()
 def speed(
-    k: Annotated[list[int] | None, typer.Option(min=1, help="Chunks; may be repeated.")] = None,
-    ratio: Annotated[
-        list[int] | None, typer.Option(min=1, help="Source tokens per anchor; may be repeated.")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Best of so many.")] = 3,
+    k: NumsOfChunks = None,
+    ratio: Ratios = None,
+    model: Model = "smollm2-135m",
+    dtype: DtypeOrDefault = None,
+    repeats: Repeats = 3,
     as_json: AsJson = False,
 ) -> None:
     """Times the first token: cached anchors against reading the text, in one process."""
@@ -52,7 +74,7 @@ def speed(
         from sac_rag.demo import wikipedia_leads
         from sac_rag.lm.generator import Generator
 
-        generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
+        generator = Generator.from_pretrained(model, dtype=name_of(dtype))
         folder = checkpoint.find(checkpoint.default(model), model)
     rows = []
     with progress("measuring", show=not as_json) as advance:
@@ -66,30 +88,21 @@ def speed(
         ):
             advance(1)
             rows.append(row)
-    if as_json:
-        print_json({"rows": [asdict(row) for row in rows]})
-    else:
-        print_speed(model, rows)
+    write({"rows": rows}, lambda: print_speed(model, rows), as_json=as_json)
 
 
 @app.command()
 def quality(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for evaluate.")],
+    data: Questions,
     folder: Annotated[
-        Path, typer.Option("--out", help="Folder of answers and figures; run again to go on.")
+        Path, typer.Option("--out", help="Folder of answers and figures; run again to resume.")
     ] = Path("runs/quality"),
-    k: Annotated[list[int] | None, typer.Option(min=1, help="Chunks; may be repeated.")] = None,
-    ratio: Annotated[
-        list[int] | None, typer.Option(min=1, help="Source tokens per anchor; may be repeated.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions. Default: all.")] = 500,
-    seed: Annotated[int, typer.Option(min=0, help="Of the questions, distractors and places.")] = 0,
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
-    compressor: Annotated[
-        str, typer.Option(help="'shipped', 'fitted' or the folder of a compressor.")
-    ] = "shipped",
+    k: NumsOfChunks = None,
+    ratio: Ratios = None,
+    limit: LimitOrAll = 500,
+    seed: Seed = 0,
+    model: Model = "smollm2-135m",
+    compressor: Compressor = "shipped",
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,24 +110,17 @@ def quality(
             "alone; may be repeated. Default: all."
         ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    dtype: DtypeOrDefault = None,
     as_json: AsJson = False,
 ) -> None:
     """Answers the same questions from text, from nothing and from anchors at several ratios."""
-    from sac_rag.evaluation.questions import read_questions
-    from sac_rag.evaluation.sample import draw
-
-    examples = list(read_questions(data))
-    samples = [draw(examples, k=chunks, limit=limit, seed=seed) for chunks in k or (1, 4)]
-    if model in all_models():
-        pull_missing([model])
+    samples = _samples(data, k or (1, 4), limit, seed)
+    pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
         from sac_rag.evaluation import comparison
 
-        rag = SacRAG.from_pretrained(
-            model, compressor=compressor, dtype=dtype.value if dtype else None
-        )
+        rag = SacRAG.from_pretrained(model, compressor=compressor, dtype=name_of(dtype))
     results = []
     kinds = only or comparison.KINDS
     for result in comparison.compare(rag, samples, ratio or (1, 2, 5, 15), folder, kinds=kinds):
@@ -125,25 +131,19 @@ def quality(
             f"{result.seconds:.0f} s",
             markup=False,
         )
-    if as_json:
-        print_json({"model": model, "rows": [asdict(result) for result in results]})
-    else:
-        out.print(comparison.to_markdown(results), markup=False)
+    write(
+        {"model": model, "rows": results},
+        lambda: out.print(comparison.to_markdown(results), markup=False),
+        as_json=as_json,
+    )
 
 
 @app.command()
 def dropin(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for evaluate.")],
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Questions to draw.")] = 40,
-    k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Chunks; may be repeated.")
-    ] = None,
-    ratio: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, help="Source tokens per anchor; may be repeated. Default: the compressor's."
-        ),
-    ] = None,
+    data: Questions,
+    limit: Limit = 40,
+    k: NumsOfChunks = None,
+    ratio: Ratios = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -163,42 +163,27 @@ def dropin(
         list[ReadAs] | None,
         typer.Option(help="text or anchors; may be repeated. Default: both."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the questions, distractors and places.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Questions answered together in LangChain.")
-    ] = 8,
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
-    compressor: Annotated[
-        str | None,
-        typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor."),
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    seed: Seed = 0,
+    max_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 8,
+    model: Model = "smollm2-135m",
+    compressor: CompressorOrDefault = None,
+    dtype: DtypeOrDefault = None,
     as_json: AsJson = False,
 ) -> None:
     """Answers in LangChain's and LlamaIndex's own prompts, through the adapters."""
-    from sac_rag.evaluation.questions import read_questions
-    from sac_rag.evaluation.sample import draw
-
-    examples = list(read_questions(data))
-    samples = [draw(examples, k=chunks, limit=limit, seed=seed) for chunks in k or (1, 4)]
+    samples = _samples(data, k or (1, 4), limit, seed)
     with loading():
         from sac_rag.evaluation.dropin import measure, select_prompts
 
         prompts = select_prompts(prompt or (), framework or (), instructions=instructions)
-    if model in all_models():
-        pull_missing([model])
+    pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
         from sac_rag.stores import MemoryStore
 
         rag = SacRAG.from_pretrained(
-            model,
-            compressor=compressor,
-            store=MemoryStore(6 * 2**30),
-            dtype=dtype.value if dtype else None,
+            model, compressor=compressor, store=MemoryStore(6 * 2**30), dtype=name_of(dtype)
         )
     rows = []
     kinds = read_as or list(ReadAs)
@@ -216,36 +201,35 @@ def dropin(
         ):
             advance(1)
             rows.append(row)
-            # Whatever ends a long run, this much is known.
+            # Printed at once: whatever ends a long run, these rows are not lost.
             notes.print(json.dumps(row.to_dict()), markup=False, soft_wrap=True)
-    if as_json:
-        print_json({"model": model, "rows": [row.to_dict() for row in rows]})
-    else:
-        print_dropin(model, rag.generator.dtype_name, rows)
+    write(
+        {"model": model, "rows": rows},
+        lambda: print_dropin(model, rag.generator.dtype_name, rows),
+        as_json=as_json,
+    )
 
 
 @app.command()
 def precompress(
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    model: Model = "smollm2-135m",
+    dtype: DtypeOrDefault = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks compressed each time.")] = 16,
     chunk_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the longest.")] = 256,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass, on both sides.")] = (
         2048
     ),
-    repeats: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 5,
+    repeats: Repeats = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Times compressing into a store: against a plain prefill of the same tokens, by turns."""
+    """Times compressing into a store, in turn with a plain prefill of the same tokens."""
     pull_missing()
     with loading():
         from sac_rag.benchmarks.throughput import measure
         from sac_rag.demo import wikipedia_leads
         from sac_rag.lm.generator import Generator
 
-        generator = Generator.from_pretrained(model, dtype=dtype.value if dtype else None)
+        generator = Generator.from_pretrained(model, dtype=name_of(dtype))
     rows = []
     with progress("measuring", show=not as_json) as advance:
         for row in measure(
@@ -258,35 +242,24 @@ def precompress(
         ):
             advance(1)
             rows.append(row)
-    if as_json:
-        print_json({"rows": [asdict(row) for row in rows]})
-    else:
-        print_throughput(model, rows)
+    write({"rows": rows}, lambda: print_throughput(model, rows), as_json=as_json)
 
 
 @app.command()
 def dtypes(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for evaluate.")],
-    limit: Annotated[int, typer.Option(min=1, help="Questions to draw.")] = 40,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Chunks to answer from.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
-    compressor: Annotated[
-        str | None,
-        typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor."),
-    ] = None,
+    data: Questions,
+    limit: Limit = 40,
+    k: NumChunks = 1,
+    seed: Seed = 0,
+    model: Model = "smollm2-135m",
+    compressor: CompressorOrDefault = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="What the model computes in; float32 shows all rounding.")
+        Dtype, typer.Option(help="Dtype that the model computes in; float32 shows all rounding.")
     ] = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Compares stored dtypes: bytes, logits, greedy answers and their F1."""
-    from sac_rag.evaluation.questions import read_questions
-    from sac_rag.evaluation.sample import draw
-
-    sample = draw(read_questions(data), k=k, limit=limit, seed=seed)
+    (sample,) = _samples(data, (k,), limit, seed)
     pull_missing()
     with loading():
         from sac_rag import SacRAG
@@ -295,16 +268,17 @@ def dtypes(
         from sac_rag.prompts.format import SPANS
 
         folder = checkpoint.find(compressor or checkpoint.default(model), model)
-        own = checkpoint.load_prompt_format(folder) if folder else None
+        prompt_format = checkpoint.load_prompt_format(folder) if folder else None
         rag = SacRAG.from_pretrained(
-            model, compressor=compressor, prompt_format=own or SPANS, dtype=dtype.value
+            model, compressor=compressor, prompt_format=prompt_format or SPANS, dtype=dtype.value
         )
     with progress("answering", total=len(sample.trials), show=not as_json) as advance:
         rows = measure(rag, sample, on_progress=advance)
-    if as_json:
-        print_json({"model": model, "dtype": dtype.value, "rows": [asdict(row) for row in rows]})
-    else:
-        print_dtypes(model, dtype.value, rows)
+    write(
+        {"model": model, "dtype": dtype.value, "rows": rows},
+        lambda: print_dtypes(model, dtype.value, rows),
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -312,8 +286,10 @@ def store(
     folder: Annotated[
         Path | None, typer.Option(help="On the disk to measure. Default: a temporary folder.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Best of so many.")] = 200,
-    entries: Annotated[int, typer.Option(min=1, help="To look up among so many.")] = 10_000,
+    repeats: Repeats = 200,
+    entries: Annotated[
+        int, typer.Option(min=1, help="Entries of the store that is looked up in.")
+    ] = 10_000,
     as_json: AsJson = False,
 ) -> None:
     """Times reading a chunk of 510 tokens at 5x, beside bare safetensors, and looking chunks up."""
@@ -324,13 +300,18 @@ def store(
             rows = measure_reads(Path(place), repeats=repeats)
         with progress("filling a store", total=entries, show=not as_json) as advance:
             lookups = measure_lookups(Path(place) / "many", entries, repeats, advance)
-    if as_json:
-        print_json(
-            {
-                "reads": [{**asdict(row), "ratio": row.ratio} for row in rows],
-                "lookups": {**asdict(lookups), "lookup_ms": lookups.lookup_ms},
-            }
-        )
-    else:
+
+    def show() -> None:
         print_reads(rows)
         print_lookups(lookups)
+
+    write({"reads": rows, "lookups": lookups}, show, as_json=as_json)
+
+
+def _samples(data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int) -> list[Sample]:
+    """The same questions for each number of chunks."""
+    from sac_rag.evaluation.questions import read_questions
+    from sac_rag.evaluation.sample import draw
+
+    examples = list(read_questions(data))
+    return [draw(examples, k=k, limit=limit, seed=seed) for k in ks]

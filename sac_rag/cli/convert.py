@@ -1,4 +1,4 @@
-"""convert: checkpoints of others as compressors of ours. Knows nothing of their layout."""
+"""convert: a checkpoint of the paper's authors to a compressor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sac_rag.cli.console import AsJson, all_models, loading, pull_missing
+from sac_rag.cli.console import loading, pull_if_default
+from sac_rag.cli.options import AsJson
 from sac_rag.cli.render import out, print_json
 
 
@@ -24,8 +25,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turns a checkpoint that the paper's authors released into a compressor."""
-    if base in all_models():
-        pull_missing([base])
+    pull_if_default(base)
     with loading():
         from sac_rag.compressors import paper_checkpoints as reference
 

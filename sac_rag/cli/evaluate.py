@@ -1,20 +1,38 @@
-"""evaluate: how good answers are. Knows nothing of how they are scored."""
+"""evaluate: scores of answers to questions whose answers are known."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sac_rag.cli.console import AsJson, Dtype, all_models, loading, progress, pull_missing
-from sac_rag.cli.render import notes, print_json, print_quality
+from sac_rag.cli.console import loading, pull_if_default
+from sac_rag.cli.options import (
+    AsJson,
+    BatchSize,
+    CompressorOrDefault,
+    DtypeOrDefault,
+    LimitOrAll,
+    MaxNewTokens,
+    Model,
+    NumChunks,
+    Questions,
+    Seed,
+    name_of,
+)
+from sac_rag.cli.progress import progress
+from sac_rag.cli.render import notes, print_quality, write
+
+if TYPE_CHECKING:
+    from sac_rag.evaluation.questions import QAExample
 
 
 class System(str, Enum):
-    """Who answers."""
+    """Systems that answer."""
 
     compressed = "compressed"
     full_text = "full-text"
@@ -26,14 +44,9 @@ _WITHOUT_RATIO = (System.full_text, System.no_text)
 
 
 def evaluate(
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="Questions with answers: SQuAD, MRQA or passages (README); may be repeated."
-        ),
-    ],
+    data: Questions,
     system: Annotated[
-        System, typer.Option(help="Who answers, from anchors or from text.")
+        System, typer.Option(help="The system that answers, from anchors or from text.")
     ] = System.compressed,
     ratio: Annotated[
         int | None,
@@ -43,20 +56,11 @@ def evaluate(
             "compressor's; full-text and no-text have none.",
         ),
     ] = None,
-    k: Annotated[
-        int, typer.Option("--k", "-k", min=1, help="Chunks to answer from, gold ones among them.")
-    ] = 1,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions to draw. Default: all.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the questions, distractors and places.")] = 0,
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
-    compressor: Annotated[
-        str | None,
-        typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor."),
-    ] = None,
+    k: NumChunks = 1,
+    limit: LimitOrAll = None,
+    seed: Seed = 0,
+    model: Model = "smollm2-135m",
+    compressor: CompressorOrDefault = None,
     prompt: Annotated[
         Path | None,
         typer.Option(
@@ -65,32 +69,20 @@ def evaluate(
             help="Prompt format, JSON. Default: the compressor's, else few-shot spans.",
         ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    dtype: DtypeOrDefault = None,
+    batch_size: BatchSize = 8,
+    max_new_tokens: MaxNewTokens = 32,
     out: Annotated[
         Path | None, typer.Option(help="JSONL file for the answers; run again to continue it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answers questions whose answers are known, and scores: EM, F1, contains."""
-    from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw
 
-    bad: list[str] = []
-
-    def report(place: str, problem: str) -> None:
-        bad.append(f"{place}: {problem}")
-        notes.print(f"skipped {place}: {problem}", style="yellow", markup=False)
-
-    with progress("reading questions", show=not as_json) as advance:
-        examples = []
-        for example in read_questions(data, on_bad=report):
-            examples.append(example)
-            advance(1)
+    examples, bad = _read(data, show=not as_json)
     sample = draw(examples, k=k, limit=limit, seed=seed)
-    if model in all_models():
-        pull_missing([model])
+    pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
         from sac_rag.compressors import checkpoint
@@ -99,15 +91,16 @@ def evaluate(
 
         # One and the same prompt for every system, whether or not it needs the compressor.
         folder = checkpoint.find(compressor or checkpoint.default(model), model)
-        own = checkpoint.load_prompt_format(folder) if folder else None
-        given = PromptFormat.from_json(prompt.read_text(encoding="utf-8")) if prompt else None
+        prompt_format = checkpoint.load_prompt_format(folder) if folder else None
+        if prompt:
+            prompt_format = PromptFormat.from_json(prompt.read_text(encoding="utf-8"))
         rag = SacRAG.from_pretrained(
             model,
-            # What reads the whole text or none needs no weights, unless they were asked for.
+            # Systems that read the whole text or none need no weights, unless asked for.
             compressor=compressor or ("full" if system in _WITHOUT_RATIO else None),
             ratio=ratio if system is System.compressed else None,
-            prompt_format=given or own or SPANS,
-            dtype=dtype.value if dtype else None,
+            prompt_format=prompt_format or SPANS,
+            dtype=name_of(dtype),
         )
     try:
         with progress("answering", total=len(sample.trials), show=not as_json) as advance:
@@ -124,15 +117,34 @@ def evaluate(
             )
     except KeyboardInterrupt:
         notes.print(
-            f"interrupted; run it again to go on, the answers so far are in {out}"
+            f"interrupted; run it again to resume, the answers so far are in {out}"
             if out
             else "interrupted; with --out FILE.jsonl the answers so far would have been kept",
             markup=False,
         )
         raise typer.Exit(130) from None
-    if as_json:
-        print_json({"model": model, **asdict(result), "skipped": bad})
-    else:
-        print_quality(model, result)
+    write(
+        {"model": model, **asdict(result), "skipped": bad},
+        lambda: print_quality(model, result),
+        as_json=as_json,
+    )
     if bad:
         raise typer.Exit(1)
+
+
+def _read(data: Sequence[Path], *, show: bool) -> tuple[list[QAExample], list[str]]:
+    """Questions, and a line per record that is left out."""
+    from sac_rag.evaluation.questions import read_questions
+
+    bad: list[str] = []
+
+    def report(place: str, problem: str) -> None:
+        bad.append(f"{place}: {problem}")
+        notes.print(f"skipped {place}: {problem}", style="yellow", markup=False)
+
+    examples = []
+    with progress("reading questions", show=show) as advance:
+        for example in read_questions(data, on_bad=report):
+            examples.append(example)
+            advance(1)
+    return examples, bad

@@ -1,17 +1,16 @@
-"""fit: a compressor for a model as it is. Knows nothing of how it is fitted."""
+"""fit: a compressor for a model as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sac_rag.cli.console import AsJson, Dtype, all_models, loading, pull_missing
-from sac_rag.cli.render import human_bytes, human_time, notes, out, print_json
-from sac_rag.cli.tables import print_fit
+from sac_rag.cli.console import loading, pull_if_default
+from sac_rag.cli.options import AsJson, DtypeOrDefault, Model, Seed, name_of
+from sac_rag.cli.progress import fit_progress
+from sac_rag.cli.render import human_bytes, human_time, out, print_fit, print_json
 
 
 def fit(
@@ -19,9 +18,7 @@ def fit(
         Path,
         typer.Option("--out", help="Folder for the compressor: a new one, or one made by fit."),
     ],
-    model: Annotated[
-        str, typer.Option(help="Default model, local folder or hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -52,16 +49,15 @@ def fit(
     ratio: Annotated[
         int, typer.Option(min=1, help="Source tokens per anchor by default; any can be used later.")
     ] = 5,
-    seed: Annotated[int, typer.Option(help="Of the choice of passages and of the scorer.")] = 0,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")] = None,
+    seed: Seed = 0,
+    dtype: DtypeOrDefault = None,
     as_json: AsJson = False,
 ) -> None:
     """Fits a compressor to any model as it is, in minutes; nothing of the model is trained."""
-    if model in all_models():
-        pull_missing([model])
+    pull_if_default(model)
     with loading():
         from sac_rag.training.fit import fit as fit_compressor
-    with _watching(show=not as_json) as tell:
+    with fit_progress(show=not as_json) as on_event:
         fitted = fit_compressor(
             model,
             folder,
@@ -73,8 +69,8 @@ def fit(
             passages=passages,
             ratio=ratio,
             seed=seed,
-            dtype=dtype.value if dtype else None,
-            on_event=tell,
+            dtype=name_of(dtype),
+            on_event=on_event,
         )
     if as_json:
         print_json({"out": str(folder), **fitted.to_dict()})
@@ -93,23 +89,3 @@ def fit(
         'answer = rag.answer("Who …?", chunks)',
         markup=False,
     )
-
-
-@contextmanager
-def _watching(show: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar of what is being done, on stderr."""
-    from rich.progress import Progress
-
-    labels = {"read": "reading passages", "fit": "fitting", "measure": "measuring"}
-    with Progress(console=notes, transient=True, disable=not show) as bar:
-        task = bar.add_task("loading the model", total=None)
-
-        def tell(event: dict[str, Any]) -> None:
-            bar.update(
-                task,
-                description=labels[event["event"]],
-                total=event.get("total"),
-                completed=event.get("done", 0),
-            )
-
-        yield tell

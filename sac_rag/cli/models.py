@@ -1,4 +1,4 @@
-"""models: what there is, fetched and verified. Knows nothing of what the models are used for."""
+"""models list | pull | verify: the default models and the demo's text."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Annotated
 
 import typer
 
-from sac_rag.cli.console import AsJson, all_models, pull_missing
-from sac_rag.cli.render import out, print_json, print_models
+from sac_rag.cli.console import all_models, pull_missing
+from sac_rag.cli.options import AsJson
+from sac_rag.cli.render import out, print_models, write
 
 app = typer.Typer(no_args_is_help=True, help="The default models and the demo's text.")
 
 
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
-    """Shows the default models, where they come from and what of them is on this disk."""
+    """Shows the default models, their packages and licences, and their bytes on this disk."""
     from sac_rag import default_models as models
 
     rows = [
@@ -27,10 +28,11 @@ def list_models(as_json: AsJson = False) -> None:
         }
         for name, source in models.SOURCES.items()
     ]
-    if as_json:
-        print_json({"models": rows, "folder": str(models.home())})
-        return
-    print_models(rows, models.home())
+    write(
+        {"models": rows, "folder": str(models.home())},
+        lambda: print_models(rows, models.home()),
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -47,14 +49,14 @@ def pull(
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Default: all that are pulled.")] = None,
 ) -> None:
-    """Hashes everything that was pulled and says what has changed."""
+    """Hashes everything that was pulled and names what has changed."""
     from sac_rag import default_models as models
 
-    found = False
+    has_changed = False
     for name in names or [n for n in all_models() if models.bytes_on_disk(n) is not None]:
         problems = models.verify(name)
-        found = found or bool(problems)
+        has_changed = has_changed or bool(problems)
         for line in problems or [f"{name} is as it was pulled"]:
             out.print(line, markup=False)
-    if found:
+    if has_changed:
         raise typer.Exit(1)

@@ -1,36 +1,38 @@
-"""precompress: documents to chunks and anchors, as a job. Knows nothing of how it is done."""
+"""precompress: documents to searchable chunks and cached anchors."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import AsJson, Store, open_collection, progress, pull_missing
-from sac_rag.cli.job import job_progress
-from sac_rag.cli.render import notes, out, print_estimate, print_json, print_precompressed
+from sac_rag.cli.console import loading, open_collection, pull_missing
+from sac_rag.cli.options import (
+    AsJson,
+    CompressorOrDefault,
+    ModelOrDefault,
+    RatioOrDefault,
+    Store,
+)
+from sac_rag.cli.progress import JobDisplay
+from sac_rag.cli.render import notes, out, print_json, print_precompressed, write
 
 if TYPE_CHECKING:
-    from sac_rag.chunk import Chunk
     from sac_rag.collection import Collection
-    from sac_rag.precompress.estimate import Estimate
-    from sac_rag.reports import BadRecord, PrecompressReport
 
-# Done, but not with everything: scripts may go on, and somebody has to look.
+# Finished except for bad records: scripts may continue, and somebody has to look.
 _SOME_WERE_BAD = 3
 
 
 class Stored(str, Enum):
-    """What anchors are kept in."""
+    """Dtypes that anchors are stored in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -47,16 +49,12 @@ def precompress(
         ),
     ],
     store: Store,
-    model: Annotated[
-        str | None, typer.Option(help="Default model, local folder or hub id.")
-    ] = None,
-    compressor: Annotated[
-        str | None, typer.Option(help="'shipped', 'fitted', 'full' or the folder of a compressor.")
-    ] = None,
-    ratio: Annotated[int | None, typer.Option(min=1, help="Source tokens per anchor.")] = None,
+    model: ModelOrDefault = None,
+    compressor: CompressorOrDefault = None,
+    ratio: RatioOrDefault = None,
     stored_dtype: Annotated[
         Stored | None,
-        typer.Option(help="What anchors are kept in; int8 takes half. Default: the compressor's."),
+        typer.Option(help="Dtype of stored anchors; int8 takes half. Default: the compressor's."),
     ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest chunk, in tokens. Default: 256.")
@@ -75,38 +73,53 @@ def precompress(
         int, typer.Option(min=1, help="Processes; each loads the model, and they share the cores.")
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and store nothing.")
+        bool, typer.Option("--dry-run", help="Print the estimate, and store nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Cuts documents into chunks, makes them searchable and caches their anchors.
 
-    Interrupted, it is to be run again, and does only the rest. What is stored of former versions of
-    a document is deleted; documents that are no longer given stay.
+    An interrupted run is resumed by running it again. Entries of former versions of a document are
+    deleted; documents that are no longer among the paths stay.
 
-    Exit codes: 0 all is done; 3 all is done but for bad records, which are reported with their
-    places; 1 it failed; 130 it was interrupted.
+    Exit codes: 0 finished; 3 finished except for bad records, which are reported with their places;
+    1 failed; 130 interrupted.
     """
     pull_missing()
-    given: dict[str, Any] = {
+    with loading():
+        from sac_rag.collection import open_compressor
+        from sac_rag.precompress.job import PrecompressJob
+        from sac_rag.retrieval.readers import read_documents
+    options: dict[str, Any] = {
         "model": model,
         "compressor": compressor,
         "ratio": ratio,
         "stored_dtype": stored_dtype.value if stored_dtype else None,
         "chunk_tokens": chunk_tokens,
     }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in options.items() if value is not None}
     with _collection(store, dry_run, **settings) as collection:
-        job = _Job(collection, store, paths, as_is, shown=not as_json)
-        if dry_run:
-            summary = job.estimate()
-        elif index:
-            summary = job.fill(workers)
-        else:
-            summary = job.cache(workers)
-    if as_json:
-        print_json({**summary, "bad": [asdict(record) for record in job.bad]})
-    elif not dry_run and index:
+        cached = collection.rag.compressor
+        if "-" in paths and not index and not dry_run:
+            notes.print("Standard input can be read only once: there is no estimate of it.")
+        with JobDisplay(store, cached.store, show=not as_json) as display:
+            job = PrecompressJob(
+                cached,
+                partial(read_documents, paths),
+                split=None if as_is else lambda document: collection.split([document]),
+                index=collection if index else None,
+                open_compressor=partial(open_compressor, collection.folder),
+                reads_once="-" in paths,
+                callback=display,
+            )
+            estimate = job.estimate() if dry_run else None
+            report = None if dry_run else job.run(workers)
+    if report is not None:
+        write(report, partial(print_precompressed, report), as_json=as_json)
+    elif as_json and estimate is not None:
+        bad = [asdict(record) for record in job.bad]
+        print_json({"documents": job.documents, "estimate": asdict(estimate), "bad": bad})
+    if report is not None and index and not as_json:
         out.print(f'Ask: sac-rag ask "…" --store {store}', style="dim", markup=False)
     if job.bad:
         raise typer.Exit(_SOME_WERE_BAD)
@@ -120,138 +133,3 @@ def _collection(folder: Path, dry_run: bool, **settings: Any) -> Iterator[Collec
             yield open_collection(Path(elsewhere) / folder.name, **settings)
     else:
         yield open_collection(folder, **settings)
-
-
-@dataclass
-class _Job:
-    """What one call of the command reads, and into what.
-
-    Attributes:
-        folder: Where the collection is, or would be if this were no dry run.
-        bad: What was left out so far.
-        documents: How many were read.
-    """
-
-    collection: Collection
-    folder: Path
-    paths: list[str]
-    as_is: bool
-    shown: bool
-    bad: list[BadRecord] = field(default_factory=list)
-    documents: int = 0
-
-    def estimate(self) -> dict[str, Any]:
-        """Reads everything and stores nothing."""
-        with progress("counting", show=self.shown) as advance:
-            expected = self.collection.estimate(self._read(advance), self._cut)
-        self._announce(expected)
-        return {"documents": self.documents, "estimate": asdict(expected)}
-
-    def fill(self, workers: int) -> dict[str, Any]:
-        """Makes everything searchable, which takes all chunks in memory, and caches the anchors."""
-        with progress("reading documents", show=self.shown) as advance:
-            chunks = [chunk for document in self._read(advance) for chunk in self._cut(document)]
-        expected = self.collection.estimate(chunks, lambda chunk: [chunk])
-        self._announce(expected)
-        fitting = [chunk for chunk in chunks if self._fits(chunk)]
-        with progress("embedding", total=len(fitting), show=self.shown) as advance:
-            added = self.collection.add(fitting, advance, whole_documents=True)
-        done = self._compress(iter(chunks), expected, workers)
-        return self._summary(done, expected, indexed=added)
-
-    def cache(self, workers: int) -> dict[str, Any]:
-        """Caches the anchors, reading the documents as they are needed."""
-        expected = None
-        if "-" in self.paths:
-            notes.print("Standard input can be read only once: there is no estimate of it.")
-        else:
-            with progress("counting", show=self.shown) as advance:
-                documents = self._read(advance, report=False)
-                expected = self.collection.estimate(documents, self._cut)
-            self._announce(expected)
-        chunks = (chunk for document in self._read() for chunk in self._cut(document))
-        return self._summary(self._compress(chunks, expected, workers), expected)
-
-    def _read(self, advance: Any = None, report: bool = True) -> Iterator[Chunk]:
-        from sac_rag.reports import BadRecord
-        from sac_rag.retrieval.readers import read_documents
-
-        def on_bad(place: str, problem: str) -> None:
-            if report:
-                self._skipped(BadRecord(place, problem))
-
-        self.documents = 0
-        for document in read_documents(self.paths, on_bad=on_bad):
-            self.documents += 1
-            if advance is not None:
-                advance(1)
-            yield document
-
-    def _cut(self, document: Chunk) -> list[Chunk]:
-        # A document without text is one empty chunk: counted, and its former version deleted.
-        return [document] if self.as_is else self.collection.split([document]) or [document]
-
-    def _fits(self, chunk: Chunk) -> bool:
-        compressor = self.collection.rag.compressor.compressor
-        limit = compressor.generator.max_positions
-        return not chunk.is_empty and len(compressor.tokenize(chunk.text)) <= limit
-
-    def _skipped(self, record: BadRecord) -> None:
-        self.bad.append(record)
-        notes.print(f"skipped {record.place}: {record.problem}", style="yellow", markup=False)
-
-    def _announce(self, expected: Estimate) -> None:
-        store = self.collection.rag.compressor.store
-        if self.shown:
-            print_estimate(expected, self.folder)
-        room = getattr(store, "max_bytes", sys.maxsize) - getattr(store, "nbytes", 0)
-        there = next(
-            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
-        )
-        free = shutil.disk_usage(there).free
-        for what, left in (("the store may grow by", room), ("the disk has", free)):
-            if expected.nbytes > left:
-                notes.print(
-                    f"{what} only {left:,} bytes more, the anchors will take {expected.nbytes:,}: "
-                    "the least recently used will be dropped, or the run fail",
-                    style="yellow",
-                )
-
-    def _compress(
-        self, chunks: Iterator[Chunk], expected: Estimate | None, workers: int
-    ) -> PrecompressReport:
-        from sac_rag.reports import PrecompressReport
-
-        started = time.perf_counter()
-        done = PrecompressReport()
-        total = expected.source_tokens if expected is not None else None
-        with job_progress(total, show=self.shown) as advance:
-            for more in self.collection.precompress(chunks, workers=workers):
-                done += more
-                advance(more)
-                for record in more.bad:
-                    self._skipped(record)
-        return done + PrecompressReport(seconds=time.perf_counter() - started)
-
-    def _summary(
-        self, done: PrecompressReport, expected: Estimate | None, indexed: int | None = None
-    ) -> dict[str, Any]:
-        if self.shown:
-            print_precompressed(done, indexed)
-        return {
-            "documents": self.documents,
-            "chunks": done.chunks,
-            "indexed": indexed,
-            "computed": done.computed,
-            "hits": done.hits,
-            "empty": done.empty,
-            "deleted": done.deleted,
-            "source_tokens": done.source_tokens,
-            "anchors": done.anchors,
-            "bytes": done.nbytes,
-            "seconds": done.seconds,
-            "tokens_per_s": done.source_tokens / done.seconds,
-            "padding": done.padding,
-            "workers_lost": done.workers_lost,
-            "estimate": None if expected is None else asdict(expected),
-        }

@@ -1,11 +1,11 @@
-"""What the command line prints. Knows nothing of its arguments or of how results come about."""
+"""What commands print: results as one JSON value or as text and tables, sizes and times."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,35 +13,93 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from sac_rag.benchmarks.dtypes import DtypeRow
     from sac_rag.benchmarks.first_token import SpeedRow
+    from sac_rag.benchmarks.store import LookupSpeed, ReadSpeed
     from sac_rag.benchmarks.throughput import ThroughputRow
     from sac_rag.collection import Collection
     from sac_rag.demo import DemoResult
+    from sac_rag.evaluation.dropin import DropinResult
     from sac_rag.evaluation.quality import QualityResult
     from sac_rag.precompress.estimate import Estimate
-    from sac_rag.reports import Answer, PrecompressReport
+    from sac_rag.precompress.job import JobReport
+    from sac_rag.reports import Answer
     from sac_rag.retrieval.index import Hit
-    from sac_rag.stores.disk.maintenance import StoreStats
+    from sac_rag.stores.disk import StoreStats
+    from sac_rag.training.anchor_oracle import AnchorChoice
+    from sac_rag.training.fit import FitFigure
+    from sac_rag.training.step_speed import StepSpeed
 
 out = Console(highlight=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False)
 
 
+def write(value: object, show: Callable[[], None], *, as_json: bool) -> None:
+    """Writes the result of a command, as JSON or as text.
+
+    Args:
+        value: What --json prints; may hold dataclasses, which JSON holds as objects: what their
+            `to_dict` gives, if they have one, or else their fields.
+        show: Prints the same for people.
+        as_json: Which of both.
+    """
+    if as_json:
+        print_json(value)
+    else:
+        show()
+
+
+def print_json(value: object) -> None:
+    """One JSON value on standard output."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=_as_json)
+    sys.stdout.write(text + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"JSON cannot hold a {type(value).__name__}: {value!r:.80}")
+
+
+def _table(*columns: str, show_header: bool = True) -> Table:
+    return Table(*columns, box=None, pad_edge=False, show_header=show_header)
+
+
+def human_bytes(count: int) -> str:
+    """A size as people read it."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as people read it."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def print_introduction(collection: Collection, folder: Path) -> None:
-    """What the demo runs on."""
-    compressor = collection.rag.compressor.compressor
+    """The demo's chunks, model and compressor."""
+    compressor = collection.rag.compressor
     out.print(
         f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
         f"{collection.rag.generator.dtype_name}, in {folder}",
         markup=False,
     )
-    kept = (
+    method = (
         "full: every token's KV is kept"
         if compressor.method == "full"
         else f"{compressor.method} at {compressor.config.ratio}x: one token's KV in "
         f"{compressor.config.ratio} is kept"
     )
-    out.print(f"Compressor: {kept}", markup=False)
+    out.print(f"Compressor: {method}", markup=False)
 
 
 def print_demo(number: int, result: DemoResult) -> None:
@@ -60,7 +118,7 @@ def print_demo(number: int, result: DemoResult) -> None:
         f"{human_bytes(result.kv_bytes)}"
     )
     out.print(
-        f"   first token after {result.ttft_s:.3f} s; reading the text anew: "
+        f"   first token after {result.ttft_s:.3f} s; reading the text: "
         f"{result.ttft_full_text_s:.3f} s ({result.ttft_full_text_s / result.ttft_s:.1f}x)"
     )
 
@@ -89,36 +147,13 @@ def answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str, 
     }
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def human_bytes(count: int) -> str:
-    """A size as people read it."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def human_time(seconds: float) -> str:
-    """A duration as people read it."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def print_estimate(expected: Estimate, folder: Path) -> None:
-    """What a precompression will take, on standard error."""
+    """The time and bytes that a precompression will take, on standard error."""
     counted = (
         "counted" if expected.counted == 1 else f"estimated from {expected.counted:.0%} of the text"
     )
-    done = f"{expected.hits:,} are there, {expected.empty:,} empty, {expected.bad:,} too long"
-    line = f"{expected.chunks:,} chunks, {done}; {expected.source_tokens:,} tokens to compress"
+    rest = f"{expected.hits:,} are there, {expected.empty:,} empty, {expected.bad:,} too long"
+    line = f"{expected.chunks:,} chunks, {rest}; {expected.source_tokens:,} tokens to compress"
     notes.print(f"{line} ({counted})", soft_wrap=True)
     if expected.tokens_per_s is not None:
         notes.print(
@@ -129,19 +164,20 @@ def print_estimate(expected: Estimate, folder: Path) -> None:
         )
 
 
-def print_precompressed(done: PrecompressReport, indexed: int | None) -> None:
-    """What a precompression did."""
-    rate = done.source_tokens / done.seconds
+def print_precompressed(report: JobReport) -> None:
+    """The counts of a precompression."""
+    counts = report.counts
+    rate = counts.source_tokens / counts.seconds
     out.print(
-        f"{done.chunks} chunks: {done.computed} compressed now ({done.source_tokens} tokens to "
-        f"{done.anchors} anchors, {human_bytes(done.nbytes)}, {human_time(done.seconds)}, "
-        f"{rate:,.0f} tokens/s, {done.padding:.0%} padding), {done.hits} there before"
+        f"{counts.chunks} chunks: {counts.computed} compressed now ({counts.source_tokens} tokens "
+        f"to {counts.anchors} anchors, {human_bytes(counts.nbytes)}, {human_time(counts.seconds)}, "
+        f"{rate:,.0f} tokens/s, {counts.padding:.0%} padding), {counts.hits} there before"
     )
     for count, what in (
-        (indexed, "newly indexed"),
-        (done.deleted, "entries of former versions deleted"),
-        (len(done.bad), "too long and left out"),
-        (done.workers_lost, "workers lost, their work done again"),
+        (report.indexed, "newly indexed"),
+        (counts.deleted, "entries of former versions deleted"),
+        (len(counts.bad), "too long and left out"),
+        (counts.workers_lost, "workers lost, their work done again"),
     ):
         if count:
             out.print(f"{count} {what}")
@@ -176,8 +212,8 @@ def print_account(answer: Answer, hits: list[Hit]) -> None:
 
 
 def print_models(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """The default models, and what of them is on this disk."""
-    table = Table("name", "kind", "from", "licence", "on disk", box=None, pad_edge=False)
+    """The default models, and their bytes on this disk."""
+    table = _table("name", "kind", "from", "licence", "on disk")
     for row in rows:
         size = "not pulled" if row["bytes"] is None else human_bytes(row["bytes"])
         table.add_row(row["name"], row["kind"], row["package"], row["licence"], size)
@@ -186,8 +222,8 @@ def print_models(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def print_store(folder: Path, stats: StoreStats) -> None:
-    """What is in a store, and what became of the rest."""
-    table = Table(show_header=False, box=None, pad_edge=False)
+    """The contents of a store, and the reasons of its misses."""
+    table = _table(show_header=False)
     index, aside = human_bytes(stats.index_nbytes), human_bytes(stats.quarantined_nbytes)
     table.add_row("entries", f"{stats.entries}, {human_bytes(stats.nbytes)}, index {index}")
     if stats.ratio is not None:
@@ -204,21 +240,23 @@ def print_store(folder: Path, stats: StoreStats) -> None:
     for reason, count in sorted(stats.reasons.items(), key=lambda item: -item[1]):
         table.add_row(f"  missed, {reason}", str(count))
     table.add_row("evicted ever", f"{stats.evicted}, {human_bytes(stats.evicted_nbytes)}")
-    table.add_row("bad ever", f"{stats.set_aside}; in quarantine {stats.quarantined}, {aside}")
+    table.add_row(
+        "bad ever", f"{stats.total_quarantined}; in quarantine {stats.quarantined}, {aside}"
+    )
     out.print(table)
     for made_by in stats.fingerprints:
         size = f"{made_by.entries} entries, {human_bytes(made_by.nbytes)}"
         size += "" if made_by.ratio is None else f", {made_by.ratio:.1f}x"
-        out.print(f"\nfingerprint {made_by.fingerprint or 'not told'}: {size}", markup=False)
+        out.print(f"\nfingerprint {made_by.fingerprint or 'not recorded'}: {size}", markup=False)
         for name, value in sorted((made_by.fields or {}).items()):
             out.print(f"  {name} = {value}", style="dim", markup=False)
     out.print(f"\nin {folder}", style="dim", markup=False)
 
 
 def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
-    """Times to the first token and after it, a row for each setting."""
-    columns = ("k", "ratio", "heads", "store", "entries", "KV", "TTFT", "a token", "floor")
-    table = Table(*columns, "full text", "speed-up", box=None, pad_edge=False)
+    """Times to the first token and after it, a row per setting."""
+    columns = ("k", "ratio", "heads", "store", "entries", "KV", "TTFT", "per token", "floor")
+    table = _table(*columns, "full text", "speed-up")
     for row in rows:
         table.add_row(
             str(row.k),
@@ -238,9 +276,9 @@ def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
 
 
 def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
-    """Tokens a second of compressing, a row for each compressor."""
+    """Tokens per second of compressing, a row per compressor."""
     columns = ("method", "ratio", "padding", "plain prefill", "compressing", "", "into a store", "")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = _table(*columns)
     for row in rows:
         stored = row.stored_tokens_per_s, row.stored_relative
         table.add_row(
@@ -258,11 +296,11 @@ def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
 
 
 def print_quality(model: str, result: QualityResult) -> None:
-    """How one system answered."""
+    """The scores of one system."""
     columns = ("system", "ratio", "k", "questions", "EM", "F1", "95 % of F1", "contains", "ended")
     # The generator is the user's own, unless this says otherwise.
     adapted = ("generator adapter",) if result.generator_adapter else ()
-    table = Table(*columns, *adapted, box=None, pad_edge=False)
+    table = _table(*columns, *adapted)
     low, high = result.f1_interval
     table.add_row(
         result.system,
@@ -277,4 +315,110 @@ def print_quality(model: str, result: QualityResult) -> None:
         *(f"rank {result.generator_adapter}" for _ in adapted),
     )
     out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")
+    out.print(table)
+
+
+def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
+    """Stored dtypes beside float32, which holds the computed values."""
+    columns = ("stored", "entry", "logits", "at most", "KL", "same answers", "F1", "change")
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(
+            row.stored_dtype,
+            human_bytes(round(row.entry_bytes)),
+            f"{row.logit_rms:.4f}",
+            f"{row.logit_max:.3f}",
+            f"{row.kl:.1e}",
+            f"{row.same_answers:.1%}",
+            f"{row.f1:.3f}",
+            f"{row.f1_change:+.3f}",
+        )
+    out.print(f"{model}, {dtype}, {rows[0].n} questions; logits: root mean square of errors\n")
+    out.print(table)
+
+
+def print_dropin(model: str, dtype: str, rows: Sequence[DropinResult]) -> None:
+    """Prompts of the frameworks, a table per number of chunks and ratio."""
+    columns = ("framework", "prompt", "n", "F1", "gold", "words", "ended", "empty", "repeated")
+    out.print(
+        f"{model}, {dtype}; gold: contained in the answer; words: median; repeated: word bigrams",
+        markup=False,
+    )
+    groups: dict[tuple[int, int], list[DropinResult]] = {}
+    for row in rows:
+        groups.setdefault((row.k, row.ratio or 0), []).append(row)
+    # Text first, then anchors by ratio; within that as they were measured.
+    for (k, ratio), group in sorted(groups.items()):
+        table = _table(*columns)
+        for row in group:
+            table.add_row(
+                row.framework,
+                row.prompt,
+                str(row.n),
+                *("-" if score is None else f"{score:.3f}" for score in (row.f1, row.contains)),
+                f"{row.words:.1f}",
+                *(f"{share:.2f}" for share in (row.ended, row.empty, row.repeated)),
+            )
+        out.print(f"\nk={k}, {f'anchors, {ratio}x' if ratio else 'text'}\n")
+        out.print(table)
+
+
+def print_reads(rows: Sequence[ReadSpeed]) -> None:
+    """Reading times of a store beside those of safetensors."""
+    columns = ("stored", "entry", "store", "half", "safetensors", "ratio", "read", "mapped")
+    table = _table(*columns)
+    for row in rows:
+        seconds = (row.store_s, row.half_s, row.safetensors_s, row.read_s, row.mapped_s)
+        store, half, safetensors, read, mapped = (f"{1000 * s:.3f} ms" for s in seconds)
+        size = human_bytes(row.nbytes)
+        name = f"{row.stored_dtype}, encrypted" if row.encrypted else row.stored_dtype
+        table.add_row(name, size, store, half, safetensors, f"{row.ratio:.2f}", read, mapped)
+    out.print(table)
+
+
+def print_lookups(speed: LookupSpeed) -> None:
+    """Times of a store with many entries."""
+    out.print(
+        f"\n{speed.entries} entries: opened in {speed.open_ms:.1f} ms; looking up adds "
+        f"{speed.lookup_ms:.3f} ms to a read of {speed.read_ms:.3f} ms, a miss takes "
+        f"{speed.miss_ms:.3f} ms; a write takes {speed.put_ms:.1f} ms, forgetting a document "
+        f"{speed.forget_ms:.0f} ms; the index has {human_bytes(speed.index_nbytes)}"
+    )
+
+
+def print_anchors(rows: Sequence[AnchorChoice]) -> None:
+    """Selections of anchors from the same KV, best first at each ratio."""
+    columns = ("ratio", "chosen by", "attention kept", "loss", "accuracy")
+    table = _table(*columns)
+    for row in sorted(rows, key=lambda row: (row.ratio, row.loss)):
+        figures = (f"{row.attention_kept:.1%}", f"{row.loss:.3f}", f"{row.accuracy:.3f}")
+        table.add_row(f"{row.ratio}x", row.anchors, *figures)
+    out.print(table)
+
+
+def print_fit(figures: Sequence[FitFigure]) -> None:
+    """Each prompt at each ratio, and beside it the same scorer's anchors with equal heads."""
+    columns = ("prompt", "ratio", "attention kept", "loss", "accuracy", "equal heads:", "", "")
+    table = _table(*columns)
+    by_setting = {(row.prompt, row.ratio, row.budget): row for row in figures}
+    for row in figures:
+        if row.budget != "shared":
+            continue
+        equal = by_setting.get((row.prompt, row.ratio, "uniform"))
+        cells = [
+            cell
+            for of in (row, equal)
+            if of is not None
+            for cell in (f"{of.attention_kept:.1%}", f"{of.loss:.3f}", f"{of.accuracy:.3f}")
+        ]
+        table.add_row(row.prompt, "all kept" if row.ratio == 1 else f"{row.ratio}x", *cells)
+    out.print(table)
+
+
+def print_steps(rows: Sequence[StepSpeed]) -> None:
+    """Tokens per second of training and of the model alone."""
+    table = _table("what", "tokens", "seconds", "tokens/s")
+    for row in rows:
+        figures = (f"{row.tokens:,}", f"{row.seconds:.2f}", f"{row.tokens_per_s:,.0f}")
+        table.add_row(row.what, *figures)
     out.print(table)

@@ -1,4 +1,4 @@
-"""store: what is in a store, and keeping it in order. Knows nothing of how either is done."""
+"""store: the contents of a store, and its maintenance."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import AsJson, loading, progress
-from sac_rag.cli.render import human_bytes, out, print_json, print_store
+from sac_rag.cli.console import loading
+from sac_rag.cli.options import AsJson, Folder, KeyEnv, KeyFile
+from sac_rag.cli.progress import progress
+from sac_rag.cli.render import human_bytes, out, print_store, write
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
     from sac_rag.stores.disk import DiskStore
 
 app = typer.Typer(no_args_is_help=True, help="What is in a store, and keeping it in order.")
-
-Folder = Annotated[Path, typer.Argument(help="Folder of a store, or of a collection.")]
-KeyEnv = Annotated[
-    str | None, typer.Option(help="Environment variable with the key of an encrypted store.")
-]
-KeyFile = Annotated[Path | None, typer.Option(help="File with the key of an encrypted store.")]
 
 
 @app.command()
@@ -30,11 +26,9 @@ def stats(
 ) -> None:
     """Shows sizes, documents, hits, misses and their reasons, ages and fingerprints."""
     with open_store(folder, key_env, key_file, read_only=True) as store:
-        found = store.stats()
-        if as_json:
-            print_json({"folder": str(store.folder), **asdict(found), "hit_rate": found.hit_rate})
-        else:
-            print_store(store.folder, found)
+        figures = store.stats()
+        result = {"folder": str(store.folder), **asdict(figures), "hit_rate": figures.hit_rate}
+        write(result, lambda: print_store(store.folder, figures), as_json=as_json)
 
 
 @app.command()
@@ -52,12 +46,13 @@ def check(
         with progress("reading", total=store.nbytes, show=not as_json) as advance:
             problems = store.check(fix=fix, on_progress=advance)
         left = store.check() if fix and problems else problems
-    if as_json:
-        print_json({"problems": problems, "left": left})
-    else:
+
+    def show() -> None:
         _print_problems(problems, "All is as it was written.")
         if fix and problems:
             _print_problems(left, "All of this is repaired.")
+
+    write({"problems": problems, "left": left}, show, as_json=as_json)
     if left:
         raise typer.Exit(1)
 
@@ -71,10 +66,9 @@ def verify(
         count, nbytes = len(store), store.nbytes
         with progress("reading", total=nbytes, show=not as_json) as advance:
             bad = store.verify(on_progress=advance)
-    if as_json:
-        print_json({"entries": count, "nbytes": nbytes, "bad": bad})
-    else:
-        _print_problems(bad, f"{count} entries, {human_bytes(nbytes)}: all as they were written.")
+    intact = f"{count} entries, {human_bytes(nbytes)}: all as they were written."
+    result = {"entries": count, "nbytes": nbytes, "bad": bad}
+    write(result, lambda: _print_problems(bad, intact), as_json=as_json)
     if bad:
         raise typer.Exit(1)
 
@@ -87,36 +81,34 @@ def gc(
         typer.Option(help="Delete entries of any other fingerprint; may be repeated, shortened."),
     ] = None,
     max_age_s: Annotated[
-        float | None, typer.Option(min=0, help="Delete entries stored so many seconds ago.")
+        float | None, typer.Option(min=0, help="Delete entries older than this many seconds.")
     ] = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Deletes leftovers of killed writers, old quarantine, and what the options name."""
+    """Deletes leftovers of killed writers, old quarantine, and entries named by the options."""
     with open_store(folder, key_env, key_file, max_age_s=max_age_s) as store:
-        kept = None if keep_fingerprint is None else in_full(store, keep_fingerprint)
-        done = store.gc(keep_fingerprints=kept)
-    if as_json:
-        print_json(asdict(done))
-        return
-    out.print(
-        f"deleted {done.expired} expired and {done.superseded} superseded entries, "
-        f"{done.leftovers} leftovers of killed writers, {done.quarantined} quarantined entries: "
-        f"{human_bytes(done.nbytes)}"
+        fingerprints = None if keep_fingerprint is None else in_full(store, keep_fingerprint)
+        deleted = store.gc(keep_fingerprints=fingerprints)
+    line = (
+        f"deleted {deleted.expired} expired and {deleted.superseded} superseded entries, "
+        f"{deleted.leftovers} leftovers of killed writers, {deleted.quarantined} quarantined "
+        f"entries: {human_bytes(deleted.nbytes)}"
     )
+    write(deleted, lambda: out.print(line), as_json=as_json)
 
 
 @app.command()
 def forget(
     folder: Folder,
     documents: Annotated[list[str], typer.Argument(help="Ids of documents.")],
-    namespace: Annotated[str, typer.Option(help="The tenant's, if they were put in one.")] = "",
+    namespace: Annotated[str, typer.Option(help="Namespace of the documents, if any.")] = "",
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Deletes what only these documents use; no byte of it stays, in a collection of no text."""
+    """Deletes entries that only these documents have, to the last byte, and their texts."""
     from sac_rag.namespace import Namespace
 
     ids = [Namespace(namespace).document_id(document) for document in documents]
@@ -128,11 +120,12 @@ def forget(
             from sac_rag.collection import forget_texts
 
             chunks = forget_texts(folder, documents)
-    if as_json:
-        print_json({"deleted": deleted, "chunks": chunks})
-    else:
-        searched = f", {chunks} chunks no longer to be found" if chunks else ""
-        out.print(f"{deleted} entries deleted{searched}")
+    searched = f", {chunks} chunks no longer searchable" if chunks else ""
+    write(
+        {"deleted": deleted, "chunks": chunks},
+        lambda: out.print(f"{deleted} entries deleted{searched}"),
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -147,16 +140,15 @@ def pin(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keeps entries from being evicted, whatever else comes."""
+    """Keeps entries from being evicted."""
     with open_store(folder, key_env, key_file) as store:
         chosen = [*(keys or ()), *(key for name in document or () for key in store.keys_of(name))]
         if not chosen:
             raise ValueError("nothing to pin: give keys, or --document with an id that has entries")
-        done = store.unpin(chosen) if off else store.pin(chosen)
-    if as_json:
-        print_json({"asked": len(chosen), "done": done})
-    else:
-        out.print(f"{done} of {len(chosen)} entries {'un' if off else ''}pinned")
+        changed = store.unpin(chosen) if off else store.pin(chosen)
+    line = f"{changed} of {len(chosen)} entries {'un' if off else ''}pinned"
+    result = {"asked": len(chosen), "done": changed}
+    write(result, lambda: out.print(line), as_json=as_json)
 
 
 @app.command()
@@ -169,7 +161,7 @@ def rekey(
     plain: Annotated[bool, typer.Option("--plain", help="No longer encrypted.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encrypts every entry with another key; killed, it goes on when it is run again."""
+    """Encrypts every entry with another key; run again to resume."""
     new = cipher_of(new_key_env, new_key_file)
     if (new is None) != plain:
         raise ValueError("give either --new-key-env, or --new-key-file, or --plain")
@@ -177,20 +169,18 @@ def rekey(
         open_store(folder, key_env, key_file) as store,
         progress("encrypting", total=store.nbytes, show=not as_json) as advance,
     ):
-        done = store.rekey(new, on_progress=advance)
-    if as_json:
-        print_json({"encrypted": done})
-    else:
-        out.print(f"{done} entries written anew")
+        count = store.rekey(new, on_progress=advance)
+    line = f"{count} entries written again"
+    write({"encrypted": count}, lambda: out.print(line), as_json=as_json)
 
 
 def open_store(
     folder: Path, key_env: str | None = None, key_file: Path | None = None, **options: Any
 ) -> DiskStore:
-    """Opens a store that is there; makes none.
+    """Opens an existing store; makes none.
 
     Raises:
-        ValueError: if the folder is no store, or the key not its own.
+        ValueError: if the folder is no store, or the key is of another one.
     """
     from sac_rag.stores.disk import DiskStore
 
@@ -203,7 +193,7 @@ def open_store(
 
 
 def cipher_of(key_env: str | None, key_file: Path | None) -> Cipher | None:
-    """The key that --key-env or --key-file names, if either is given."""
+    """The key that --key-env or --key-file names; None for neither."""
     if key_env is None and key_file is None:
         return None
     from sac_rag.stores.cipher import Cipher
@@ -214,18 +204,18 @@ def cipher_of(key_env: str | None, key_file: Path | None) -> Cipher | None:
 
 
 def in_full(store: DiskStore, shortened: list[str]) -> list[str]:
-    """A store's fingerprints that begin so, one each."""
-    there = [found.fingerprint for found in store.stats().fingerprints if found.fingerprint]
-    kept = []
+    """The store's fingerprints that begin with the shortened ones, one per beginning."""
+    stored = [row.fingerprint for row in store.stats().fingerprints if row.fingerprint]
+    fingerprints = []
     for start in shortened:
-        found = [fingerprint for fingerprint in there if fingerprint.startswith(start)]
-        if len(found) != 1:
+        matches = [fingerprint for fingerprint in stored if fingerprint.startswith(start)]
+        if len(matches) != 1:
             raise ValueError(
                 f"{start!r} must be the beginning of one of the store's fingerprints, is of "
-                f"{len(found)}; there are: {', '.join(there) or 'none'}"
+                f"{len(matches)}; there are: {', '.join(stored) or 'none'}"
             )
-        kept += found
-    return kept
+        fingerprints += matches
+    return fingerprints
 
 
 def _print_problems(problems: list[str], otherwise: str) -> None:

@@ -1,32 +1,40 @@
-"""bench choices | anchors | steps: what training is measured by."""
+"""bench choices | anchors | steps: measurements of training."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import AsJson, all_models, loading, progress, pull_missing
-from sac_rag.cli.render import notes, out, print_json
-from sac_rag.cli.tables import print_anchors, print_steps
+from sac_rag.cli.console import loading, pull_if_default
+from sac_rag.cli.options import (
+    AsJson,
+    Compressor,
+    Config,
+    Limit,
+    ModelOfCompressor,
+    Questions,
+    Ratios,
+    Repeats,
+    Seed,
+)
+from sac_rag.cli.progress import progress
+from sac_rag.cli.render import notes, out, print_anchors, print_steps, write
 
 
 def choices(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
+    data: Questions,
     folder: Annotated[
-        Path, typer.Option("--out", help="Folder of results; run again to go on.")
+        Path, typer.Option("--out", help="Folder of results; run again to resume.")
     ] = Path("runs/choices"),
-    config: Annotated[
-        Path | None, typer.Option(help="Settings that all runs share, .toml or .json.")
-    ] = None,
+    config: Config = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Prose, for the choices that learn from it.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A choice; may be repeated.")] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Time of each run, validation not.")] = 5,
+    minutes: Annotated[float, typer.Option(min=0, help="Time per run, without validation.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each choice.")] = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -48,30 +56,27 @@ def choices(
             f"{outcome.accuracy:.3f}, content {outcome.content:.3f} after {outcome.steps} steps",
             markup=False,
         )
-    if as_json:
-        print_json({"rows": [asdict(outcome) for outcome in outcomes]})
-    else:
-        out.print(to_markdown(outcomes), markup=False)
+    write(
+        {"rows": outcomes},
+        lambda: out.print(to_markdown(outcomes), markup=False),
+        as_json=as_json,
+    )
 
 
 def anchors(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
-    compressor: Annotated[
-        str,
-        typer.Option(help="'shipped', 'fitted' or the folder of one with learned anchors."),
-    ] = "shipped",
-    model: Annotated[str, typer.Option(help="What it was trained for.")] = "smollm2-135m",
-    ratio: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Passages.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the choice of passages.")] = 0,
+    data: Questions,
+    compressor: Compressor = "shipped",
+    model: ModelOfCompressor = "smollm2-135m",
+    ratio: Ratios = None,
+    limit: Limit = 24,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Answers from anchors that others would have chosen: how much a better choice would bring."""
+    """Answers from anchors of other selections: the gain that a better one would bring."""
     from sac_rag.evaluation.questions import read_questions
 
     examples = list(read_questions(data))
-    if model in all_models():
-        pull_missing([model])
+    pull_if_default(model)
     with loading():
         from sac_rag.compressors import checkpoint
         from sac_rag.lm.generator import Generator
@@ -91,33 +96,24 @@ def anchors(
     with progress("asking", total=len(rows), show=not as_json) as advance:
         objective = Objective(loaded, maker.prefix_ids)
         figures = compare_anchors(objective, rows, ratio or (5,), on_progress=advance)
-    if as_json:
-        print_json({"rows": [asdict(row) for row in figures]})
-    else:
-        print_anchors(figures)
+    write({"rows": figures}, lambda: print_anchors(figures), as_json=as_json)
 
 
 def steps(
-    data: Annotated[list[Path], typer.Option(help="Questions with answers, as for train.")],
-    config: Annotated[
-        Path | None, typer.Option(help="Settings of the run, .toml or .json.")
-    ] = None,
+    data: Questions,
+    config: Config = None,
     batches: Annotated[int, typer.Option(min=1, help="Of the run's first.")] = 6,
-    repeats: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 3,
+    repeats: Repeats = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Times steps of training, by turns with the bare model over the same tokens."""
+    """Times training steps, in turn with the bare model over the same tokens."""
     with loading():
         from sac_rag.training.config import TrainConfig
         from sac_rag.training.step_speed import measure
 
     values = {**(TrainConfig.read(config) if config else {}), "data": [str(path) for path in data]}
     run = TrainConfig.from_dict(values)
-    if run.model in all_models():
-        pull_missing([run.model])
+    pull_if_default(run.model)
     with loading():
         rows = measure(run, batches=batches, repeats=repeats)
-    if as_json:
-        print_json({"rows": [{**asdict(row), "tokens_per_s": row.tokens_per_s} for row in rows]})
-    else:
-        print_steps(rows)
+    write({"rows": rows}, lambda: print_steps(rows), as_json=as_json)

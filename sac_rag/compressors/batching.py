@@ -1,4 +1,4 @@
-"""Which segments are encoded together. Knows token counts only."""
+"""Batching: groups segments of similar length into encoder passes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sac_rag.compressors.anchor_selection import segment_bounds
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a chunk that is encoded in one go.
+    """Part of a chunk that is encoded in one pass.
 
     Attributes:
-        chunk: The chunk's number.
-        start: Its first token in the chunk.
-        end: The token after its last.
+        chunk: Number of the chunk.
+        start: First token of the segment in the chunk.
+        end: Token after the last.
     """
 
     chunk: int
@@ -29,15 +29,16 @@ class Segment:
 def passes(
     counts: Sequence[int], *, segment_tokens: int, sink: int, batch_tokens: int
 ) -> Iterator[list[Segment]]:
-    """The segments of chunks, those of like length together.
+    """Groups the segments of chunks into passes, segments of similar length together.
 
     Longest first, so that a pass too large for the memory fails at once.
 
     Args:
-        counts: Tokens of each chunk.
-        segment_tokens: Longest segment.
-        sink: Tokens read before each segment.
-        batch_tokens: Most tokens of a pass, sinks and pads included, unless one segment has more.
+        counts: Number of tokens of each chunk.
+        segment_tokens: Length of the longest segment.
+        sink: Number of tokens read before each segment.
+        batch_tokens: Most tokens of a pass, sinks and pads included; a longer segment is a pass
+            by itself.
     """
     segments = (
         Segment(chunk, start, end)
@@ -55,5 +56,5 @@ def passes(
 
 
 def padded_tokens(batches: Iterable[Sequence[Segment]], sink: int) -> int:
-    """Tokens that are read in passes, sinks and pads included."""
+    """Number of tokens that passes read, sinks and pads included."""
     return sum(len(batch) * (sink + max(map(len, batch))) for batch in batches)

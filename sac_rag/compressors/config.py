@@ -1,4 +1,4 @@
-"""What determines a compressor besides its weights. Knows nothing of models or tensors."""
+"""CompressorConfig: everything besides weights that determines the KV of a compressor."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class CompressorConfig:
-    """Everything about a compressor that must be the same for its KV to be the same.
+    """Everything besides the weights that determines the KV of a compressor.
 
     Raises:
         ValueError: for a value out of range, naming the field, what was got and what is expected.
     """
 
-    method: str = "sac"  # which compression method: a name in `compressors.METHODS`
+    method: str = "sac"  # which compression method: a name in `checkpoint.METHODS`
     ratio: int = 5  # source tokens per anchor
-    # Which tokens are anchors: every ratio-th; the least predictable; or, for each layer and head
-    # apart, those attended to most when the text is read again ("attention"), or those that a
-    # fitted scorer foretells, from the chunk's keys and values, to be needed ("learned").
+    # Which tokens are anchors: every n-th ("uniform"); the least predictable ("surprisal"); or, for
+    # each layer and head separately, those that receive the most attention when the text is read
+    # again ("attention"), or those to which a fitted scorer predicts it ("learned").
     anchors: Anchors = "uniform"
-    # How many entries each head keeps of a text: all the same ("uniform"), the same in a layer
-    # ("layers"), or what one ranking over all heads gives it ("shared"); the last two go with
-    # learned anchors alone.
+    # How many entries each head keeps of a text: the same number for all ("uniform"), the same in
+    # a layer ("layers"), or as one ranking over all heads gives ("shared"); the last two need
+    # learned anchors.
     budget: Budget = "uniform"
-    scorer_width: int = 0  # of the network in a learned scorer; 0 = a linear function alone
+    scorer_width: int = 0  # hidden size of the scorer's network; 0 = a linear function only
     segment_tokens: int = 510  # longest text encoded in one forward pass, in tokens
     sink: str = ""  # opening of every prompt, read before each segment and dropped ("" = none)
-    # Text that stands before each chunk and is compressed with it, special tokens and all.
+    # Text before each chunk that is compressed with it; may contain special tokens.
     heading: str = ""
-    attention: Attention = "full"  # who sees later tokens: nobody, the anchors, or every token
-    # What is added to an anchor's input: one learned vector, one for each slot, or nothing.
+    attention: Attention = "full"  # which tokens attend to later ones: none, anchors, or all
+    # What is added to an anchor's input: one learned vector, one per slot, or nothing.
     anchor_embedding: AnchorEmbedding = "shared"
     first_position: int = 0  # RoPE index of a prompt's first token; attention sees differences only
     cue: bool = True  # whether a learned [LM] embedding follows each chunk in the prompt
     lora_rank: int = 128
     lora_alpha: int = 256  # LoRA is scaled by lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # modules that get LoRA; () = none
-    # Of a second LoRA, on while prompts with these anchors are read and answered: the generator is
-    # then no longer the one that came. 0 = none
+    # Rank of a second LoRA, on while prompts with these anchors are read and answered: the
+    # generator is then no longer the frozen LM. 0 = none
     generator_adapter_rank: int = 0
-    stored_dtype: StoredDtype = "bfloat16"  # what keys and values are kept in, see quantize.py
+    stored_dtype: StoredDtype = "bfloat16"  # of stored keys and values; "int8": see kv.quantize
 
     def __post_init__(self) -> None:
         if isinstance(self.lora_targets, str):
@@ -104,17 +104,17 @@ class CompressorConfig:
 
     @property
     def is_nested(self) -> bool:
-        """Whether what is kept at a ratio contains what is kept at every higher one.
+        """Whether the entries kept at a ratio contain those kept at every higher ratio.
 
-        It does where the encoder reads the same whatever the ratio, and ranks what it has read.
+        They do where the encoder's inputs do not depend on the ratio, and entries are ranked.
         """
         return self.anchors == "learned"
 
     def fingerprint_fields(self) -> dict[str, str]:
-        """What a fingerprint covers of it: fields that are not at their default, by name.
+        """The fields that are not at their default, by name: the part of a fingerprint.
 
-        So a field that a later version adds changes no fingerprint until it is used; a default
-        must never change. Where ratios are nested, entries of all of them are the same, and the
+        A field that a later version adds therefore changes no fingerprint until it is used; a
+        default must never change. Where ratios are nested, one entry serves all of them, and the
         ratio is left out.
         """
         values = self.to_dict()
@@ -125,11 +125,11 @@ class CompressorConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON holds them."""
+        """The fields as JSON values."""
         return {**asdict(self), "lora_targets": list(self.lora_targets)}
 
     def to_json(self) -> str:
-        """The fields, one a line."""
+        """The fields as JSON, one per line."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
@@ -149,6 +149,6 @@ class CompressorConfig:
         if unknown:
             raise ValueError(
                 f"unknown fields in a compressor's config: {', '.join(unknown)}; "
-                "it was written by a newer sac_rag: upgrade, or train it anew"
+                "it was written by a newer sac_rag: upgrade, or train it again"
             )
         return cls(**values)

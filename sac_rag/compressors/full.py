@@ -1,4 +1,4 @@
-"""Full, which keeps every token. Knows nothing of training: it has nothing to learn."""
+"""Full: every token is an anchor; nothing to train."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sac_rag.lm.generator import Generator
 
 
 class Full(Compressor):
-    """Every token is an anchor: the oracle of the tests and the upper bound of the bench.
+    """Every token is an anchor: the oracle of the tests and the upper bound of benchmarks.
 
     One chunk behind its real prefix gives the logits of plain reading; several chunks differ from
-    plain reading only in that no chunk has seen another.
+    plain reading only in that no chunk attends to another.
     """
 
     method: ClassVar[str] = "full"
@@ -36,23 +36,23 @@ class Full(Compressor):
 
     @classmethod
     def default_config(cls, **changes: object) -> CompressorConfig:
-        """The config of plain reading, with a few fields of the caller's."""
+        """The config of plain reading, with some fields changed."""
         plain = {"ratio": 1, "cue": False, "attention": "causal", "lora_targets": ()}
         return CompressorConfig(**{"method": cls.method, **plain, **changes})  # type: ignore[arg-type]
 
     def layout(self, tokens: Tensor) -> Layout:
-        """Plain reading of one segment. Shape of `tokens`: (tokens,)."""
-        where = torch.arange(len(tokens), device=tokens.device)
+        """Lays out one segment for plain reading. Shape of `tokens`: (tokens,)."""
+        positions = torch.arange(len(tokens), device=tokens.device)
         return Layout(
             embeds=self.generator.embed(tokens),
-            positions=where,
-            sees=causal(len(tokens), tokens.device),
-            kept=where,
+            positions=positions,
+            attends_to=causal(len(tokens), tokens.device),
+            anchors=positions,
         )
 
 
 def read_plain(generator: Generator, ids: Sequence[int]) -> AnchorKV:
-    """KV of plain text at position 0, every token kept: what `assemble` takes as a prefix."""
+    """KV of plain text at position 0, every token kept: a prefix for `assemble`."""
     config = Full.default_config(segment_tokens=len(ids), stored_dtype=generator.dtype_name)
     (kv,) = Full(generator, config).compress_tokens([ids])
     return kv

@@ -1,14 +1,14 @@
-"""The authors' released checkpoints (arXiv 2510.08907) as compressors of ours. Knows no training.
+"""Conversion of the paper's released checkpoints (arXiv 2510.08907) to compressors.
 
-Their file is read as tensors and nothing else, and their prompt comes along as `FORMAT`. For one
-chunk the encoder reads what theirs did, BOS and heading before the text and compressed with it, and
-the logits of the answer are theirs up to rounding, however many segments the chunk has.
+Their file is read as tensors only; their prompt is `FORMAT`. For one chunk the encoder's input is
+that of the paper's code, with BOS and heading before the text and compressed with it, and the
+logits of the answer are equal up to rounding, for any number of segments.
 
-They never read several texts for one question. Here each chunk then has a BOS, a heading, slots
-counted from 0 and a cue behind it of its own, and they follow one another with nothing between;
-theirs has one of each for the whole context and counts its segments through the middle of texts.
+The paper's code has one context per question. Here each of several chunks has its own BOS, heading,
+slots counted from 0 and cue, and chunks follow one another without separator; there the whole
+context has one of each, and segments may end in the middle of a text.
 
-A title is not read: theirs have none. A question without chunks begins without a BOS.
+Titles are not read, since the paper has none. A question without chunks begins without a BOS.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sac_rag.compressors.sac import SAC
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import PromptFormat
 
-# Theirs are the pieces, and theirs is to tokenize each apart.
+# The pieces of the paper's prompt, each tokenized separately, as there (raw).
 FORMAT = PromptFormat(
     chat=False,
     raw=True,
@@ -39,7 +39,7 @@ FORMAT = PromptFormat(
     user="{chunks}\n### Question:\n{question}\n### Answer:\n",
 )
 
-_HEADING = "### Context:\n"  # behind the BOS
+_HEADING = "### Context:\n"  # after the BOS
 _SEGMENT = 510  # tokens
 _SCALE = 2  # of LoRA, whatever its rank
 _PROJECTIONS = ("q_proj", "v_proj")
@@ -53,19 +53,19 @@ def convert(
     *,
     ratio: int | None = None,
 ) -> SAC:
-    """Turns one of the authors' files into the folder of a compressor, whole or not at all.
+    """Converts one of the authors' files to the folder of a compressor, whole or not at all.
 
     Args:
         adapter: Their file, `adapter.pt` or `instruction_adapter.pt`.
         base: The model it was trained for: a default model's name, a local folder or a hub id.
-        out: A folder that is not there yet, or is empty.
-        ratio: Source tokens per anchor, where the number of slots leaves it open.
+        out: A folder that does not exist yet, or is empty.
+        ratio: Source tokens per anchor, if the number of slots does not determine it.
 
     Returns:
         The compressor that was written, on its model.
 
     Raises:
-        ValueError: if `out` holds something, or as `load`; before the model is read, if it can be.
+        ValueError: if `out` is not empty, or as `load`; where possible before the model is read.
         OSError: if `out` cannot be written.
     """
     folder = Path(out).expanduser()
@@ -90,11 +90,11 @@ def load(adapter: str | os.PathLike[str], generator: Generator, *, ratio: int | 
     Args:
         adapter: Their file.
         generator: The model it was trained for.
-        ratio: Source tokens per anchor, where the number of slots leaves it open.
+        ratio: Source tokens per anchor, if the number of slots does not determine it.
 
     Raises:
-        ValueError: if it cannot be read as tensors alone, tensors are missing, too many or of
-            another shape, the model is another one, or the ratio cannot be told.
+        ValueError: if it is not a file of tensors only, tensors are missing, superfluous or of
+            another shape, the model is another one, or the ratio is ambiguous.
     """
     config, weights = _read(adapter, ratio)
     return _fitted(config, weights, generator, adapter)
@@ -106,7 +106,7 @@ def _fitted(
     generator: Generator,
     adapter: str | os.PathLike[str],
 ) -> SAC:
-    """The compressor, once it is known that the weights are for this model."""
+    """The compressor, after a check that the weights are for this model."""
     theirs = (len(weights["cue"]), sum(name.endswith("q_proj.lora_A.weight") for name in weights))
     ours = (generator.hidden_size, generator.kv_shape[0])
     if theirs != ours:
@@ -129,9 +129,9 @@ def _fitted(
 def _read(
     adapter: str | os.PathLike[str], ratio: int | None
 ) -> tuple[CompressorConfig, dict[str, Tensor]]:
-    """Their file in our terms: the config but for the heading, and the weights under our names."""
+    """Their file as a config, without the heading yet, and weights under our names."""
     tensors = _tensors(adapter)
-    layers = max(1, len({found[1] for found in map(_LAYER.match, tensors) if found}))
+    layers = max(1, len({match[1] for match in map(_LAYER.match, tensors) if match}))
     lora = [
         f"model.model.layers.{layer}.self_attn.{projection}.lora_"
         for layer in range(layers)
@@ -148,7 +148,7 @@ def _read(
                 "role_tokens, special_tokens, and lora_A and lora_B of each layer's q_proj and "
                 "v_proj; it is no adapter of the authors, or not a whole one"
             )
-    # Sizes that the rest must agree with.
+    # Sizes that all other tensors must agree with.
     slots, hidden = (*tensors["role_tokens"].shape, 0, 0)[:2]
     rank = _width(tensors[f"{lora[0]}A"])
     _require_shape(adapter, tensors, "role_tokens", (slots, hidden))
@@ -176,7 +176,7 @@ def _read(
 
 
 def _tensors(adapter: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """What the file holds, if it is a dict of tensors and nothing else."""
+    """The tensors of the file, which must be a dict of tensors and nothing else."""
     try:
         file = Path(adapter).expanduser().open("rb")
     except OSError as error:
@@ -184,8 +184,8 @@ def _tensors(adapter: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with file:
             held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever damaged bytes lead it to
-        # Its own text is left out: it advises to let the file run code.
+    except Exception as error:  # torch raises many kinds of errors for damaged bytes
+        # Its text is left out, since it advises to let the file run code.
         raise ValueError(
             f"{adapter} must be a dict of tensors written by torch.save, but it is something else, "
             f"damaged, or has code in it, of which nothing was run ({type(error).__name__}); "
@@ -231,20 +231,22 @@ def _require_shape(
 
 
 def _ratio(adapter: str | os.PathLike[str], slots: int, wanted: int | None) -> int:
-    """The ratio that gives a whole segment so many anchors."""
+    """The ratio at which a whole segment has this number of anchors."""
     fitting = [r for r in range(1, _SEGMENT + 1) if num_anchors(_SEGMENT, r) == slots]
-    told = f"{adapter} has {slots} slots (role_tokens) for a segment of {_SEGMENT} tokens"
+    slot_count = f"{adapter} has {slots} slots (role_tokens) for a segment of {_SEGMENT} tokens"
     if not fitting:
-        raise ValueError(f"{told}, as many anchors as no ratio gives; give the authors' adapter.pt")
+        raise ValueError(f"{slot_count}, which no ratio gives; give the authors' adapter.pt")
     if wanted is not None:
         if wanted not in fitting:
-            raise ValueError(f"{told}, which is ratio {_listed(fitting)}, was given: {wanted}")
+            raise ValueError(
+                f"{slot_count}, which is ratio {_listed(fitting)}, was given: {wanted}"
+            )
         return wanted
-    # All of the paper's divide a segment; 10 slots are 51x, though 50x has as many.
+    # All ratios of the paper divide a segment: 10 slots are 51x, although 50x gives 10, too.
     if slots * (_SEGMENT // slots) == _SEGMENT:
         return _SEGMENT // slots
     if len(fitting) > 1:
-        raise ValueError(f"{told}, which can be ratio {_listed(fitting)}; give one of them")
+        raise ValueError(f"{slot_count}, which can be ratio {_listed(fitting)}; give one of them")
     return fitting[0]
 
 

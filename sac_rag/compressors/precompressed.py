@@ -1,4 +1,4 @@
-"""Stored, which stands for a compressor that is elsewhere. Knows nothing of how it compresses."""
+"""Stored: stands in for the compressor that precompressed a store, without its weights."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from sac_rag.lm.generator import Generator
 
 
 class Stored(Compressor):
-    """Has a compressor's fingerprint, tokens and cue, but neither its LoRA nor other weights.
+    """The fingerprint, tokens and cue of a compressor, without LoRA and other weights.
 
-    With a store that holds all chunks it answers as the compressor would, at any ratio that they
-    are stored at where one compression serves several; what is not there can be read as text, not
-    compressed.
+    With a store that has all chunks, answers equal the compressor's, at every ratio that the stored
+    entries serve; a chunk that is missing can be read as text, but not compressed.
 
     Args:
-        generator: The LM that answers.
-        config: The compressor's.
-        fields: The compressor's fingerprint fields.
-        cue: The compressor's, if it has one. Shape: (hidden,)
+        generator: The frozen LM.
+        config: Config of the compressor.
+        fields: Fingerprint fields of the compressor.
+        cue: Cue of the compressor, if it has one. Shape: (hidden,)
 
     Raises:
-        ValueError: if the generator is not the one of the fingerprint, naming what differs.
+        ValueError: if the generator is not that of the fingerprint, naming what differs.
     """
 
     method: ClassVar[str] = "stored"
@@ -52,11 +51,11 @@ class Stored(Compressor):
             )
 
     def fingerprint_fields(self) -> dict[str, str]:
-        """Those of the compressor that made what is stored."""
+        """Fingerprint fields of the compressor that made the stored entries."""
         return dict(self._fields)
 
     def layout(self, tokens: Tensor) -> NoReturn:
-        """Raises RuntimeError, with what to do instead."""
+        """Raises RuntimeError, naming the remedy."""
         raise RuntimeError(
             "a chunk is not in the store, and the compressor is not here to compress it; use "
             "on_miss='text' or 'raise', or precompress the chunk where the compressor is"
@@ -67,18 +66,18 @@ class Stored(Compressor):
             return super()._with(**changes)
         raise ValueError(
             f"what is stored was made with its own config, asked for: {changes}; "
-            "compress the text anew with the compressor itself"
+            "compress the text again with the compressor itself"
         )
 
     def _require_generator(self) -> None:
         expected = {"kv_format": str(KV_FORMAT), **self.generator_fields()}
-        differing = [
+        mismatches = [
             f"{name} was {self._fields.get(name, 'unknown'):.16}, is {value:.16}"
             for name, value in expected.items()
             if self._fields.get(name) != value
         ]
-        if differing:
+        if mismatches:
             raise ValueError(
-                f"the chunks were compressed for another model: {'; '.join(differing)}; "
+                f"the chunks were compressed for another model: {'; '.join(mismatches)}; "
                 "load the model they were compressed for, in the same dtype"
             )

@@ -1,4 +1,4 @@
-"""SAC, Semantic-Anchor Compression (arXiv 2510.08907). Knows nothing of how it is trained."""
+"""SAC, Semantic-Anchor Compression (arXiv 2510.08907)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from sac_rag.compressors import anchor_selection as salience
 from sac_rag.compressors.anchor_selection import (
     Scorer,
+    attention_when_read_again,
     num_anchors,
     strided_anchors,
+    surprisal,
     token_features,
     top_anchors,
 )
@@ -24,23 +25,23 @@ from sac_rag.compressors.layout import Layout, causal
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 
-# In the first layer a word that comes twice has twice the same keys and values, and so the same
-# score but for rounding. So much more for each token further on, and it is never rounding that
-# decides; over a whole segment it is nothing beside what scores differ by.
-_LATER = 1e-5
+# Added to a score per token of distance from the start. In the first layer equal tokens have equal
+# keys and values, hence scores that differ by rounding only; this term decides between them, and
+# over a whole segment it is small beside the differences of other scores.
+_TIE_BREAK = 1e-5
 
 
 class SAC(Compressor):
-    """Anchors are the chunk's own tokens: marked, free to look ahead, or chosen for each head.
+    """Anchors are tokens of the chunk: marked, attending to later ones, or chosen for each head.
 
-    Without trained weights LoRA, mark and scorer start at nothing, and what is left is the frozen
-    LM's own KV of the anchors: a starting point for training, not yet a compressor.
+    Untrained, the anchor embedding, LoRA and the scorer are zero, and the KV is the frozen LM's: a
+    starting point for training.
     """
 
     method: ClassVar[str] = "sac"
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
-        """Adds untrained LoRA to the generator's model, switched off outside of encoding."""
+        """Adds untrained LoRA to the model of the generator, switched off outside of encoding."""
         super().__init__(generator, config)
         layers, kv_heads, head_dim = generator.kv_shape
         hidden, device = generator.hidden_size, generator.device
@@ -55,7 +56,7 @@ class SAC(Compressor):
             self.scorer = Scorer(layers, kv_heads, features, config.scorer_width).to(device)
             self.weights |= self.scorer.named_weights()
             if config.budget != "uniform":
-                # Before it is fitted, all heads pay as much attention to a text.
+                # Before it is fitted, all heads pay the same attention to a text.
                 self.weights["budget"] = torch.zeros(layers, kv_heads, device=device)
             self.fitted = frozenset(self.weights) - {"anchor_embedding"}
         if config.cue:
@@ -69,8 +70,8 @@ class SAC(Compressor):
             self.weights |= {f"generator_adapter.{n}": weight for n, weight in weights.items()}
 
     def _add_lora(self, rank: int) -> tuple[str, dict[str, Tensor]]:
-        """Adds LoRA of a rank to the generator; gives its name there, and its weights."""
-        from peft import LoraConfig  # a second of imports that only LoRA is worth
+        """Adds LoRA of a rank to the generator; returns the adapter's name and weights."""
+        from peft import LoraConfig  # takes a second to import: only where LoRA is used
 
         config, name = self.config, f"sac_{uuid4().hex}"
         lora = LoraConfig(
@@ -83,25 +84,25 @@ class SAC(Compressor):
         return name, dict(self.generator.add_adapter(name, lora))
 
     def at_ratio(self, ratio: int) -> SAC:
-        """The same weights at another ratio; refused where each slot has a vector of its own."""
+        """The same weights at another ratio; refused where each slot has its own vector."""
         if self.config.anchor_embedding == "slot" and ratio != self.config.ratio:
             raise ValueError(
-                f"anchor_embedding='slot' has a vector for each anchor at ratio "
+                f"anchor_embedding='slot' has one vector per anchor at ratio "
                 f"{self.config.ratio} and none for ratio {ratio}; train with 'shared' or 'none'"
             )
         return super().at_ratio(ratio)
 
     def layout(self, tokens: Tensor) -> Layout:
-        """Marks the anchors, where they are known before reading. Shape of `tokens`: (tokens,)."""
+        """Marks the anchors, if they are chosen before reading. Shape of `tokens`: (tokens,)."""
         config, count = self.config, len(tokens)
         embeds = self.generator.embed(tokens)
-        sees = causal(count, tokens.device)
+        attends_to = causal(count, tokens.device)
         if config.attention == "full":
-            sees[:] = True
+            attends_to[:] = True
         anchors = self._anchors(tokens)
         if anchors.ndim == 1:
             if config.attention == "anchors":
-                sees[anchors] = True
+                attends_to[anchors] = True
             if config.anchor_embedding != "none":
                 marks: Tensor = self.anchor_embedding
                 if config.anchor_embedding == "slot":
@@ -112,32 +113,32 @@ class SAC(Compressor):
         return Layout(
             embeds=embeds,
             positions=torch.arange(count, device=tokens.device),
-            sees=sees,
-            kept=anchors,
+            attends_to=attends_to,
+            anchors=anchors,
         )
 
     def choose(self, layout: Layout, keys: Tensor, values: Tensor) -> Tensor:
-        """With anchors="learned", the tokens whose own keys and values say they will be needed."""
+        """With anchors="learned", the entries to which the scorer predicts the most attention."""
         if self.config.anchors != "learned":
             return super().choose(layout, keys, values)
         scores = self.scores(layout.positions, keys, values)
         return self.entries_of(scores)[: self.num_segment_entries(scores.shape[-1])]
 
     def entries_of(self, scores: Tensor) -> Tensor:
-        """All entries of a segment, the most important first.
+        """All entries of a segment, most important first.
 
         Args:
-            scores: How much each token will be needed. Shape: (layers, kv_heads, tokens)
+            scores: Predicted attention of each token. Shape: (layers, kv_heads, tokens)
 
         Returns:
             head * tokens + token. Shape: (layers * kv_heads * tokens,)
         """
-        later = torch.arange(scores.shape[-1], device=scores.device)
+        places = torch.arange(scores.shape[-1], device=scores.device)
         mass = self.weights.get("budget", scores.new_zeros(scores.shape[:2])).detach()
-        return ranked_entries(scores + _LATER * later, mass, self.config.budget)
+        return ranked_entries(scores + _TIE_BREAK * places, mass, self.config.budget)
 
     def join(self, segments: Sequence[AnchorKV]) -> AnchorKV:
-        """One value of a chunk's segments, in the joint order of importance if there is one."""
+        """Joins the segments of a chunk, in their joint order of importance if there is one."""
         if not self.is_nested or len(segments) == 1:
             return super().join(segments)
         layers, kv_heads, _ = self.generator.kv_shape
@@ -147,10 +148,10 @@ class SAC(Compressor):
         return AnchorKV.join(segments, order.to(segments[0].heads.device))
 
     def scores(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """How much each token will be needed, from all tokens' keys and values.
+        """Predicted attention of each token, from the keys and values of all tokens.
 
         Args:
-            positions: What the keys are rotated for. Shape: (tokens,)
+            positions: Positions for which the keys are rotated. Shape: (tokens,)
             keys: Shape: (layers, kv_heads, tokens, head_dim)
             values: Shape: (layers, kv_heads, tokens, head_dim)
 
@@ -162,19 +163,16 @@ class SAC(Compressor):
         return scores
 
     def _anchors(self, tokens: Tensor) -> Tensor:
-        """Indices known before reading; every token where they are chosen after it."""
+        """Anchors chosen before reading; all tokens where they are chosen after it."""
         config, count = self.config, len(tokens)
         if config.anchors == "uniform":
             return strided_anchors(count, config.ratio).to(tokens.device)
         if config.anchors == "learned":
             return torch.arange(count, device=tokens.device)
-        measure = {
-            "surprisal": salience.surprisal,
-            "attention": salience.attention_when_read_again,
-        }[config.anchors]
+        measure = {"surprisal": surprisal, "attention": attention_when_read_again}[config.anchors]
         return top_anchors(measure(self.generator, self._sink_ids, tokens), config.ratio)
 
     def _untrained_cue(self) -> Tensor:
-        # The mean of all embeddings: a word that says nothing in particular.
+        # The mean of all embeddings is like no particular token's.
         mean: Tensor = self.generator.model.get_input_embeddings().weight.float().mean(dim=0)
         return mean

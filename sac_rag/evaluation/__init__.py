@@ -1,1 +1,1 @@
-"""Measures speed and quality."""
+"""Measurements of answers: questions, scores, comparisons."""

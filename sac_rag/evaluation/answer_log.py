@@ -1,4 +1,4 @@
-"""Keeps scored answers in a file, added to line by line. Knows nothing of models and scores."""
+"""Answers, a log of scored answers in a JSON Lines file that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ FORMAT = 1
 
 
 class Answers:
-    """Scored answers by question number, in JSON Lines behind a line of settings.
+    """Scored answers by question number, in JSON Lines after a line of settings.
 
     Args:
-        path: Read and continued if it is there; None keeps answers in memory alone.
-        settings: JSON values; must be those that the file was begun with.
+        path: Read and continued if it exists; None keeps answers in memory only.
+        settings: JSON values; must equal those that the file was begun with.
         labels: JSON values, noted beside them in a new file.
 
     Attributes:
-        found: The answers, those read from the file among them.
+        by_number: The answers, those read from the file among them.
 
     Raises:
         ValueError: if the file was begun with other settings, or holds something else.
@@ -30,13 +30,13 @@ class Answers:
     def __init__(
         self, path: Path | None, settings: Mapping[str, Any], labels: Mapping[str, Any]
     ) -> None:
-        self.found: dict[int, dict[str, Any]] = {}
+        self.by_number: dict[int, dict[str, Any]] = {}
         self._path = path
         if path is None:
             return
         header = _line({"format": FORMAT, **settings, "labels": dict(labels)})
         content = path.read_bytes() if path.exists() else b""
-        if header.startswith(content):  # new, or cut off at once
+        if header.startswith(content):  # new, or cut off in the header
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(header)
             return
@@ -47,7 +47,7 @@ class Answers:
         for number, line in enumerate(lines, 2):
             try:
                 answer = json.loads(line)
-                self.found[answer["number"]] = answer
+                self.by_number[answer["number"]] = answer
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(
                     f"{path}:{number} must be an answer, but: {error!r}; mend or remove the line"
@@ -55,8 +55,8 @@ class Answers:
         os.truncate(path, len(whole))
 
     def add(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Takes answers; they are in the file when it returns."""
-        self.found |= {answer["number"]: answer for answer in answers}
+        """Adds answers; they are in the file when it returns."""
+        self.by_number |= {answer["number"]: answer for answer in answers}
         if self._path is not None:
             with self._path.open("ab") as file:
                 file.write(b"".join(map(_line, answers)))
@@ -64,8 +64,8 @@ class Answers:
 
 def _require_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> None:
     try:
-        found: dict[str, Any] = json.loads(line)
-        version = found["format"]
+        recorded: dict[str, Any] = json.loads(line)
+        version = recorded["format"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} holds something else than the answers of an evaluation; give a new file"
@@ -75,14 +75,14 @@ def _require_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> N
             f"{path} is of format {version!r}, this version of sac_rag writes format {FORMAT}; "
             "give a new file"
         )
-    differing = {
-        name: (found.get(name), value)
+    mismatches = {
+        name: (recorded.get(name), value)
         for name, value in settings.items()
-        if found.get(name) != value
+        if recorded.get(name) != value
     }
-    if differing:
+    if mismatches:
         raise ValueError(
-            f"{path} was begun with other settings, (its own, those asked for): {differing}; "
+            f"{path} was begun with other settings, (recorded, asked for): {mismatches}; "
             "give a new file"
         )
 

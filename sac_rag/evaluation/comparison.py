@@ -1,4 +1,4 @@
-"""All systems on one sample, and the table of it. Knows nothing of how an answer is scored."""
+"""Comparison of all systems on the same questions, and its table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sac_rag.evaluation.sample import Sample
 from sac_rag.pipeline import SacRAG
 from sac_rag.stores.memory import MemoryStore
 
-# Shown as a whole in a table and in JSON; each answer is in a file of its own beside it.
+# All results in one file; the answers of each are in a file beside it.
 FIGURES = "figures.json"
 
 KINDS = ("full-text", "truncated", "no-text", "compressed", "uniform")
@@ -34,19 +34,19 @@ def compare(
     cut: int = 5,
     max_new_tokens: int = 32,
 ) -> Iterator[QualityResult]:
-    """Measures text, no text, text cut short, and anchors at several ratios, with one prompt.
+    """Measures text, no text, truncated text, and anchors at several ratios, with one prompt.
 
-    Where heads have budgets of their own, every ratio is measured with equal heads too. What is in
-    `out` already is not measured again. Without text the number of chunks makes no difference; that
-    is measured once.
+    Where heads have budgets of their own, every ratio is measured with equal heads too. Answers
+    that are in `out` already are not measured again. Without text the number of chunks makes no
+    difference, so that is measured once.
 
     Args:
-        rag: Model, prompt format and a compressor that any ratio can be had from.
-        samples: Questions, for each number of chunks.
+        rag: Model, prompt format and a compressor that has any ratio.
+        samples: Questions, one sample per number of chunks.
         ratios: Source tokens per anchor.
         out: Folder for the answers and for figures.json.
-        kinds: What to measure: some of KINDS, where "uniform" is anchors with equal heads.
-        cut: Source tokens per token that is left of text cut short.
+        kinds: Systems to measure: some of KINDS, where "uniform" is anchors with equal heads.
+        cut: Source tokens per token of truncated text.
         max_new_tokens: Longest answer, in tokens.
 
     Raises:
@@ -57,13 +57,13 @@ def compare(
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, unknown: {unknown}")
     folder = Path(out)
     results: list[QualityResult] = []
-    # Shared: what is stored at the lowest ratio, which comes first, serves the higher ones.
+    # Shared: entries of the lowest ratio, which comes first, serve the higher ones.
     store = MemoryStore(_STORE_BYTES)
     for number, sample in enumerate(samples):
         texts: list[tuple[System, int | None]] = [("full-text", None), ("truncated", cut)]
         if number == 0:
             texts.append(("no-text", None))
-        compressor = rag.compressor.compressor
+        compressor = rag.compressor.inner
         runs = [(system, ratio, compressor) for system, ratio in texts if system in kinds]
         runs += _compressed(compressor, sorted(ratios), kinds)
         for system, ratio, compressor in runs:
@@ -103,10 +103,10 @@ def _file(system: System, ratio: int | None, compressor: Compressor) -> str:
 
 
 def to_markdown(results: Sequence[QualityResult]) -> str:
-    """A table; its last column sets F1 against that of anchors with every token kept.
+    """A Markdown table; its last column is F1 relative to that of anchors with every token kept.
 
-    Where some were answered with a generator adapter, a column tells its rank; where there are
-    several budgets, those that are not shared are named.
+    Where some results have a generator adapter, a column has its rank; where there are several
+    budgets, those that are not shared are named.
     """
     columns = ["the model attends to", "k", "F1 (95 %)", "EM", "gold contained"]
     adapted = any(result.generator_adapter for result in results)
@@ -118,7 +118,7 @@ def to_markdown(results: Sequence[QualityResult]) -> str:
         low, high = result.f1_interval
         whole = kept_all.get(result.k)
         share = f"{result.f1 / whole:.0%}" if whole else ""
-        cells = [_told(result, several), str(result.k)]
+        cells = [_attended(result, several), str(result.k)]
         cells += [f"{result.f1:.3f} ({low:.3f} to {high:.3f})", f"{result.em:.3f}"]
         cells += [f"{result.contains:.3f}"]
         cells += [*([_rank(result.generator_adapter)] if adapted else []), share]
@@ -130,7 +130,7 @@ def _rank(generator_adapter: int) -> str:
     return f"rank {generator_adapter}" if generator_adapter else "none"
 
 
-def _told(result: QualityResult, several: bool) -> str:
+def _attended(result: QualityResult, several: bool) -> str:
     if result.system == "compressed":
         if result.ratio == 1:
             return "anchors, every token"

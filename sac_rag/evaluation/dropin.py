@@ -1,7 +1,7 @@
-"""How good answers are in the frameworks' own prompts, from anchors and from text.
+"""Quality of answers in the frameworks' own prompts, from anchors and from text.
 
-A compressor is trained in prompts of its own, its users bring others. What goes wrong there is seen
-in more than F1: answers that do not end, repeat themselves, or are empty.
+A compressor is trained in prompts of its own, and its users have others. Failures there show in
+more than F1: answers that do not end, repeat themselves, or are empty.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ ReadAs = Literal["text", "anchors"]
 
 @dataclass(frozen=True)
 class DropinResult:
-    """One prompt of a framework, answered over one sample. Scores and shares are from 0 to 1.
+    """Scores of one prompt of a framework over one sample. Scores and shares are from 0 to 1.
 
     Attributes:
-        framework: Whose chain or engine answered.
+        framework: The framework whose chain or engine answers.
         prompt: Its name.
-        k: Chunks of each question.
-        ratio: Source tokens per anchor; None where the text was read.
-        read_as: What the model attended to: the chunks' "anchors", or their "text".
-        n: Answers. Instructions ask once about the same chunks, so they may have fewer.
-        f1: Mean of the words shared with the gold answer; None for instructions, which have none.
+        k: Chunks per question.
+        ratio: Source tokens per anchor; None where the text is read.
+        read_as: What the model attends to: the chunks' "anchors", or their "text".
+        n: Number of answers. Instructions ask once about the same chunks, so they may have fewer.
+        f1: Mean F1 of words against the gold answer; None for instructions, which have none.
         contains: Share of answers that contain a gold one, normalised; None for instructions.
         words: Median number of words.
-        ended: Share of answers that the model ended, not the limit of new tokens.
+        ended: Share of answers that the model ended before the limit of new tokens.
         empty: Share of answers without text.
-        repeated: Mean share of an answer's word bigrams that have occurred in it before.
+        repeated: Mean share of an answer's word bigrams that occurred in it before.
     """
 
     framework: Framework
@@ -116,17 +116,17 @@ def measure(
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> Iterator[DropinResult]:
-    """Has every prompt answer every sample, greedily; results come one by one as they are there.
+    """Answers every sample in every prompt, greedily; yields each result when it is there.
 
     Chunks are compressed once, into the pipeline's store, and shared by all prompts. Text is read
-    by the frozen LM, through the same chain or engine without what marks chunks.
+    by the frozen LM, through the same chain or engine without the part that marks chunks.
 
     Args:
-        rag: Its compressor, store and format.
-        samples: Questions with their chunks, for each number of chunks.
-        prompts: What `select_prompts` gave.
+        rag: Its compressor, store and format are measured.
+        samples: Questions with their chunks, one sample per number of chunks.
+        prompts: Pairs that `select_prompts` returns.
         ratios: Source tokens per anchor. Default: the compressor's own.
-        read_as: What the chunks are attended to as.
+        read_as: What chunks are attended to as: some of "text" and "anchors".
         max_new_tokens: Longest answer, in tokens.
         batch_size: Questions answered together in LangChain.
 
@@ -135,12 +135,12 @@ def measure(
         ChunkMissError: if a chunk is not in the store, and no compressor is here to compress it.
         PromptTooLongError: if a question with its chunks does not fit the model, from LangChain;
             LlamaIndex's adapter raises UnanswerableError.
-        RuntimeError: if a chunk did not reach the model as it should have.
+        RuntimeError: if a chunk reaches the model in another way than the result states.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
-    wanted = sorted({*ratios} or {rag.compressor.compressor.config.ratio})
-    # What is stored at the lowest ratio, which comes first, serves the higher ones.
+    wanted = sorted({*ratios} or {rag.compressor.config.ratio})
+    # Entries of the lowest ratio, which comes first, serve the higher ones.
     settings: list[tuple[ReadAs, int | None]] = [("text", None)] if "text" in read_as else []
     settings += [("anchors", ratio) for ratio in wanted] if "anchors" in read_as else []
     for attended, ratio in settings:
@@ -164,10 +164,10 @@ def _reader(rag: SacRAG, ratio: int | None, max_new_tokens: int) -> SacRAG:
     cached = rag.compressor
     on_miss: OnMiss = "text"
     if ratio is None:
-        reading = CachedCompressor(cached.compressor.without_generator_adapter(), {}, guard=False)
+        reading = CachedCompressor(cached.inner.without_generator_adapter(), {}, guard=False)
     else:
-        # A chunk that is not there must not be scored as if it had been compressed.
-        on_miss = "compress" if cached.compressor.computes else "raise"
+        # A chunk that is missing must not be scored as if it were compressed.
+        on_miss = "compress" if cached.computes else "raise"
         compressor = cached.at_ratio(ratio)
         reading = CachedCompressor(
             compressor, cached.store, namespace=cached.namespace, guard=False
@@ -177,9 +177,9 @@ def _reader(rag: SacRAG, ratio: int | None, max_new_tokens: int) -> SacRAG:
 
 
 def _trials(sample: Sample, prompt: str) -> list[Trial]:
-    """Trials as a prompt asks them, the longest first: what is too long fails at once.
+    """Trials as a prompt asks them, the longest first, so that one too long fails at once.
 
-    Those of similar length are next to each other, and so in one padded batch.
+    Trials of similar length are neighbours, and so in one padded batch.
     """
     trials: Sequence[Trial] = sample.trials
     if prompt in INSTRUCTIONS:
@@ -206,7 +206,7 @@ def _require_chunks(
     trials: Sequence[Trial],
     replies: Sequence[Reply],
 ) -> None:
-    """Raises RuntimeError for chunks that were read as something else than the result will say."""
+    """Raises RuntimeError for chunks that were read in another way than the result states."""
     for trial, reply in zip(trials, replies, strict=True):
         expected = len(trial.chunks) if read_as == "anchors" else 0
         if reply.attended != expected:
@@ -237,10 +237,9 @@ def words(text: str) -> list[str]:
 
 
 def repeated_bigrams(text: str) -> float:
-    """The share of a text's word bigrams that have occurred in it before.
+    """Share of a text's word bigrams that occurred in it before.
 
-    One less the number of distinct bigrams over that of all; 0.0 for fewer than two words.
+    One minus the number of distinct bigrams over the number of all; 0.0 for fewer than two words.
     """
-    found = words(text)
-    bigrams = list(pairwise(found))
+    bigrams = list(pairwise(words(text)))
     return 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0

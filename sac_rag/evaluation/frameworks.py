@@ -1,9 +1,9 @@
-"""Asks through LangChain's and LlamaIndex's own prompts and adapters. Knows nothing of scores.
+"""Answers through LangChain's and LlamaIndex's own prompts and adapters.
 
-Each system is what its users have: a chain with SACCompressor and ChatSAC, an index's engine with
-SACPostprocessor and SACLLM, every setting of the adapters at its default. LlamaIndex's prompts are
-those of the installed version. langchain-core ships none: LangChain's have the shapes of the ones
-that its guides and its hub give, in words of our own in which no compressor is trained.
+Each system is the one that its users have: a chain with SACCompressor and ChatSAC, an index's
+engine with SACPostprocessor and SACLLM, every setting of the adapters at its default. LlamaIndex's
+prompts are those of the installed version. langchain-core ships none: LangChain's prompts here have
+the shapes of those in its guides and its hub, in wording in which no compressor is trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Framework = Literal["langchain", "llama-index"]
 
-# The prompt that the pipeline's own format is, in either framework.
+# The pipeline's own prompt format, in either framework.
 OWN = "own"
 
 # Shapes, in this order: RetrievalQA's "stuff" prompt, rlm/rag-prompt, the RAG tutorial's.
@@ -58,7 +58,7 @@ _LANGCHAIN = MappingProxyType(
 )
 _OPEN = (("human", "{question}\n\n{context}"),)
 
-# Prompts that ask a question, for each framework.
+# Prompts that ask a question, by framework.
 PROMPTS: MappingProxyType[Framework, tuple[str, ...]] = MappingProxyType(
     {
         "langchain": (*_LANGCHAIN, OWN),
@@ -66,8 +66,8 @@ PROMPTS: MappingProxyType[Framework, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-# Open instructions, which take the question's place: in LlamaIndex's "compact" prompt, and in
-# front of the text in LangChain.
+# Open instructions in place of the question: in LlamaIndex's "compact" prompt, and in front of the
+# text in LangChain.
 INSTRUCTIONS = MappingProxyType(
     {
         "summarise": "Summarise this in two or three sentences.",
@@ -76,18 +76,18 @@ INSTRUCTIONS = MappingProxyType(
     }
 )
 
-# LlamaIndex's words where its LLM answers with nothing.
+# LlamaIndex's answer where its LLM writes nothing.
 _NO_TEXT = "Empty Response"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as the framework's user gets it.
+    """An answer as the framework returns it.
 
     Attributes:
         text: "" where the model wrote nothing.
-        ended: Whether the model ended it, not the limit of new tokens.
-        attended: Chunks whose anchors were attended to, over all calls of the LLM.
+        ended: Whether the model ended it before the limit of new tokens.
+        attended: Number of chunks whose anchors were attended to, over all calls of the LLM.
     """
 
     text: str
@@ -101,13 +101,13 @@ Ask: TypeAlias = Callable[[Sequence[Trial]], list[Reply]]
 def asker(
     framework: Framework, prompt: str, rag: SacRAG, *, compressed: bool = True, batch_size: int = 8
 ) -> Ask:
-    """Gives a function that has a framework answer trials.
+    """Returns a function that answers trials through a framework.
 
     Args:
-        framework: Whose chain or engine answers.
+        framework: The framework whose chain or engine answers.
         prompt: One of the framework's PROMPTS, or of the INSTRUCTIONS.
-        rag: What the adapters are made over.
-        compressed: Whether chunks are marked, to be attended to as anchors; else they are text.
+        rag: The pipeline behind the adapters.
+        compressed: Whether chunks are marked, and attended to as anchors; else they are text.
         batch_size: Trials of a padded batch; LlamaIndex asks one at a time.
 
     Raises:
@@ -151,10 +151,10 @@ def _langchain(prompt: str, rag: SacRAG, compressed: bool, batch_size: int) -> A
         else ChatPromptTemplate(list(_LANGCHAIN.get(prompt, _OPEN)))
     )
     retriever: Any = RunnableLambda(retrieved)
-    found = retriever | SACCompressor(rag) if compressed else retriever
+    retrieval = retriever | SACCompressor(rag) if compressed else retriever
     joined = format_docs(rag) if prompt == OWN else _joined
     chain = (
-        {"context": found | joined, "question": RunnableLambda(question)}
+        {"context": retrieval | joined, "question": RunnableLambda(question)}
         | template
         | ChatSAC(rag, batch_size=batch_size)
     )
@@ -188,9 +188,9 @@ def _llama_index(prompt: str, rag: SacRAG, compressed: bool) -> Ask:
     responses: list[ChatResponse | CompletionResponse] = []
 
     class Recorded(SACLLM):
-        """Notes its responses: an engine hands on their text and not how they ended.
+        """Records its responses: an engine returns their text and not how they ended.
 
-        Engines replace an LLM's callback manager, so that callbacks are not told either.
+        Engines replace an LLM's callback manager, so that callbacks do not get them either.
         """
 
         def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:

@@ -1,4 +1,4 @@
-"""Sets gold passages among distractors. Knows nothing of files or tokens."""
+"""PassagePool, gold passages among distractors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class PassagePool:
-    """Passages of many examples, to draw distractors from.
+    """Passages of many examples, from which distractors are drawn.
 
     Args:
-        examples: Their gold passages and their own distractors are the pool.
+        examples: Their gold passages and distractors are the pool.
     """
 
     def __init__(self, examples: Iterable[QAExample]) -> None:
@@ -30,7 +30,7 @@ class PassagePool:
                 articles.setdefault(example.article, {}).update(gold)
         self._passages = list(passages.values())
         self._articles: dict[str | None, list[Chunk]] = {
-            name: list(found.values()) for name, found in articles.items()
+            name: list(by_text.values()) for name, by_text in articles.items()
         }
         self._normalised: dict[str, str] = {}
         self._index: Any = None
@@ -41,14 +41,14 @@ class PassagePool:
         """The gold passages of an example among distractors, in random order.
 
         Distractors are the example's own; if those are too few, passages of the same article, then
-        any, in either case rather such as contain none of the example's answers.
+        any. Passages that contain one of the example's answers come last.
 
         Args:
             example: Need not be of this pool.
-            k: Passages wanted. With more gold ones than that, the first k of them.
+            k: Number of passages. With more gold ones than that, the first k of them.
             rng: Equal states give equal passages.
-            close: Whether passages with the most words in common with the example's questions are
-                taken before all others: what a search would find. Needs the package bm25s.
+            close: Whether passages with the most words in common with the example's questions, as
+                a search returns them, are taken before all others. Needs the package bm25s.
 
         Returns:
             k passages, or fewer if the pool has no more, no text twice.
@@ -89,7 +89,7 @@ class PassagePool:
         import bm25s  # of the extras "train" and "eval"
 
         if self._index is None:
-            logging.getLogger("bm25s").setLevel(logging.WARNING)  # it is at DEBUG, with a handler
+            logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets DEBUG, with a handler
             self._index = bm25s.BM25()
             words = [self._normal(chunk.text).split() for chunk in self._passages]
             self._index.index(words, show_progress=False)
@@ -108,7 +108,7 @@ class PassagePool:
 
 
 def _shuffled(items: Sequence[T], rng: random.Random) -> Iterator[T]:
-    """Items in random order, at no cost for those that are never asked for."""
+    """Items in random order, at no cost for those that are never drawn."""
     moved: dict[int, int] = {}
     for last in range(len(items) - 1, -1, -1):
         drawn = rng.randint(0, last)

@@ -1,11 +1,11 @@
-"""How good answers are, from anchors and from text. Knows nothing of how compressors are trained.
+"""Quality of answers, from anchors and from text.
 
 Four systems answer the same questions, with the same model, prompt format and greedy decoding:
 
 compressed   from the chunks' anchors
 full-text    from the chunks' text, read in one piece
 truncated    from the first tokens of each chunk, as many as it would have anchors
-no-text      from nothing but the question
+no-text      from the question alone
 
 A compressor's heading, if it has one, is read in front of each chunk by all but the last.
 """
@@ -31,36 +31,36 @@ from sac_rag.evaluation.scores import contains, exact_match, f1, interval
 from sac_rag.lm.digests import digest_json
 from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
+from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer
 
 System = Literal["compressed", "full-text", "truncated", "no-text"]
 
-# Padded source tokens of a batch: what is read as text takes memory for each pair of them.
+# Padded source tokens of a batch: text takes memory for each pair of them.
 _BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class QualityResult:
-    """One system, measured. EM, F1 and contains are means, from 0 to 1.
+    """Scores of one system. EM, F1 and contains are means, from 0 to 1.
 
     Attributes:
-        system: Who answered.
-        ratio: Source tokens per anchor, or per token read; None where no text was read.
-        budget: How entries were given out to heads; None where no anchors were read.
-        k: Chunks of each question.
-        n: Questions.
-        em: Answers that equal a gold one, normalised.
-        f1: Words shared with the likest gold one.
-        contains: Answers that contain a gold one, as whole words.
+        system: The system that answers.
+        ratio: Source tokens per anchor, or per token read; None where no text is read.
+        budget: How entries are distributed over heads; None where no anchors are read.
+        k: Chunks per question.
+        n: Number of questions.
+        em: Share of answers that equal a gold one, normalised.
+        f1: F1 of words against the most similar gold one.
+        contains: Share of answers that contain a gold one, as whole words.
         f1_interval: Bootstrap 95 % interval of f1.
         seed: Of the sample.
-        dtype: What the model computes in.
+        dtype: Dtype that the model computes in.
         prompt: Digest of the prompt format; systems are comparable where it is the same.
-        fingerprint: The compressor's; None where no anchors were read.
-        generator_adapter: Rank of the LoRA that answered with the compressor; 0 for the frozen LM.
-        seconds: Time that the answers took, reading and compressing included.
-        ended: Answers that ended by themselves, not at max_new_tokens; None where that was not
-            noted.
+        fingerprint: The compressor's; None where no anchors are read.
+        generator_adapter: Rank of the generator's LoRA with the compressor; 0 for the frozen LM.
+        seconds: Time of the answers, reading and compressing included.
+        ended: Share of answers that ended before max_new_tokens; None where that is not recorded.
     """
 
     system: System
@@ -93,22 +93,22 @@ def evaluate(
     labels: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> QualityResult:
-    """Has one system answer all questions of a sample, and scores the answers.
+    """Answers all questions of a sample with one system, and scores the answers.
 
     Args:
         rag: Model, prompt format and compressor; where text is read, only the compressor's config
-            counts.
-        sample: What to answer.
-        system: Who answers.
+            matters.
+        sample: The questions.
+        system: The system that answers.
         ratio: Of "truncated", source tokens per token that is read. Default: the compressor's.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Questions answered together; answers depend on it by rounding alone.
-        out: A JSON Lines file. Its first line holds the settings, each other a question, its
-            answer and the scores. Where there is one of the same settings, what it holds is not
+        out: A JSON Lines file. Its first line holds the settings, each other line a question, its
+            answer and the scores. If it exists with the same settings, its questions are not
             answered again.
-        labels: Noted in the first line of `out`, for people: the name of the model, say.
-        on_progress: Called with the number of questions done since the last call; at first, if
-            there are any, with those found in `out`.
+        labels: Noted in the first line of `out` for its readers: the model's name, for example.
+        on_progress: Called with the number of questions answered since the last call; first, if
+            there are any, with that of the answers in `out`.
 
     Raises:
         ValueError: for an unknown system, a ratio that the system cannot have, or an `out` of other
@@ -122,44 +122,19 @@ def evaluate(
         raise ValueError(f"system must be one of {', '.join(get_args(System))}, was: {system!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
-    generator, compressor = rag.generator, rag.compressor.compressor
+    compressor = rag.compressor.inner
     ratio = _ratio(system, ratio, compressor.config.ratio)
     trials = as_read(sample.trials, system, compressor, ratio)
-    if system == "compressed":
-        # A chunk that is not there must not be scored as if it had been compressed.
-        on_miss: OnMiss = "compress" if compressor.computes else "raise"
-        reader = SacRAG(rag.compressor, prompt_format=rag.prompt_format, on_miss=on_miss)
-    else:
-        # With nothing in the store and misses read as text, the pipeline is a plain reader.
-        plain = CachedCompressor(compressor.without_generator_adapter(), {})
-        reader = SacRAG(plain, prompt_format=rag.prompt_format, on_miss="text")
+    reader = _reader(rag, system)
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
-    fingerprint = rag.compressor.fingerprint if system == "compressed" else None
-    prompt = json.loads(rag.prompt_format.to_json())
-    budget = compressor.config.budget if system == "compressed" else None
-    settings = {
-        "system": system,
-        "ratio": ratio,
-        "budget": budget,
-        "k": sample.k,
-        "seed": sample.seed,
-        "n": len(trials),
-        "questions": digest_json([asdict(trial) for trial in trials]),
-        "prompt": prompt,
-        "heading": compressor.config.heading or None,
-        "max_new_tokens": max_new_tokens,
-        "stop": list(rag.prompt_format.stop if decoding.stop is None else decoding.stop),
-        "dtype": generator.dtype_name,
-        "model": digest_json(generator.identity),
-        "fingerprint": fingerprint,
-    }
+    settings = _settings(rag, sample, trials, system, ratio, decoding)
     answers = Answers(Path(out) if out is not None else None, settings, labels or {})
-    if answers.found and on_progress is not None:
-        on_progress(len(answers.found))
-    for batch in _batches(trials, generator, batch_size):
-        # Batches do not depend on what was answered before, so neither do the answers: one that was
-        # left half done is done again as a whole.
-        if all(trial.number in answers.found for trial in batch):
+    if answers.by_number and on_progress is not None:
+        on_progress(len(answers.by_number))
+    for batch in _batches(trials, rag.generator, batch_size):
+        # Batches do not depend on earlier answers, so neither do the answers: a batch that was left
+        # half finished is answered again as a whole.
+        if all(trial.number in answers.by_number for trial in batch):
             continue
         started = time.perf_counter()
         written = reader.batch([(trial.question.text, trial.chunks) for trial in batch], decoding)
@@ -167,17 +142,17 @@ def evaluate(
         new = [
             _scored(trial, answer, seconds)
             for trial, answer in zip(batch, written, strict=True)
-            if trial.number not in answers.found
+            if trial.number not in answers.by_number
         ]
         answers.add(new)
         if on_progress is not None:
             on_progress(len(new))
-    rows = [answers.found[trial.number] for trial in trials]
+    rows = [answers.by_number[trial.number] for trial in trials]
     scores = [row["f1"] for row in rows]
     return QualityResult(
         system=system,
         ratio=ratio,
-        budget=budget,
+        budget=settings["budget"],
         k=sample.k,
         n=len(rows),
         em=_mean([row["em"] for row in rows]),
@@ -185,13 +160,53 @@ def evaluate(
         contains=_mean([row["contains"] for row in rows]),
         f1_interval=interval(scores),
         seed=sample.seed,
-        dtype=generator.dtype_name,
-        prompt=digest_json(prompt),
-        fingerprint=fingerprint,
-        generator_adapter=reader.compressor.compressor.config.generator_adapter_rank,
+        dtype=settings["dtype"],
+        prompt=digest_json(settings["prompt"]),
+        fingerprint=settings["fingerprint"],
+        generator_adapter=reader.compressor.config.generator_adapter_rank,
         seconds=sum(row["seconds"] for row in rows),
         ended=_mean([row["ended"] for row in rows]) if "ended" in rows[0] else None,
     )
+
+
+def _reader(rag: SacRAG, system: System) -> SacRAG:
+    """The pipeline that answers for a system."""
+    if system == "compressed":
+        # A chunk that is missing must not be scored as if it were compressed.
+        on_miss: OnMiss = "compress" if rag.compressor.computes else "raise"
+        return SacRAG(rag.compressor, prompt_format=rag.prompt_format, on_miss=on_miss)
+    # With an empty store and misses read as text, the pipeline is a plain reader.
+    plain = CachedCompressor(rag.compressor.inner.without_generator_adapter(), {})
+    return SacRAG(plain, prompt_format=rag.prompt_format, on_miss="text")
+
+
+def _settings(
+    rag: SacRAG,
+    sample: Sample,
+    trials: Sequence[Trial],
+    system: System,
+    ratio: int | None,
+    decoding: Decoding,
+) -> dict[str, Any]:
+    """Everything that determines the answers, for the first line of their file."""
+    config = rag.compressor.config
+    is_compressed = system == "compressed"
+    return {
+        "system": system,
+        "ratio": ratio,
+        "budget": config.budget if is_compressed else None,
+        "k": sample.k,
+        "seed": sample.seed,
+        "n": len(trials),
+        "questions": digest_json([asdict(trial) for trial in trials]),
+        "prompt": json.loads(rag.prompt_format.to_json()),
+        "heading": config.heading or None,
+        "max_new_tokens": decoding.max_new_tokens,
+        "stop": list(rag.prompt_format.stop if decoding.stop is None else decoding.stop),
+        "dtype": rag.generator.dtype_name,
+        "model": digest_json(rag.generator.identity),
+        "fingerprint": rag.compressor.fingerprint if is_compressed else None,
+    }
 
 
 def _ratio(system: System, wanted: int | None, of_compressor: int) -> int | None:
@@ -208,13 +223,13 @@ def _ratio(system: System, wanted: int | None, of_compressor: int) -> int | None
 def as_read(
     trials: Sequence[Trial], system: System, compressor: Compressor, ratio: int | None
 ) -> list[Trial]:
-    """Trials with the chunks that a system gets to read.
+    """Trials with the chunks that a system reads.
 
     Args:
         trials: With whole chunks.
-        system: Who reads.
-        compressor: Says what would be compressed, and in what segments; does nothing.
-        ratio: Source tokens per token that "truncated" reads; of no matter to others.
+        system: The system that reads.
+        compressor: Its heading and segments determine the number of anchors; it computes nothing.
+        ratio: Source tokens per token that "truncated" reads; other systems ignore it.
     """
     if system == "no-text":
         return [replace(trial, chunks=()) for trial in trials]
@@ -232,25 +247,25 @@ def as_read(
 
 
 def _beginning(text: str, ids: list[int], count: int, generator: Generator) -> str:
-    """The text of the first tokens, as many as there may be."""
+    """The longest beginning of a text that has at most `count` tokens."""
     if count >= len(ids):
         return text
-    for kept in range(count, 0, -1):
-        begun: str = generator.tokenizer.decode(ids[:kept], clean_up_tokenization_spaces=False)
-        # What a byte-level tokenizer shows for a character that was cut through.
-        begun = begun.rstrip("\N{REPLACEMENT CHARACTER}")
+    for length in range(count, 0, -1):
+        start: str = generator.tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
+        # A byte-level tokenizer's sign for a character that was cut in two.
+        start = start.rstrip("\N{REPLACEMENT CHARACTER}")
         # The beginning of a word may be other tokens than in the word, and more of them.
-        if len(generator.tokenize(begun)) <= count:
-            return begun
+        if len(generator.tokenize(start)) <= count:
+            return start
     return ""
 
 
 def _batches(
     trials: Sequence[Trial], generator: Generator, batch_size: int
 ) -> Iterator[list[Trial]]:
-    """Trials of like length together, those of equal chunks side by side.
+    """Trials of similar length together, those of equal chunks side by side.
 
-    The longest come first: what does not fit the model or the memory fails at once.
+    The longest come first, so that one that does not fit the model or the memory fails at once.
     """
     lengths: dict[str, int] = {}
     for chunk in (chunk for trial in trials for chunk in trial.chunks):

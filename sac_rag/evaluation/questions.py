@@ -1,4 +1,4 @@
-"""Reads questions with their gold passages. Knows no tokens."""
+"""Questions with their answers and gold passages, and readers of their files."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Question:
-    """A question with everything that counts as its answer.
+    """A question with all accepted answers.
 
     Attributes:
-        id: The data's own, else the place it was read from.
+        id: That in the data, else the place it was read from.
         text: The question.
-        answers: All gold answers, in the data's order, none of them twice.
+        answers: All gold answers, in the data's order, without duplicates.
     """
 
     id: str
@@ -65,8 +65,8 @@ def says(text: str, answers: Iterable[str]) -> bool:
     """Whether a normalised text contains one of some answers, as whole words.
 
     Args:
-        text: Normalised already: it may be asked often.
-        answers: As they are. One of which normalising leaves nothing is contained in nothing.
+        text: Normalised by the caller, since it may be searched often.
+        answers: Not normalised. One that normalises to nothing is contained in no text.
     """
     return any(answer and f" {answer} " in f" {text} " for answer in map(normalised, answers))
 
@@ -74,27 +74,27 @@ def says(text: str, answers: Iterable[str]) -> bool:
 def read_questions(
     paths: Iterable[str | Path], *, on_bad: OnBad | None = None
 ) -> Iterator[QAExample]:
-    """Reads question-answering data, its layout told by its content, gzipped (.gz) or not.
+    """Reads question-answering data, its layout recognised by its content, gzipped (.gz) or not.
 
-    SQuAD, one JSON document, an example a paragraph; what has no answer is left out:
+    SQuAD, one JSON document, an example per paragraph; questions without answers are left out:
     `{"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers":
-    [{"text"}]}]}]}]}`. MRQA, JSONL, an example a line, a `{"header": …}` allowed first:
+    [{"text"}]}]}]}]}`. MRQA, JSONL, an example per line, a `{"header": …}` allowed first:
     `{"context", "qas": [{"qid", "question", "answers": [str]}]}`. And JSONL with passages:
     `{"question", "answers": [str], "ctxs": [{"title", "text", "gold": bool}]}`, where, if no
-    passage has a "gold" (or "isgold"), those are gold that contain an answer.
+    passage has a "gold" (or "isgold"), those that contain an answer are gold.
 
     Args:
         paths: Files.
-        on_bad: Called with the place and what is wrong with it, for each record or question that
-            is then left out. Default: raise ValueError at the first.
+        on_bad: Called with the place and the problem of each record or question that is left
+            out. Default: raise ValueError at the first.
 
     Returns:
-        The examples; JSONL is read as they are asked for.
+        The examples; JSONL is read line by line as they are consumed.
 
     Raises:
-        FileNotFoundError: at once, if a file is not there.
+        FileNotFoundError: at once, if a file does not exist.
         TypeError: at once, if `paths` is one path.
-        ValueError: when it comes to it, if a file is empty, of an unknown layout or not whole.
+        ValueError: when a file is reached that is empty, of an unknown layout or truncated.
     """
     if isinstance(paths, str | Path):
         raise TypeError(f"paths must be several paths, was one: {paths!r}; put it in a list")
@@ -123,15 +123,15 @@ def _examples(path: Path, on_bad: OnBad) -> Iterator[QAExample]:
                 if line.strip():
                     yield from _record(line, f"{name}:{number}", layout, on_bad)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name} must be whole gzip, but: {error}; get it anew") from error
+        raise ValueError(f"{name} must be whole gzip, but: {error}; get it again") from error
 
 
 def _layout(file: Iterable[bytes], seen: list[bytes]) -> Layout | None:
-    """How to read the lines of a file; None for one that is a JSON document as a whole.
+    """The layout of a file's lines; None for a file that is one JSON document.
 
     Args:
-        file: Its lines. Two that are not blank are read: the first of many records may be bad.
-        seen: Gets the lines that were read.
+        file: Its lines. Two that are not blank are read, since the first record may be bad.
+        seen: Receives the lines that were read.
     """
     looked_at = 0
     for line in file:
@@ -232,7 +232,7 @@ def _with_passages(record: Any, place: str, on_bad: OnBad) -> Iterator[QAExample
 
 
 def _question(item: Any, place: str) -> Question:
-    """A question; without answers if the data says that it has none."""
+    """A question; without answers if the data marks it as impossible."""
     text, listed = _words(item, "question"), _take(item, "answers", list)
     if item.get("is_impossible") is True:
         listed = []

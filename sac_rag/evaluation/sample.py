@@ -1,4 +1,4 @@
-"""Draws questions and the passages each is asked about. Knows nothing of models or systems."""
+"""Sample, questions drawn for a measurement with the passages of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Trial:
     """A question as it is asked.
 
     Attributes:
-        number: Which of all the data's questions, from 0.
+        number: Of the question among all of the data, from 0.
         question: With its gold answers.
         chunks: The passages it is asked about, in the prompt's order.
     """
@@ -28,12 +28,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sample:
-    """Questions drawn for a measurement: the same ones, whatever system answers them.
+    """Questions drawn for a measurement: the same for every system.
 
     Attributes:
         trials: In the order they were drawn.
-        k: Chunks wanted for each.
-        seed: Of the questions, their distractors and the places of those.
+        k: Number of chunks asked for per question.
+        seed: Of the questions, their distractors and their order.
     """
 
     trials: tuple[Trial, ...]
@@ -46,11 +46,11 @@ def draw(
 ) -> Sample:
     """Draws questions and sets the passages of each among distractors.
 
-    What a question gets depends on its number, k and the seed alone, not on the limit.
+    A question's passages depend on its number, k and the seed alone, not on the limit.
 
     Args:
-        examples: All of the data: distractors come from those, too, whose questions are not drawn.
-        k: Passages for each question, its gold ones among them.
+        examples: All of the data: distractors also come from those whose questions are not drawn.
+        k: Passages per question, its gold ones among them.
         limit: Questions to draw; None for all, in the data's order.
         seed: Makes it repeatable; not negative.
 
@@ -60,7 +60,7 @@ def draw(
     examples = list(examples)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, was: {limit}")
-    if seed < 0:  # Random takes it for its absolute value
+    if seed < 0:  # Random takes its absolute value
         raise ValueError(f"seed must be at least 0, was: {seed}")
     pool = PassagePool(examples)
     asked = [(example, question) for example in examples for question in example.questions]
@@ -72,6 +72,6 @@ def draw(
     trials = []
     for number in numbers:
         example, question = asked[number]
-        own = random.Random(f"{seed} {number}")
-        trials.append(Trial(number, question, tuple(pool.passages_for(example, k, own))))
+        rng = random.Random(f"{seed} {number}")
+        trials.append(Trial(number, question, tuple(pool.passages_for(example, k, rng))))
     return Sample(tuple(trials), k, seed)

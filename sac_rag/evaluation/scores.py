@@ -1,4 +1,4 @@
-"""Compares predicted answers with gold ones. Knows nothing of how either came about.
+"""Scores of predicted answers against gold ones.
 
 Answers are compared as SQuAD compares them (arXiv 1606.05250): lower case, without punctuation and
 articles.
@@ -35,7 +35,7 @@ def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of a mean: percentiles of the means of 2,000 resamples.
 
     Args:
-        values: One for each question, at least one.
+        values: One per question, at least one.
         seed: Equal seeds give equal intervals.
 
     Raises:
@@ -44,8 +44,8 @@ def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
     rng = np.random.default_rng(seed)
-    given = np.asarray(values, dtype=float)
-    means = [rng.choice(given, len(given)).mean() for _ in range(_RESAMPLES)]
+    scores = np.asarray(values, dtype=float)
+    means = [rng.choice(scores, len(scores)).mean() for _ in range(_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

@@ -1,1 +1,1 @@
-"""The frozen language model: weights, positions, attention, its own encoder."""
+"""The frozen language model: weights, positions, attention, encoder, digests."""

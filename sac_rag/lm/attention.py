@@ -1,9 +1,9 @@
-"""Attention to entries of which each head has its own. Knows nothing of chunks or prompts.
+"""Attention where each KV head has different cache entries, for transformers' models.
 
-HF's models give one mask to all layers, and caches of one length. Where heads keep different
-numbers of entries, each layer's cache is as long as its longest head, and each head has a mask of
-its own. Those come as a keyword of the model's forward, `entry_masks`, to the attention functions
-that are registered here with transformers; without the keyword they are transformers' own.
+HF's models use one mask for all layers, and caches of one length. Where heads keep different
+numbers of entries, each layer's cache is as long as its longest head, and each head needs a mask.
+The attention functions registered here get these as the keyword `entry_masks` of the model's
+forward; without it they call transformers' functions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-# What a model's attention is called with these functions in place of transformers' own.
+# Names of the functions here, by that of the function of transformers that each replaces.
 NAMES = {"sdpa": "sac_rag_sdpa", "eager": "sac_rag_eager"}
 
 
 class LayerMasks(Protocol):
-    """A mask for each layer."""
+    """Sequence of masks, one per layer."""
 
     def __len__(self) -> int: ...
 
@@ -43,21 +43,20 @@ def sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by torch's own kernels.
+    """Attention by torch's fused kernels.
 
     Args:
         module: The attention layer; it has a `layer_idx`.
         query: Shape: (rows, query_heads, tokens, head_dim)
         key: Shape: (rows, kv_heads, entries, head_dim)
         value: Shape: (rows, kv_heads, entries, head_dim)
-        attention_mask: Of all layers; counts only without entry_masks.
-        entry_masks: What is added to each layer's scores. Shape of each: (rows, kv_heads, tokens,
-            entries)
-        scaling: Of the scores.
-        **kwargs: Of transformers' function.
+        attention_mask: Mask of all layers; ignored with entry_masks.
+        entry_masks: Additive masks of each layer. Shape of each: (rows, kv_heads, tokens, entries)
+        scaling: Factor of the scores.
+        **kwargs: Further arguments of transformers' function.
 
     Returns:
-        Shape: (rows, tokens, query_heads, head_dim); and None, for it has no weights to show.
+        Shape: (rows, tokens, query_heads, head_dim); and None in place of attention weights.
     """
     if entry_masks is None:
         usual: tuple[Tensor, None] = sdpa_attention_forward(
@@ -67,7 +66,7 @@ def sdpa(
     mask = entry_masks[module.layer_idx]
     rows, heads, tokens, width = query.shape
     group = heads // key.shape[1]
-    # KV heads become rows: so all query heads of a group share one mask, and nothing is repeated.
+    # KV heads become rows: all query heads of a group then share one mask without copies.
     output = functional.scaled_dot_product_attention(
         query.reshape(-1, group, tokens, width),
         key.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
@@ -88,16 +87,16 @@ def eager(
     entry_masks: LayerMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention spelt out, by the model's own function for it; see `sdpa`.
+    """Attention by the model's `eager_attention_forward`; see `sdpa`.
 
     Shape of the weights: (rows, query_heads, tokens, entries).
     """
     if entry_masks is not None:
         group = query.shape[1] // key.shape[1]
         attention_mask = entry_masks[module.layer_idx].repeat_interleave(group, dim=1)
-    # Each of transformers' models has one beside its layers; some cap the scores.
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    output: tuple[Tensor, Tensor] = own(module, query, key, value, attention_mask, **kwargs)
+    # Each model of transformers has one in the module of its layers; some cap the scores.
+    attend = sys.modules[type(module).__module__].eager_attention_forward
+    output: tuple[Tensor, Tensor] = attend(module, query, key, value, attention_mask, **kwargs)
     return output
 
 
@@ -107,17 +106,18 @@ for _usual, _function, _mask in (("sdpa", sdpa, sdpa_mask), ("eager", eager, eag
 
 
 class Masks:
-    """What each layer adds to its attention scores, made when it is asked for.
+    """Additive masks of the attention scores, computed per layer on access.
 
     A token attends to the entries of earlier turns and the plain text before it; nothing attends to
-    padding. A cue has its chunk's own turn and attends to that chunk. A branch attends to no other.
+    padding. A cue has the turn of its chunk and attends to that chunk. Branches do not attend to
+    one another.
 
     Args:
-        entry_turns: The turn of each layer's entries, -1 for padding; one for all layers where they
-            are the same. Shape of each: (rows, kv_heads, entries)
-        token_turns: Shape: (rows, tokens)
+        entry_turns: The turn of each layer's entries, -1 for padding; a single tensor if all layers
+            are equal. Shape of each: (rows, kv_heads, entries)
+        token_turns: The turn of each token of plain text. Shape: (rows, tokens)
         last_shared: The turn of each row after which branches begin. Shape: (rows,)
-        dtype: Of the scores.
+        dtype: Dtype of the scores.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class Masks:
         tokens, device = token_turns.shape[1], token_turns.device
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
         shared = token_turns <= last_shared[:, None]
-        own = token_turns[:, None, :] == token_turns[:, :, None]
-        to_tokens = causal & (token_turns[:, None, :] >= 0) & (shared[:, None, :] | own)
+        same_turn = token_turns[:, None, :] == token_turns[:, :, None]
+        to_tokens = causal & (token_turns[:, None, :] >= 0) & (shared[:, None, :] | same_turn)
         # A padding token attends to itself: attention over nothing would be NaN.
         to_tokens = to_tokens | torch.eye(tokens, dtype=torch.bool, device=device)
         turns = torch.arange(-1, int(token_turns.max()) + 1, device=device)
@@ -145,7 +145,7 @@ class Masks:
         return len(self._entry_turns)
 
     def __getitem__(self, layer: int, /) -> Tensor:
-        """Shape: (rows, kv_heads, tokens, entries + tokens); with one head if that is for all."""
+        """Shape: (rows, kv_heads, tokens, entries + tokens); one head if all heads are equal."""
         turns = self._entry_turns[layer]
         rows, heads, entries = turns.shape
         tokens = self._to_tokens.shape[1]
@@ -155,15 +155,15 @@ class Masks:
         return torch.cat([to_entries.transpose(1, 2), to_tokens], dim=-1)
 
     def inputs(self) -> dict[str, Any]:
-        """Keywords of the model's forward, to read the prompt."""
+        """Arguments of the model's forward pass over the prompt."""
         return as_inputs([self[0]] if len(self) == 1 else self)
 
     def of_next(self, count: int) -> list[Tensor]:
-        """Masks of the last token and of `count` that follow it, each attending to those before.
+        """Masks of the next tokens of the answer, at most `count`, each attending to all before.
 
         Returns:
-            Those of one token at a time, to be cut to the length of the cache: one for each layer,
-            or one for all. Shape of each: (rows, kv_heads, 1, entries + tokens + count)
+            One mask per layer, or one for all, to be cut to the length of the cache at each step.
+            Shape of each: (rows, kv_heads, 1, entries + tokens + count)
         """
         last = copy(self)
         last._to_turns, last._to_tokens = self._to_turns[:, -1:], self._to_tokens[:, -1:]
@@ -171,23 +171,22 @@ class Masks:
 
 
 def as_inputs(masks: LayerMasks) -> dict[str, Any]:
-    """Keywords of a model's forward: a mask for each layer, or one for all as usual."""
+    """Mask arguments of a model's forward pass: one mask for all layers, or one per layer."""
     if len(masks) == 1 and masks[0].shape[1] == 1:
         return {"attention_mask": masks[0]}
-    # Any mask of four dimensions keeps transformers from making its own. This one fits no scores:
-    # a model that does not hand `entry_masks` down to its layers fails, and does not answer wrong.
+    # Any mask of four dimensions keeps transformers from making one. This one fits no scores: a
+    # model that does not pass `entry_masks` to its layers raises instead of answering wrongly.
     return {"attention_mask": masks[0].new_zeros(1, 1, 1, 0), "entry_masks": masks}
 
 
 def additive(attends_to: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores so that a query attends to just the keys it may.
+    """The additive mask of a boolean one: 0 where a query attends to a key, else the lowest number.
 
-    Not a boolean mask: eager attention adds whatever mask it gets, and would take True for a score
-    of 1.
+    A boolean mask would not do: eager attention adds any mask to the scores, True as 1.
 
     Args:
         attends_to: bool. Shape: (…, queries, keys)
-        dtype: Of the scores.
+        dtype: Dtype of the scores.
     """
     blocked = torch.finfo(dtype).min
     return torch.zeros_like(attends_to, dtype=dtype).masked_fill_(~attends_to, blocked)

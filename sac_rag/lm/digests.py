@@ -1,4 +1,4 @@
-"""Digests of models and tokenizers. Knows nothing of what they are used for."""
+"""Digests of models, tensors, tokenizers and JSON values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, shapes and values of tensors, the same in whatever dtype they are kept."""
+    """Digest of names, shapes and values of tensors, independent of their dtype."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         bits = tensor.detach().cpu().float().contiguous().numpy()
@@ -37,17 +37,17 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of what turns text into tokens: not of the last call's padding or truncation."""
+    """Digest of what turns text into tokens, without the last call's padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return digest_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     description = backend.to_str()
-    # Truncation and padding, state of the last call, stand in front of everything else. Parsing
-    # megabytes of JSON to leave them out would take half a second of every start.
-    _, found, lasting = description.partition('"added_tokens"')
-    return hashlib.sha256((lasting if found else description).encode()).hexdigest()
+    # Truncation and padding, state of the last call, are at the start of the JSON. Parsing its
+    # megabytes to drop them would add half a second to every start.
+    _, separator, lasting = description.partition('"added_tokens"')
+    return hashlib.sha256((lasting if separator else description).encode()).hexdigest()
 
 
 def digest_json(value: Any) -> str:
-    """Digest of a JSON value, the same for equal values whatever the order of their keys."""
+    """Digest of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,6 @@
-"""The decoder stack as far as keys and values need it. Knows nothing of chunks or anchors.
+"""Encoders: variants of a model's decoder stack that compute only keys and values.
 
-Stacks made here share every weight with the model they are made of but for those they replace, and
-change nothing in it.
+They share all weights with the model except those they replace, and do not change the model.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from torch import nn
 
 
 def without_last_mlp(stack: Any) -> Any:
-    """A decoder stack whose last layer ends with its attention: its cache has the same bits.
+    """A decoder stack without the MLP of its last layer: its KV cache has the same bits.
 
-    What the stack returns besides the cache means nothing. A stack that does not call its parts
-    `layers` and `mlp` is left whole.
+    Other outputs of the stack have no meaning. A stack whose parts have other names than `layers`
+    and `mlp` is returned unchanged.
     """
     layers: Any = getattr(stack, "layers", ())
     if not len(layers) or not isinstance(getattr(layers[-1], "mlp", None), nn.Module):
@@ -28,14 +27,14 @@ def without_last_mlp(stack: Any) -> Any:
 
 @torch.no_grad()
 def merged(stack: Any, adapter: str) -> Any:
-    """A decoder stack with LoRA added to weights of its own: no more work than without LoRA.
+    """A decoder stack with LoRA merged into copies of its weights: as fast as without LoRA.
 
-    Adding is done in float32, then rounded to the model's dtype. To run it, switch off the adapters
-    of the model; what becomes of the LoRA afterwards is not seen.
+    LoRA is added in float32, then rounded to the model's dtype. The stack must run with the model's
+    adapters off; later changes of the LoRA have no effect on it.
 
     Args:
-        stack: With peft's LoRA modules in it.
-        adapter: Which of their adapters to add.
+        stack: A decoder stack with peft's LoRA modules.
+        adapter: Name of the adapter to merge.
     """
     linears: dict[str, nn.Module] = {}
     for path, module in stack.named_modules():
@@ -50,7 +49,7 @@ def merged(stack: Any, adapter: str) -> Any:
 
 
 def _replaced(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """A module with others in some places, by path; everything off those paths is shared."""
+    """A copy of a module with submodules replaced by path; everything off these paths is shared."""
     inside: dict[str, dict[str, nn.Module]] = {}
     twin = copy(module)
     twin._modules = dict(module._modules)

@@ -1,4 +1,4 @@
-"""Generator, the frozen LM and its tokenizer. Knows nothing of chunks, anchors or prompts."""
+"""Generator: the frozen LM and its tokenizer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sac_rag.lm import attention, rope
 from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.lm.encoder import merged, without_last_mlp
 
-# What of a config never changes a key: names, versions, training settings, what comes after the
-# last layer. Everything else may (each architecture has multipliers of its own) and is digested.
+# Fields of a config that never change a key: names, versions, training settings, what comes after
+# the last layer. All others may (architectures have different multipliers) and are digested.
 _NOT_IN_A_KEY = {
     "_name_or_path",
     "architectures",
@@ -45,13 +45,13 @@ _NOT_IN_A_KEY = {
 
 
 class Generator:
-    """One loaded causal LM, frozen, that encodes chunks and writes answers.
+    """A loaded causal LM, frozen, that encodes chunks and generates answers.
 
-    The weights are read and hashed once, at construction; changing them afterwards is not seen.
+    The weights are hashed once, at construction; later changes of them are not detected.
 
     Attributes:
-        model: The HF causal LM, in evaluation mode, no parameter trainable. Its attention is that
-            of `sac_rag.lm.attention`, which without our masks is the one it came with.
+        model: The HF causal LM, in evaluation mode, with no trainable parameter. Its attention is
+            that of `sac_rag.lm.attention`, which without entry masks calls transformers'.
         encoder: Its decoder stack without what keys and values do not need; weights are shared.
         tokenizer: Its HF tokenizer.
         frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
@@ -68,7 +68,7 @@ class Generator:
             model.set_attn_implementation(attention.NAMES[usual])
         elif usual not in attention.NAMES.values():
             raise UnsupportedModelError(
-                "attention must take a mask over single entries: load the model with "
+                "attention must accept a mask over single entries: load the model with "
                 f"attn_implementation='sdpa' or 'eager', was: {usual!r}"
             )
         self.frequencies = rope.frequencies_of(model)
@@ -84,10 +84,10 @@ class Generator:
             "model": digest_json(
                 {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_A_KEY}
             ),
-            # Not told by the config alone: model.to(bfloat16) rounds them, loading does not.
+            # Not determined by the config: model.to(bfloat16) rounds them, loading does not.
             "frequencies": digest_json(self.frequencies.double().tolist()),
         }
-        # Whether LoRA is on is state of the shared model, so everything that runs it takes turns.
+        # Whether LoRA is on is state of the shared model, so only one thread may run it at a time.
         self._lock = threading.RLock()
         self._adapters: dict[str, list[tuple[str, nn.Parameter]]] = {}
 
@@ -98,6 +98,11 @@ class Generator:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **model_kwargs: Any,
     ) -> Generator:
         """Loads a default model by name, a local folder, or a hub id.
 
@@ -106,23 +111,39 @@ class Generator:
             device: Default: CUDA if there is one, else CPU.
             dtype: torch.float32, torch.bfloat16, torch.float16 or their names. Default: bfloat16
                 where the device computes in it, else float32 on CPU and float16 on CUDA.
+            attn_implementation: "sdpa" or "eager". Default: as transformers chooses.
+            revision: Branch, tag or commit of a model on the Hub. Default: "main".
+            token: Access token of the Hub. Default: that of `hf auth login` or HF_TOKEN.
+            cache_dir: Folder of downloads. Default: that of huggingface_hub.
+            **model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`. With
+                `device_map`, in place of `device`, all weights must be on one device.
 
         Raises:
-            ValueError: for an unknown name or dtype.
+            ValueError: for an unknown name or dtype, or with trust_remote_code=True.
+            TypeError: for an argument that transformers does not know.
             ModelUnavailableError: if a default model cannot be fetched.
             UnsupportedModelError: before any weights are read, if its keys cannot be moved.
         """
+        _require_usable(model_kwargs, device)
         source = models.resolve(model)
+        hub = {"revision": revision or "main", "token": token, "cache_dir": cache_dir}
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, **hub)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{source!r} is not a causal LM that transformers can load: {error}"
             ) from error
         rope.require_movable(config)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        network = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device))
-        return cls(network.to(device), AutoTokenizer.from_pretrained(source))
+        if attn_implementation is not None:
+            model_kwargs["attn_implementation"] = attn_implementation
+        network = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_dtype(dtype, device), **hub, **model_kwargs
+        )
+        if model_kwargs.get("device_map") is None:
+            network = network.to(device)
+        _require_one_device(network)
+        return cls(network, AutoTokenizer.from_pretrained(source, **hub))
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +152,7 @@ class Generator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
@@ -142,7 +163,7 @@ class Generator:
 
     @property
     def max_positions(self) -> int:
-        """Positions the model was made for; no prompt may pass them."""
+        """Number of positions of the model; no prompt may be longer."""
         return int(self.model.config.max_position_embeddings)
 
     @property
@@ -158,15 +179,14 @@ class Generator:
         return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Turns text into token ids, without adding any.
+        """Token ids of a text, without any added ones.
 
         Args:
-            text: What to tokenize.
-            special: Whether "<|im_end|>" in the text is that special token (the template's own
-                words) or ten ordinary characters (everybody else's: a chunk or a question must not
-                be able to end its turn).
+            text: Any text.
+            special: Whether "<|im_end|>" in the text is that special token (in a template) or ten
+                ordinary characters (in a chunk or a question, which must not end their turn).
         """
-        # Half a surrogate pair, left by a cut JSON escape, is no text that a tokenizer takes.
+        # Tokenizers reject half a surrogate pair, which a truncated JSON escape may leave.
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with self._tokenizing:
             ids: list[int] = self.tokenizer(
@@ -174,13 +194,13 @@ class Generator:
             ).input_ids
         return ids
 
-    def attention_mask(self, sees: Tensor) -> Tensor:
-        """What the model adds to attention scores, see `attention.additive`.
+    def attention_mask(self, attends_to: Tensor) -> Tensor:
+        """The additive mask of the model's attention scores; see `attention.additive`.
 
         Args:
-            sees: bool. Shape: (rows, 1, queries, keys)
+            attends_to: bool. Shape: (rows, 1, queries, keys)
         """
-        return attention.additive(sees, self.dtype)
+        return attention.additive(attends_to, self.dtype)
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids. Shape: (tokens,) to (tokens, hidden)."""
@@ -189,22 +209,22 @@ class Generator:
         return embeddings
 
     def add_adapter(self, name: str, config: Any) -> list[tuple[str, nn.Parameter]]:
-        """Adds LoRA weights beside the frozen ones, switched off.
+        """Adds LoRA weights to the model, switched off.
 
         Args:
-            name: Must be new.
+            name: A name that no adapter has.
             config: A peft.LoraConfig.
 
         Returns:
-            Names, without the adapter's own, and parameters, in the model's order.
+            Parameters with their names, without the adapter's name, in the model's order.
         """
         with self._lock, warnings.catch_warnings():
-            # peft warns of a second adapter; one compressor each is what they are for.
+            # peft warns of a second adapter; here each compressor has one.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             try:
                 self.model.add_adapter(config, adapter_name=name)
             except ValueError:
-                # transformers notes that there are adapters before peft has refused this one.
+                # transformers sets this flag before peft has refused the adapter.
                 self.model._hf_peft_config_loaded = bool(self._adapters)
                 raise
             self._adapters[name] = [
@@ -213,24 +233,24 @@ class Generator:
                 if f".{name}." in path
             ]
             for _, parameter in self._adapters[name]:
-                # Small steps of training would be lost in bfloat16.
+                # In bfloat16 small training steps would be lost.
                 parameter.data = parameter.data.float()
             self._switch_off()
         return self._adapters[name]
 
     def merged_encoder(self, adapter: str) -> Any:
-        """The encoder with an adapter merged into weights of its own, to run with all adapters off.
+        """The encoder with an adapter merged into copies of its weights, to run with adapters off.
 
-        Takes as much memory as the weights that the adapter is for.
+        The copies take as much memory as the weights that the adapter changes.
         """
         with self._lock:
             return merged(self.encoder, adapter)
 
     @contextmanager
     def running(self, adapter: str | None = None) -> Iterator[Any]:
-        """Gives the model to one thread: frozen as it came, or with one adapter on.
+        """Locks the model for one thread: frozen, or with one adapter on.
 
-        Never hold it across a `yield` to a caller: the model would wait for that caller.
+        It must not be held across a `yield` to a caller, which would block all other threads.
         """
         with self._lock:
             if adapter is None:
@@ -245,7 +265,7 @@ class Generator:
 
     def _switch_off(self) -> None:
         self.model.disable_adapters()
-        # peft stops their gradients too, even those of a pass that is still to run backward.
+        # peft stops their gradients too, even those of a pass before its backward pass.
         for parameters in self._adapters.values():
             for _, parameter in parameters:
                 parameter.requires_grad_(True)
@@ -253,10 +273,10 @@ class Generator:
 
 @torch.no_grad()
 def _kv_shape(model: Any) -> tuple[int, int, int]:
-    """(layers, kv_heads, head_dim) of what the model itself caches for a token.
+    """(layers, kv_heads, head_dim) of the model's KV cache.
 
     Raises:
-        UnsupportedModelError: if layers, or keys and values, differ.
+        UnsupportedModelError: if layers, or keys and values, have different shapes.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     layers = model.base_model(input_ids=token, use_cache=True).past_key_values.layers
@@ -268,6 +288,24 @@ def _kv_shape(model: Any) -> tuple[int, int, int]:
         )
     ((_, heads, _, head_dim),) = shapes
     return len(layers), heads, head_dim
+
+
+def _require_usable(model_kwargs: dict[str, Any], device: str | torch.device | None) -> None:
+    if model_kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code must be False, was: True; code from a model's repository is not run"
+        )
+    if device is not None and model_kwargs.get("device_map") is not None:
+        raise ValueError(f"give device ({device}) or device_map, not both")
+
+
+def _require_one_device(network: nn.Module) -> None:
+    devices = sorted({str(parameter.device) for parameter in network.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"all weights must be on one device, were on: {', '.join(devices)}; give device=…, or "
+            "a device_map with one device"
+        )
 
 
 def _dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype:

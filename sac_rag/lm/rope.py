@@ -1,8 +1,8 @@
-"""Moves rotated keys to another position. Knows nothing of chunks, prompts or stores.
+"""Moves rotated keys to another position.
 
-RoPE turns each pair of key components by an angle proportional to the key's position, and attention
-sees only differences of positions. So a key computed at one place becomes the key of another place
-by one more rotation, exactly up to rounding, wherever the frequencies are fixed numbers.
+RoPE rotates each pair of key components by an angle proportional to the key's position, and
+attention depends only on differences of positions. One more rotation therefore turns the key of one
+position into the key of another, exactly up to rounding, if the frequencies are constant.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from sac_rag.errors import UnsupportedModelError
 
 # Types whose frequencies do not depend on the length of the input. YaRN also scales cos and sin,
-# but that factor is already in the key; turning it further needs none.
+# but that factor is in the key already; rotating it further needs none.
 MOVABLE_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def require_movable(config: Any) -> None:
-    """Refuses, by name, models whose keys a rotation cannot move.
+    """Raises UnsupportedModelError for models whose keys a rotation cannot move.
 
     Args:
         config: The HF config of a causal LM.
@@ -57,14 +57,14 @@ def require_movable(config: Any) -> None:
 
 
 def frequencies_of(model: Any) -> Tensor:
-    """The rotary frequencies that the loaded model itself uses, in radians per token.
+    """The rotary frequencies that a loaded model uses, in radians per token.
 
     Returns:
         Shape: (rotated_dims / 2,)
 
     Raises:
-        UnsupportedModelError: if the model is refused by `require_movable`, or keeps its
-            frequencies anywhere but in one `rotary_emb` of its decoder.
+        UnsupportedModelError: if `require_movable` refuses the model, or its decoder has no single
+            `rotary_emb` with the frequencies.
     """
     require_movable(model.config)
     rotary = getattr(getattr(model, "base_model", model), "rotary_emb", None)
@@ -77,18 +77,18 @@ def frequencies_of(model: Any) -> Tensor:
 
 
 def move(keys: Tensor, offset: int | Tensor, frequencies: Tensor) -> Tensor:
-    """Turns keys as if their tokens stood `offset` positions further on.
+    """Rotates keys to the positions `offset` further.
 
-    The angle is taken in float64 and the rotation done in float32 whatever the keys' dtype, so that
-    a moved key is as exact as its stored bits.
+    Angles are computed in float64 and the rotation in float32, whatever the keys' dtype, so that a
+    moved key is as exact as its stored bits.
 
     Args:
         keys: Shape: (..., anchors, head_dim)
-        offset: Positions to move by, one for all, or one for each anchor. Shape: () or (anchors,)
+        offset: Positions to move by, one for all or one per anchor. Shape: () or (anchors,)
         frequencies: Shape: (rotated_dims / 2,), where rotated_dims <= head_dim
 
     Returns:
-        The moved keys, in the keys' own dtype. Shape: (..., anchors, head_dim)
+        The moved keys, in the dtype of `keys`. Shape: (..., anchors, head_dim)
     """
     offset = torch.as_tensor(offset, device=keys.device)
     angles = offset.double()[..., None] * frequencies.to(keys.device).double()
@@ -97,19 +97,19 @@ def move(keys: Tensor, offset: int | Tensor, frequencies: Tensor) -> Tensor:
     widths = [half, half, keys.shape[-1] - 2 * half]
     first, second, unrotated = torch.split(keys, widths, dim=-1)
     first, second = first.float(), second.float()
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*(part.to(keys.dtype) for part in turned), unrotated], dim=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*(part.to(keys.dtype) for part in rotated), unrotated], dim=-1)
 
 
 @torch.no_grad()
 def relocation_error(model: Any, frequencies: Tensor, offset: int) -> float:
-    """How far moved keys and values are from those the model computes at that place itself.
+    """Error of moved keys and values against those that the model computes at the position.
 
     Reads a few fixed tokens at position 0 and again at `offset`.
 
     Returns:
-        The largest relative error (Frobenius norm) over keys and values of all layers: rounding
-        only where the model can be moved, about 1 where it cannot.
+        The largest relative error (Frobenius norm) over keys and values of all layers: rounding if
+        the model's keys can be moved, about 1 otherwise.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(24, device=model.device) * 7919 + 13) % vocabulary

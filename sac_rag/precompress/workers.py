@@ -1,7 +1,7 @@
-"""Processes that compress side by side into one store. Knows nothing of files or documents.
+"""Worker processes that compress side by side into one store.
 
-Each loads the model once and is handed one window after the other through a pipe of its own, so
-that one that is killed leaves nothing locked.
+Each loads the model once and receives one window after the other through a pipe of its own, so that
+one that is killed leaves nothing locked.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import torch
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.precompress.job import compress_window, place_of
+from sac_rag.precompress.windows import compress_window, place_of
 from sac_rag.reports import PrecompressReport
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 5.0  # for a worker that was told to end
-_DONE, _DIED = object(), object()
+_PATIENCE_S = 5.0  # for a worker to end by itself
+_FINISHED, _DIED = object(), object()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker is told at its start.
+    """What a worker gets at its start.
 
     Attributes:
         open_compressor: Opens the compressor and its store.
-        fingerprint: What the compressor's must be.
+        fingerprint: Required of the compressor.
         threads: CPU threads to compute with.
     """
 
@@ -46,7 +46,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a worker says when it cannot go on: another one could not either."""
+    """An error of a worker that another one would meet as well."""
 
     message: str
     is_os_error: bool
@@ -56,11 +56,11 @@ class Workers:
     """Worker processes, started when they are first needed and ended on leaving the block.
 
     Args:
-        open_compressor: Opens the compressor and its store in a worker; must be picklable, as
-            module-level functions and partials of them are.
-        fingerprint: The compressor's. A worker that opens another one stops the run: a model that
-            was changed meanwhile, say.
-        count: How many. The CPU threads that PyTorch has here are shared out among them.
+        open_compressor: Opens the compressor and its store in a worker; must be picklable:
+            a module-level function, or a partial of one.
+        fingerprint: The compressor's. A worker that opens another one, because the model has
+            changed for example, stops the run.
+        count: Number of workers. They share the CPU threads that PyTorch has here.
 
     Raises:
         ValueError: for a count below 1.
@@ -89,36 +89,36 @@ class Workers:
         A window whose worker dies is given to another one, once.
 
         Yields:
-            What was done since the last time, over all workers.
+            The counts since the last report, over all workers.
 
         Raises:
             OSError: if the store cannot be written.
-            RuntimeError: if a worker cannot go on, or a window's second worker dies as well.
+            RuntimeError: if a worker fails, or a window's second worker dies as well.
         """
         again: deque[list[Chunk]] = deque()
         died_on: list[list[Chunk]] = []
-        coming = next(windows, None)
+        following = next(windows, None)
         while True:
-            while again or coming is not None:
+            while again or following is not None:
                 worker = self._idle()
                 if worker is None:
                     break
                 if again:
                     worker.begin(again.popleft())
-                elif coming is not None:
-                    worker.begin(coming)
-                    coming = next(windows, None)
+                elif following is not None:
+                    worker.begin(following)
+                    following = next(windows, None)
             busy = {w.connection: w for w in self._processes if w.window is not None}
             if not busy:
                 return
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
-                told = worker.receive()
-                if isinstance(told, _Failed):
-                    raise (OSError if told.is_os_error else RuntimeError)(told.message)
-                if isinstance(told, PrecompressReport):
-                    yield told
-                elif told is _DIED:
+                message = worker.receive()
+                if isinstance(message, _Failed):
+                    raise (OSError if message.is_os_error else RuntimeError)(message.message)
+                if isinstance(message, PrecompressReport):
+                    yield message
+                elif message is _DIED:
                     window = worker.window or []
                     died_on.append(window)
                     again.append(window)
@@ -137,25 +137,25 @@ class Workers:
         self, worker: _Worker, window: list[Chunk], died_on: list[list[Chunk]]
     ) -> PrecompressReport:
         self._processes.remove(worker)
-        how = worker.end(died=True)
-        what = f"its window of {len(window)} chunks, from {place_of(window[0])}"
+        ending = worker.end(died=True)
+        subject = f"its window of {len(window)} chunks, from {place_of(window[0])}"
         if sum(other is window for other in died_on) > 1:
             raise RuntimeError(
-                f"a second worker ended ({how}) on {what}; if memory ran out, use fewer workers; "
-                "what was finished is kept"
+                f"a second worker ended ({ending}) on {subject}; if memory ran out, use fewer "
+                "workers; what was finished is kept"
             )
-        log.warning("a worker ended (%s); %s is done again", how, what)
-        # What it stored is found when the window is done again, and is not to be counted twice.
+        log.warning("a worker ended (%s); %s is done again", ending, subject)
+        # Chunks that it stored will be hits of the window's second worker: not counted twice.
         return PrecompressReport(hits=-worker.computed, workers_lost=1)
 
 
 class _Worker:
-    """One process, seen from outside.
+    """A worker process, as its parent has it.
 
     Attributes:
-        connection: Readable when it has something to say, or has died.
-        window: What it is at; None if it waits for more.
-        computed: Chunks of it that it has computed.
+        connection: Readable when there is a message, or the process has died.
+        window: The chunks it works on; None if it is idle.
+        computed: Number of chunks of the window that it has computed.
     """
 
     def __init__(self, job: _Job) -> None:
@@ -167,30 +167,30 @@ class _Worker:
         self._process = context.Process(target=_work, args=(other_end, job), daemon=True)
         with _interrupts_ignored():
             self._process.start()
-        # The child's end: while it is open here, the child's death would not be seen.
+        # The child's end: while it is open here, the child's death would go unnoticed.
         other_end.close()
 
     def begin(self, window: list[Chunk]) -> None:
-        """Hands over a window; that the process has died is noticed by `receive`."""
+        """Hands over a window; `receive` notices a process that has died."""
         self.window, self.computed = window, 0
         with suppress(OSError):
             self.connection.send(window)
 
     def receive(self) -> PrecompressReport | _Failed | object:
-        """What the process says next: _DONE with its window, or _DIED, if nothing else."""
+        """The next message: a report, an error, _FINISHED with its window, or _DIED."""
         try:
-            told: object = self.connection.recv()
+            message: object = self.connection.recv()
         except (EOFError, OSError):
             return _DIED
-        if isinstance(told, PrecompressReport):
-            self.computed += told.computed
-        elif told is None:
+        if isinstance(message, PrecompressReport):
+            self.computed += message.computed
+        elif message is None:
             self.window = None
-            return _DONE
-        return told
+            return _FINISHED
+        return message
 
     def end(self, died: bool = False) -> str:
-        """Ends the process, at once if it is at work; says how it ended."""
+        """Ends the process, at once if it is at work; returns its exit code or signal in words."""
         if self.window is not None and not died:
             self._process.terminate()
         self.connection.close()
@@ -203,7 +203,7 @@ class _Worker:
 
 
 def _work(connection: Connection, job: _Job) -> None:
-    """What a worker does until its pipe is closed: it then is not needed, or its parent is dead."""
+    """A worker's life, until its pipe is closed: it is not needed, or its parent is dead."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -213,25 +213,25 @@ def _work(connection: Connection, job: _Job) -> None:
         if compressor.fingerprint != job.fingerprint:
             raise ValueError(
                 f"a worker must open the compressor {job.fingerprint[:12]}, opened: "
-                f"{compressor.fingerprint[:12]}; was the model or the compressor changed meanwhile?"
+                f"{compressor.fingerprint[:12]}; has the model or the compressor changed?"
             )
         while True:
             try:
                 window = connection.recv()
             except (EOFError, OSError):
                 return
-            for done in compress_window(compressor, window, skip_bad=True):
-                if not _told(connection, done):
+            for report in compress_window(compressor, window, skip_bad=True):
+                if not _sent(connection, report):
                     return
-            if not _told(connection, None):
+            if not _sent(connection, None):
                 return
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        _told(connection, _Failed(str(error), isinstance(error, OSError)))
+        _sent(connection, _Failed(str(error), isinstance(error, OSError)))
 
 
-def _told(connection: Connection, what: object) -> bool:
+def _sent(connection: Connection, message: object) -> bool:
     try:
-        connection.send(what)
+        connection.send(message)
     except OSError:
         return False
     return True
@@ -239,7 +239,7 @@ def _told(connection: Connection, what: object) -> bool:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C reaches the whole group: processes started here leave it to this one to act on it."""
+    """Ctrl-C reaches the whole process group: those started here leave it to their parent."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,1 +1,1 @@
-"""Questions and chunks to model input, and model output to text."""
+"""Prompts: questions and chunks to model input, and model output to text."""

@@ -1,10 +1,10 @@
-"""Text and AnchorKVs, interleaved in order, to a Prompt. Knows nothing of tokenizers or stores.
+"""Assembles text and AnchorKVs, interleaved in reading order, into the model input of a Prompt.
 
-Two counts must be kept apart. A *position* is a RoPE index, in source tokens: a chunk of 500 tokens
-moves what follows by 500, however few anchors it kept. An *entry* is a place in the HF KV cache:
-that chunk takes as many as it has anchors.
+Two counts differ. A *position* is a RoPE index, in source tokens: a chunk of 500 tokens moves the
+following text by 500, however few anchors it has. An *entry* is a slot of the HF KV cache: the same
+chunk takes as many as it has anchors.
 
-Gradients flow from a Prompt back into the AnchorKVs and the cue it was made of.
+Gradients flow from a Prompt back into its AnchorKVs and the cue.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ Part: TypeAlias = Sequence[int] | AnchorKV
 
 @dataclass(frozen=True)
 class Branches:
-    """Texts that each continue the same prompt and do not see one another. Only ever a last part.
+    """Texts that each continue the same prompt and do not attend to one another; its last part.
 
     Attributes:
-        texts: Token ids, one sequence a branch, none of them empty.
+        texts: Token ids, one sequence per branch, none of them empty.
     """
 
     texts: tuple[Sequence[int], ...]
 
     def __len__(self) -> int:
-        """Positions taken: those of the longest branch."""
+        """Positions of the longest branch."""
         return max(map(len, self.texts), default=0)
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What one forward pass of the generator needs; rows may hold different chunks.
+    """Input of one forward pass of the generator; rows may have different chunks.
 
     Plain text is padded on the left, so that the last token of every row is the last column;
-    entries are padded on the right, in each layer to its longest head's.
+    entries are padded on the right, in each layer to the length of its longest head.
 
     Attributes:
-        embeds: Plain text of all rows. Shape: (rows, tokens, hidden)
-        position_ids: Shape: (rows, tokens)
-        masks: What each layer adds to attention scores so that a token attends to just what it may.
-            One for all layers and heads where all of them have the same entries.
-        cache: All anchors, moved to their places; the pass adds the plain text to it.
+        embeds: Embeddings of the plain text. Shape: (rows, tokens, hidden)
+        position_ids: Positions of the plain text. Shape: (rows, tokens)
+        masks: Additive attention mask of each layer; a single one where all layers and heads have
+            the same entries.
+        cache: All anchors, moved to their places; the pass appends the plain text.
         next_positions: Position of the first token of each answer. Shape: (rows,)
-        adapter: Name of the LoRA to read it and to answer with; None for the frozen LM.
+        adapter: Name of the LoRA for prompt and answer; None for the frozen LM.
         num_anchors: Anchors of each row, without padding.
         num_tokens: Plain tokens of each row, without padding.
     """
@@ -71,7 +71,7 @@ class Prompt:
     num_tokens: tuple[int, ...]
 
     def inputs(self) -> dict[str, Any]:
-        """Keywords of the model's forward, to read the prompt."""
+        """Arguments of the model's forward pass over the prompt."""
         return {
             "inputs_embeds": self.embeds,
             "position_ids": self.position_ids,
@@ -82,13 +82,13 @@ class Prompt:
 
 
 @dataclass
-class _Row:
+class _PlacedRow:
     """Parts of one prompt with their places: (turn in the reading order, first position, part)."""
 
     chunks: list[tuple[int, int, AnchorKV]]
     texts: list[tuple[int, int, Tensor]]  # embeddings, Shape: (tokens, hidden)
     end: int = 0  # position after the last part
-    last_shared_turn: int = 0  # what comes later is a branch
+    last_shared_turn: int = 0  # later turns are branches
 
     @property
     def num_anchors(self) -> int:
@@ -106,32 +106,30 @@ def assemble(
     prefix: AnchorKV | None = None,
     cue: Tensor | None = None,
     adapter: str | None = None,
-    reserve: int = 0,
     first_position: int = 0,
 ) -> Prompt:
-    """Places parts one after the other and moves every chunk's keys to its place.
+    """Places parts one after the other and moves each chunk's keys to its place.
 
     Args:
         rows: One prompt each, any interleaving of text and chunks, ending in text or in branches.
-        generator: Whose embeddings, frequencies, dtype and last position count.
-        prefix: KV of plain text that every row begins with, read beforehand at position 0.
-        cue: Embedding put behind every chunk, at the position of the chunk's last token.
+        generator: The LM that reads the prompt.
+        prefix: KV of plain text that every row begins with, read at position 0.
+        cue: Embedding after each chunk, at the position of the chunk's last token.
             Shape: (hidden,)
-        adapter: Name of the LoRA to read and answer with. Default: the frozen LM does.
-        reserve: Positions to keep free for the answer, in tokens.
-        first_position: Of every row's first token, or of its prefix's.
+        adapter: Name of the LoRA for prompt and answer. Default: the frozen LM.
+        first_position: Position of each row's first token, or of that of its prefix.
 
     Raises:
         ValueError: if a row does not end in text, or a chunk is not of this generator's shape.
-        PromptTooLongError: if a row and its reserve pass the model's last position.
+        PromptTooLongError: if a row passes the model's last position.
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
     for number, parts in enumerate(rows):
-        # Before anything is embedded: what is far too long would not fit into memory either.
+        # Before anything is embedded: a prompt that is far too long may not fit into memory.
         positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in parts)
         positions += prefix.num_tokens if prefix is not None else 0
-        require_room(number, first_position + positions, reserve, generator)
+        require_room(number, first_position + positions, 0, generator)
     placed = [_place(row, generator, prefix, cue, first_position) for row in rows]
     cache, entry_turns = _cache(placed, generator)
     embeds, position_ids, token_turns = _plain_text(placed, generator)
@@ -149,16 +147,13 @@ def assemble(
 
 
 def require_room(number: int, positions: int, reserve: int, generator: Generator) -> None:
-    """Refuses a prompt that does not fit the model.
+    """Raises PromptTooLongError for a prompt that does not fit the model.
 
     Args:
-        number: Which prompt of the batch, for the message.
-        positions: What the prompt takes, in source tokens, and what it leaves free before it.
-        reserve: Positions to keep free for the answer, in tokens.
-        generator: Whose last position counts.
-
-    Raises:
-        PromptTooLongError: with the numbers.
+        number: Index of the prompt in the batch, for the message.
+        positions: Length of the prompt in source tokens, plus its first position.
+        reserve: Positions that the answer needs, in tokens.
+        generator: The LM that would read it.
     """
     if positions + reserve > generator.max_positions:
         raise PromptTooLongError(
@@ -174,10 +169,10 @@ def _place(
     prefix: AnchorKV | None,
     cue: Tensor | None,
     first_position: int,
-) -> _Row:
+) -> _PlacedRow:
     if not parts or isinstance(parts[-1], AnchorKV) or not len(parts[-1]):
         raise ValueError("a prompt must end in text: the model answers from its last token")
-    row = _Row([], [], end=first_position)
+    row = _PlacedRow([], [], end=first_position)
     if prefix is not None:
         row.chunks.append((0, row.end, prefix))
         row.end += prefix.num_tokens
@@ -191,7 +186,7 @@ def _place(
         else:
             if part.kv_shape != generator.kv_shape:
                 raise ValueError(
-                    "a chunk's KV must be of this model's (layers, kv_heads, head_dim) = "
+                    "a chunk's KV must have this model's (layers, kv_heads, head_dim) = "
                     f"{generator.kv_shape}, was: {part.kv_shape}"
                 )
             row.chunks.append((turn, row.end, part))
@@ -204,7 +199,7 @@ def _place(
 
 
 def _place_branches(
-    branches: Branches, turn: int, row: _Row, generator: Generator, last: bool
+    branches: Branches, turn: int, row: _PlacedRow, generator: Generator, last: bool
 ) -> None:
     if not last or not all(branches.texts):
         raise ValueError("branches must be the last part of a prompt, and each must have text")
@@ -213,16 +208,16 @@ def _place_branches(
     row.end += len(branches)
 
 
-def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, list[Tensor]]:
-    """Moves all chunks into one HF cache, each layer of it as long as its longest head.
+def _cache(rows: list[_PlacedRow], generator: Generator) -> tuple[DynamicCache, list[Tensor]]:
+    """Moves all chunks into one HF cache, each layer as long as its longest head.
 
     Returns:
-        The cache; and the turn of each entry of each layer, -1 for padding, one with a single head
-        for all layers where they are the same. Shape of each: (rows, kv_heads, entries)
+        The cache; and the turn of each entry per layer, -1 for padding. Where all heads and layers
+        are equal, one tensor with one head. Shape of each: (rows, kv_heads, entries)
     """
     device = generator.device
     cache = DynamicCache()
-    # What is kept in fewer bits travels in fewer bits.
+    # Quantized KV is copied to the device in 8 bits.
     chunks = [
         (number, turn, start, kv.to(device))
         for number, row in enumerate(rows)
@@ -234,7 +229,7 @@ def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, list[T
     keys = [rope.move(kv.keys, start, generator.frequencies) for _, _, start, kv in chunks]
     values = [kv.values for _, _, _, kv in chunks]
     turns = [torch.full((kv.num_entries,), turn, device=device) for _, turn, _, kv in chunks]
-    # Zeros for padding: NaN would spread even at weight 0.
+    # Padding is zero: NaN would spread even with weight 0.
     of_layers = (slots.lay_out(parts, 0, generator.dtype) for parts in (keys, values))
     for layer, (of_keys, of_values) in enumerate(zip(*of_layers, strict=True)):
         cache.update(of_keys, of_values, layer)
@@ -247,13 +242,13 @@ def _cache(rows: list[_Row], generator: Generator) -> tuple[DynamicCache, list[T
 
 @dataclass(frozen=True, eq=False)
 class _Slots:
-    """Where entries of all rows lie: row by row, in each layer by layer, in each head by head.
+    """Slots of the entries of all rows: row by row, then layer by layer, then head by head.
 
     Attributes:
         index: The slot of each entry. Shape: (entries,)
-        rows: Of the batch.
-        kv_heads: Of each layer.
-        widths: Slots of each head, by layer.
+        rows: Rows of the batch.
+        kv_heads: KV heads of each layer.
+        widths: Slots per head, by layer.
     """
 
     index: Tensor
@@ -262,33 +257,33 @@ class _Slots:
     widths: list[int]
 
     def lay_out(self, parts: list[Tensor], padding: int, dtype: torch.dtype) -> list[Tensor]:
-        """Something of each entry, by layer. Shape of each: (rows, kv_heads, slots, …)."""
+        """Values of entries in their slots, by layer. Shape of each: (rows, kv_heads, slots, …)."""
         sizes = [self.kv_heads * width for width in self.widths]
         inner = parts[0].shape[1:]
         shape = (self.rows * sum(sizes), *inner)
-        # Zeros come from the system as they are: padding is never written.
+        # The allocator returns zeroed pages: padding is never written.
         laid_out = torch.zeros(shape, dtype=dtype, device=self.index.device)
         if padding:
             laid_out.fill_(padding)
         indices = torch.split(self.index, [len(part) for part in parts])
         for index, part in zip(indices, parts, strict=True):
             laid_out.index_copy_(0, index, part.to(dtype))
-        # One split, not a selection a layer: each one's gradient would be as large as them all.
+        # One split, not one selection per layer, whose gradients would each have the full size.
         by_layer = torch.split(laid_out.view(self.rows, -1, *inner), sizes, dim=1)
         return [t.view(self.rows, self.kv_heads, -1, *inner) for t in by_layer]
 
 
 def _slots(chunks: Sequence[tuple[int, AnchorKV]], rows: int, generator: Generator) -> _Slots:
-    """Gives every entry a slot; those of one head and row follow one another.
+    """Assigns a slot to each entry; those of one head and row are adjacent.
 
     Args:
-        chunks: Each with the number of its row.
-        rows: Of the batch.
-        generator: Of whose shape the chunks are.
+        chunks: Pairs of row number and KV.
+        rows: Rows of the batch.
+        generator: The LM, whose shape the chunks have.
     """
     layers, kv_heads, _ = generator.kv_shape
     device = generator.device
-    # Rows are one more level of heads.
+    # A row is a further level above layers and heads.
     heads = torch.cat([kv.heads.int() + number * layers * kv_heads for number, kv in chunks])
     counts = torch.bincount(heads, minlength=rows * layers * kv_heads)
     widths = counts.view(rows, layers, kv_heads).amax(dim=(0, 2))
@@ -302,8 +297,8 @@ def _slots(chunks: Sequence[tuple[int, AnchorKV]], rows: int, generator: Generat
     return _Slots(index, rows, kv_heads, widths.tolist())
 
 
-def _plain_text(rows: list[_Row], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines up the plain text of all rows, padded on the left.
+def _plain_text(rows: list[_PlacedRow], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain text of all rows, padded on the left.
 
     Returns:
         embeds, Shape: (rows, tokens, hidden); positions and turns (-1 for padding),

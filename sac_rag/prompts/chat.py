@@ -1,4 +1,4 @@
-"""Messages and chat templates: turns to pieces of a prompt, cut where chunks stand."""
+"""Messages and chat templates: turns of a chat to pieces of a prompt, split at chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Message:
     """One turn of a chat, its content any interleaving of text and chunks.
 
     Attributes:
-        role: "system", "user", "assistant", or what else the model's chat template knows.
+        role: "system", "user", "assistant", or another role of the model's chat template.
         content: Text and chunks in reading order.
     """
 
@@ -33,24 +33,24 @@ class Message:
 
 @dataclass(frozen=True)
 class Markup:
-    """The template's own words, in which special tokens count as such."""
+    """Text of a template, in which special tokens are recognised."""
 
     text: str
 
 
-# What a prompt is made of: the template's words, the caller's words, chunks.
+# Pieces of a prompt: text of the template, text of the caller, chunks.
 Piece: TypeAlias = Markup | str | Chunk
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
-    """Puts messages into the tokenizer's chat template, ready for the assistant's turn.
+    """Renders messages with the tokenizer's chat template, up to the assistant's next turn.
 
-    The template sees a placeholder for each content, so nothing in a text or a chunk can be taken
-    for the template's own markup, and chunks need not be text when the prompt is put together.
+    The template gets a placeholder for each content, so that nothing in a text or a chunk can be
+    taken for the template's markup, and chunks need not be text.
 
     Args:
-        tokenizer: An HF tokenizer. One without a chat template gets the contents as plain
-            paragraphs behind its BOS.
+        tokenizer: An HF tokenizer. Without a chat template, the contents become plain paragraphs
+            behind its BOS.
         messages: At least one.
 
     Returns:
@@ -71,7 +71,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
             tokenize=False,
             add_generation_prompt=True,
         )
-    except Exception as error:  # templates raise whatever Jinja or their author chose
+    except Exception as error:  # templates may raise any exception
         raise ValueError(
             f"the model's chat template refused the roles {[m.role for m in messages]}: {error}"
         ) from error
@@ -91,34 +91,34 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
 
 
 def plain(tokenizer: Any, content: Sequence[str | Chunk]) -> list[Piece]:
-    """A text to go on with as it is: the tokenizer's BOS, if it has one, and the content.
+    """Pieces of a text that the answer continues: the tokenizer's BOS, if it has one, and content.
 
     Raises:
-        ValueError: if the last of the content is not text, where the answer is to go on.
+        ValueError: if the content does not end in text.
     """
     words = joined(content)
     if not words or not isinstance(words[-1], str):
         raise ValueError(
-            "a plain prompt must end in text, which the answer goes on with, ended in "
+            "a plain prompt must end in text, which the answer continues, ended in "
             f"{'a chunk' if words else 'nothing'}"
         )
     return _behind_bos(tokenizer, words)
 
 
 def leading(pieces: Sequence[Piece]) -> list[Markup | str]:
-    """The prefix: what stands before the first chunk."""
-    plain: list[Markup | str] = []
+    """The prefix: the pieces before the first chunk."""
+    prefix: list[Markup | str] = []
     for piece in pieces:
         if isinstance(piece, Chunk):
             break
-        plain.append(piece)
-    return plain
+        prefix.append(piece)
+    return prefix
 
 
 def before_first_turn(tokenizer: Any, messages: Sequence[Message]) -> list[Markup | str]:
-    """What a chat begins with, whatever is said in it: system prompt and template.
+    """The part of a chat that does not depend on its turns: system prompt and template.
 
-    Ends at the first chunk, if one stands in the system prompt.
+    It ends at the first chunk, if the system prompt has one.
 
     Raises:
         ValueError: as `render`.
@@ -136,12 +136,12 @@ def before_first_turn(tokenizer: Any, messages: Sequence[Message]) -> list[Marku
 
 
 def opening(tokenizer: Any) -> str:
-    """What every prompt of this tokenizer starts with, whatever the messages: the natural sink."""
+    """The text that every chat of this tokenizer starts with: the natural sink."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer_bos(tokenizer)
     try:
         first = render(tokenizer, [Message("system", ("a",)), Message("user", ("a",))])[0]
-    except ValueError:  # Gemma's, for one, knows no system role
+    except ValueError:  # Gemma's template, for example, has no system role
         first = render(tokenizer, [Message("user", ("a",))])[0]
     if not isinstance(first, Markup):
         return tokenizer_bos(tokenizer)
@@ -154,7 +154,7 @@ def _behind_bos(tokenizer: Any, content: Sequence[Piece]) -> list[Piece]:
 
 
 def tokenizer_bos(tokenizer: Any) -> str:
-    """The BOS, if the tokenizer itself puts one in front of a text."""
+    """The BOS, if the tokenizer puts it before texts."""
     starts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if starts and tokenizer.bos_token else ""
 

@@ -23,8 +23,7 @@ from sac_rag.prompts.chat import (
 
 _SYSTEM = "Answer the question from the passages. Be brief."
 
-
-# Where a chunk stands in a text.
+# Stands for a chunk in a text.
 _CHUNK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -32,25 +31,25 @@ _CHUNK = "\N{OBJECT REPLACEMENT CHARACTER}"
 class PromptFormat:
     """How a question and its chunks become a prompt: the turns of a chat, or plain text.
 
-    A plain prompt is the prefix and the user's text behind it, without any chat template: the way
-    to show a small model by examples what an answer looks like (`SPANS`).
+    A plain prompt is the prefix followed by the user's text, without any chat template. Its prefix
+    can show a small model by examples what an answer looks like (`SPANS`).
 
     Attributes:
         system: System prompt of a chat; "" for none. A plain prompt has none: its default is "".
-            {chunks} may stand here in place of in `user`.
-        chunk: A chunk's surroundings, plain text, with {number} from 1, {title}, {id} and {chunk}.
+            {chunks} may be here instead of in `user`.
+        chunk: Plain text around a chunk, with {number} from 1, {title}, {id} and {chunk}.
         user: The user's turn, with {chunks} and {question}.
         separator: Plain text between chunks.
-        prefix: What every plain prompt begins with, word for word: nothing in it is filled in.
+        prefix: Beginning of every plain prompt, literally: braces in it are not filled in.
         chat: Whether the prompt is a chat in the tokenizer's template.
-        raw: Whether a plain prompt is its own words and no more, as a template is: special tokens
-            in them count, the BOS too must be among them, and the question is tokenized apart.
+        raw: Whether the fields of a plain prompt are a complete template: special tokens in them
+            are recognised, the BOS must be among them, and the question is tokenized separately.
         stop: Texts at which an answer to a prompt of this format ends, unless the Decoding has
-            some of its own.
+            stop texts.
 
     Raises:
-        ValueError: if a place is missing, or a field is of the wrong kind or of the other kind of
-            prompt.
+        ValueError: if a placeholder is missing, or a field has the wrong type or belongs to the
+            other kind of prompt.
     """
 
     system: str = _SYSTEM
@@ -117,8 +116,8 @@ class PromptFormat:
 
         Args:
             tokenizer: An HF tokenizer, for its chat template and its BOS.
-            question: What to answer.
-            chunks: Stand in the prompt as they are; none is a question without text.
+            question: The question.
+            chunks: May be empty.
 
         Returns:
             Pieces in reading order, the last of them text.
@@ -146,12 +145,12 @@ class PromptFormat:
         _require_text(question)
         system = self._filled(self.system, {}, chunks)
         user = self._filled(self.user, {"question": question}, chunks)
-        # Without chunks there is nothing to set the question apart from.
+        # Without chunks the question needs no heading.
         turns = [Message("system", joined(system))] if self.system else []
         return [*turns, Message("user", joined(user) if chunks else (question,))]
 
     def passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
-        """The chunks in their surroundings: what takes the place of {chunks} in a prompt."""
+        """The chunks with the text around them: what replaces {chunks} in a prompt."""
         passages: list[str | Chunk] = []
         for number, chunk in enumerate(chunks, start=1):
             passages += [self.separator] if passages else []
@@ -160,11 +159,11 @@ class PromptFormat:
         return passages
 
     def matches(self, content: Sequence[str | Chunk]) -> bool:
-        """Whether a text is a plain prompt of this format, chunks in it as such or as text.
+        """Whether a text is a plain prompt of this format, with chunks as such or as text.
 
-        It is if it begins and ends as every such prompt does and has the words that stand between
-        chunks and question. Nothing matches a chat format, a raw one, or one in which prompts have
-        neither first nor last words in common.
+        It is if it begins and ends as every such prompt does and has the text between chunks and
+        question. Nothing matches a chat format, a raw one, or one in which prompts share neither
+        their first nor their last words.
         """
         if self.chat or self.raw:
             return False
@@ -172,7 +171,7 @@ class PromptFormat:
         begins = self.prefix + before
         if not (begins + after).strip():
             return False
-        # What a chunk says is none of the format's words.
+        # The text of a chunk must not match words of the format.
         text = "".join(piece if isinstance(piece, str) else _CHUNK for piece in content)
         rest = text.removeprefix(begins)
         return (
@@ -183,7 +182,7 @@ class PromptFormat:
         )
 
     def beginning(self, tokenizer: Any) -> list[Markup | str]:
-        """The part of the prefix that does not depend on question or chunks: read once, for all.
+        """The part of the prefix that does not depend on question or chunks.
 
         Raises:
             ValueError: if the chat template refuses the messages.
@@ -191,10 +190,10 @@ class PromptFormat:
         return leading(self.pieces(tokenizer, "?", [Chunk("?")]))
 
     def opening(self, tokenizer: Any) -> str:
-        """What every prompt starts with, or a plain one's first example, up to where text begins.
+        """The start of every prompt, or of a plain one's first example, up to the chunk's text.
 
-        The natural sink of a compressor whose chunks stand in such prompts: short, and with the
-        words before a chunk last.
+        It is the natural sink of a compressor whose chunks are in such prompts: short, and ending
+        in the words before a chunk.
         """
         if self.chat:
             return opening(tokenizer)
@@ -205,15 +204,15 @@ class PromptFormat:
         return text[:end] if self.raw else tokenizer_bos(tokenizer) + text[:end]
 
     def to_json(self) -> str:
-        """The fields, one a line."""
+        """The fields as JSON, one per line."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> PromptFormat:
-        """Reads what `to_json` wrote.
+        """Reads the result of `to_json`.
 
         Raises:
-            ValueError: if it is not a JSON object, or has a field this version does not know.
+            ValueError: if it is not a JSON object, or has a field unknown to this version.
         """
         try:
             values = json.loads(text)
@@ -232,13 +231,13 @@ class PromptFormat:
     def _filled(
         self, words: str, fields: dict[str, Any], chunks: Sequence[Chunk]
     ) -> list[str | Chunk]:
-        """The words of a turn with its fields and, at {chunks}, the passages in their places."""
+        """The text of a turn with its fields filled in and {chunks} replaced by the passages."""
         before, *after = words.split("{chunks}")
         passages = self.passages(chunks) if after else []
         return [_fill(before, fields), *passages, *(_fill(words, fields) for words in after)]
 
     def _raw(self, question: str, chunks: Sequence[Chunk]) -> list[Piece]:
-        """The prompt with its own words as markup, each apart from the caller's."""
+        """The prompt with the text of its fields as markup, separate from the caller's text."""
         _require_text(question)
         pieces: list[Piece] = [Markup(self.prefix)]
         before, after = self.user.split("{chunks}")
@@ -249,12 +248,12 @@ class PromptFormat:
 
     def _heading(self, chunk: Chunk, number: int) -> str:
         heading = _fill(self.chunk.split("{chunk}")[0], _names(chunk, number))
-        # The line of a title that is not there is no line.
+        # Without a title its line is dropped.
         return heading if heading.strip() else ""
 
 
-# Answers are spans of the text: behind these examples a small model gives a few words of it where,
-# asked in a chat, it gives sentences of its own.
+# Answers are spans of the text: after these examples a small model answers with a few words of it,
+# where in a chat it answers with whole sentences.
 SPANS = PromptFormat(
     prefix="""\
 Answer each question with a few words from the text.
@@ -294,5 +293,5 @@ def _names(chunk: Chunk, number: int) -> dict[str, Any]:
 
 
 def _fill(template: str, fields: dict[str, Any]) -> str:
-    """Replaces {name}; braces in the values are left alone, unknown names too."""
+    """Replaces {name}; unknown names and braces in the values stay unchanged."""
     return re.sub(r"\{(\w+)\}", lambda m: str(fields.get(m[1], m[0])), template)

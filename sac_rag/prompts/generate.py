@@ -1,7 +1,7 @@
-"""Prompt to text: whole, streamed or batched. Knows nothing of chunks, stores or templates.
+"""Generates the text of answers to a Prompt, token by token, for all rows of a batch.
 
-White space that a model writes before its answer is no part of it, and no stop text in it ends the
-answer: behind "Answer:" answers begin with a space or on a new line.
+White space before an answer is not part of it, and a stop text in it does not end the answer:
+after "Answer:" models begin with a space or a new line.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from sac_rag.prompts.assemble import Prompt
 
 FinishReason = Literal["eos", "stop", "length"]
 
-# What a byte-level tokenizer shows for the first bytes of a character still to be completed.
+# Decoded text of an incomplete character in a byte-level tokenizer.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen and when to end.
+    """How tokens are chosen and when an answer ends.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token (greedy); above 0 samples.
-        top_p: Sample from the likeliest tokens that together have this probability.
-        top_k: Sample from this many likeliest tokens; 0 for no such limit.
+        temperature: 0 takes the most likely token (greedy); above 0 samples.
+        top_p: Sample from the most likely tokens that together have this probability.
+        top_k: Sample from this number of most likely tokens; 0 for no limit.
         stop: Texts at which an answer ends; they are not part of it. None for those of the prompt
-            format behind its own prompt and none behind any other; () for none at all. A stop text
-            that lies in the white space before the first word does not end an answer.
-        seed: Makes sampling repeatable. None takes torch's own state.
+            format after its own prompts and none after any other; () for none. A stop text in the
+            white space before the first word does not end an answer.
+        seed: Makes sampling repeatable. None uses torch's global state.
 
     Raises:
         ValueError: for a value out of range.
@@ -70,22 +70,20 @@ class Decoding:
 
 
 class Generation:
-    """Answers being written, one a row. Iterate it: each step gives the new text of every row.
+    """Running generation of one answer per row: an iterator over the new text of every row.
 
-    White space before an answer is dropped.
-
-    Leaving the loop ends the work; what was written until then stays readable.
+    Leaving the loop ends the generation; the text so far stays readable.
 
     Args:
-        generator: Writes.
-        prompt: What to answer, one row for each answer.
+        generator: The LM.
+        prompt: One row per answer.
         decoding: How to answer.
-        stops: Stop texts of each row where the decoding gives none. Default: none.
+        stops: Stop texts of each row if the decoding has none. Default: none.
 
     Attributes:
-        texts: What each row has so far.
-        num_tokens: Tokens each row has taken, its end token included.
-        finish_reasons: Why each row ended; None while it goes on.
+        texts: Text of each row so far, without leading white space.
+        num_tokens: Tokens of each row so far, its end token included.
+        finish_reasons: Why each row ended; None for a row that has not.
     """
 
     def __init__(
@@ -110,7 +108,7 @@ class Generation:
 
     @property
     def texts(self) -> list[str]:
-        """What each row has so far."""
+        """Text of each row so far, without leading white space."""
         return [writer.text for writer in self._writers]
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -142,7 +140,7 @@ class Generation:
 
 
 def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Iterator[Tensor]:
-    """Reads a prompt in one forward pass, then chooses tokens one by one.
+    """Reads a prompt in one forward pass, then generates token by token.
 
     Yields:
         The next token of every row. Shape: (rows,)
@@ -152,16 +150,16 @@ def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Ite
     next_positions = prompt.next_positions[:, None]
     masks = prompt.masks.of_next(decoding.max_new_tokens)
     for step in range(decoding.max_new_tokens):
-        # The model is taken for each step alone: between two steps the caller may do as it likes.
+        # The model is locked for each step only: a slow consumer must not block other threads.
         with generator.running(prompt.adapter) as model, torch.no_grad():
             logits: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]
         tokens = choose(logits)
         yield tokens
-        not_yet = decoding.max_new_tokens - step - 1
+        remaining = decoding.max_new_tokens - step - 1
         inputs |= {
             "inputs_embeds": generator.embed(tokens[:, None]),
             "position_ids": next_positions + step,
-            **as_inputs([mask[..., : mask.shape[-1] - not_yet] for mask in masks]),
+            **as_inputs([mask[..., : mask.shape[-1] - remaining] for mask in masks]),
         }
 
 
@@ -178,30 +176,30 @@ def _chooser(decoding: Decoding, device: torch.device) -> Any:
         random = torch.Generator(device).manual_seed(decoding.seed)
 
     def sample(logits: Tensor) -> Tensor:
-        chances = warpers(None, logits.float()).softmax(dim=-1)
-        return torch.multinomial(chances, 1, generator=random)[:, 0]
+        probabilities = warpers(None, logits.float()).softmax(dim=-1)
+        return torch.multinomial(probabilities, 1, generator=random)[:, 0]
 
     return sample
 
 
 class _Writer:
-    """Tokens to text, as soon as it is certain: whole characters, and no part of a stop text.
+    """Decodes tokens to text that is final: whole characters, and no part of a stop text.
 
-    Leading white space is dropped; stop texts that lie in it are ignored.
+    Leading white space is dropped; stop texts in it are ignored.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids: list[int] = []
-        self._context = 0  # decoding starts here: a few tokens back, for spaces depend on them
-        self._read = 0  # tokens whose text is in `_held` or given out
+        self._context = 0  # decoding starts here, some tokens back: spaces depend on them
+        self._read = 0  # tokens whose text is in `_held` or returned
         self._held = ""  # may be the beginning of a stop text
         self.text = ""
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """Takes a token; gives the text that is certain now."""
+        """Adds a token; returns the text that is final now."""
         self._ids.append(token)
         known = self._decode(self._ids[self._context : self._read])
         text = self._decode(self._ids[self._context :])
@@ -209,27 +207,26 @@ class _Writer:
             return ""
         self._held += text[len(known) :]
         self._context, self._read = self._read, len(self._ids)
-        return self._give_until_stop(len(self._held) - self._may_become_stop())
+        return self._release_until_stop(len(self._held) - self._may_become_stop())
 
     def flush(self) -> str:
-        """Gives what was held back: nothing more is to come."""
+        """Returns the text held back, after the last token."""
         known = self._decode(self._ids[self._context : self._read])
         self._held += self._decode(self._ids[self._context :])[len(known) :]
         self._context = self._read = len(self._ids)
-        return self._give_until_stop(len(self._held))
+        return self._release_until_stop(len(self._held))
 
-    def _give_until_stop(self, length: int) -> str:
+    def _release_until_stop(self, length: int) -> str:
         blank = 0 if self.text else len(self._held) - len(self._held.lstrip())
-        # From where on a stop text ends behind the white space before the first word.
+        # Where a stop text must begin at least to end behind the leading white space.
         starts = [max(0, blank + 1 - len(stop)) for stop in self._stop]
-        places = map(self._held.find, self._stop, starts)
-        found = [at for at in places if at >= 0]
-        if found:
+        matches = [at for at in map(self._held.find, self._stop, starts) if at >= 0]
+        if matches:
             self.stopped = True
-            return self._give(min(found), keep=False)
-        return self._give(length)
+            return self._release(min(matches), keep=False)
+        return self._release(length)
 
-    def _give(self, length: int, keep: bool = True) -> str:
+    def _release(self, length: int, keep: bool = True) -> str:
         piece, rest = self._held[:length], self._held[length:]
         if not self.text:
             piece = piece.lstrip()
@@ -238,7 +235,7 @@ class _Writer:
         return piece
 
     def _may_become_stop(self) -> int:
-        """Length of the longest ending of the held text that begins a stop text."""
+        """Length of the longest suffix of the held text that begins a stop text."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):

@@ -1,1 +1,1 @@
-"""Finding chunks: splitting, embedding, searching, reading documents."""
+"""Retrieval: reads documents, splits and embeds them, searches chunks."""

@@ -1,4 +1,4 @@
-"""Embedder, texts to vectors. Knows nothing of chunks, indexes or KV."""
+"""Embedder, texts to vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from sac_rag import default_models as models
 from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
 
-# What, besides weights and tokenizer, turns text into embeddings.
+# Fields that determine embeddings besides weights and tokenizer.
 _CONFIG_FIELDS = (
     "model_type",
     "num_attention_heads",
@@ -26,12 +26,12 @@ _CONFIG_FIELDS = (
 
 
 class Embedder:
-    """A sentence-transformers model that averages its tokens' states, as most of them do.
+    """A sentence-transformers model with mean pooling, as most of them have.
 
     Attributes:
         model: The HF encoder, in evaluation mode.
         tokenizer: Its HF tokenizer.
-        max_tokens: A text's tokens after these are not seen.
+        max_tokens: Tokens of a text that are read; later ones are cut off.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int = 256) -> None:
@@ -72,7 +72,7 @@ class Embedder:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of everything that determines a vector."""
+        """Digest of everything that determines a vector."""
         return digest_json(
             [
                 weights_digest(self.model),
@@ -94,7 +94,7 @@ class Embedder:
         Args:
             texts: In any order; texts of similar length are run together.
             batch_size: Texts run together.
-            on_progress: Called with the number of texts done since the last call.
+            on_progress: Called with the number of texts embedded since the last call.
 
         Returns:
             Shape: (texts, dimension).
@@ -108,7 +108,7 @@ class Embedder:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        # The longest first: if memory runs out, it does so at once.
+        # The longest first, so that a batch too large for the memory fails at once.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

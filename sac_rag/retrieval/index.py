@@ -1,7 +1,4 @@
-"""ChunkIndex: FAISS over embeddings of chunks, the embedded default retriever.
-
-Knows nothing of KV or of the generator.
-"""
+"""ChunkIndex, FAISS over embeddings of chunks: the default retriever."""
 
 from __future__ import annotations
 
@@ -25,14 +22,14 @@ _ABOUT = "index.json"
 _OURS = re.compile(
     r"index\.(json|part)|(vectors|chunks)\.part|vectors-\w+\.faiss|chunks-\w+\.jsonl"
 )
-_REBUILD = "it is damaged, build it anew"
+_REBUILD = "it is damaged, build it again"
 _NEIGHBOURS = 32  # links of a vector in the HNSW graph, FAISS's usual choice
-_BREADTH = 128  # candidates looked at in the graph: finds what 16, the default, misses (1 in 100)
+_BREADTH = 128  # candidates in the graph; 16, the default, misses 1 nearest vector in 100
 _BLOCK = 1 << 20  # bytes hashed at a time
 
 
 class EmbedderLike(Protocol):
-    """What ChunkIndex needs of an embedder."""
+    """The part of an Embedder that ChunkIndex needs."""
 
     @property
     def identity(self) -> str:
@@ -45,15 +42,15 @@ class EmbedderLike(Protocol):
     def embed(
         self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """A vector of length 1 for each text. Shape: (texts, dimension)."""
+        """A vector of length 1 per text. Shape: (texts, dimension)."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that was found.
+    """A chunk that a search returns.
 
     Attributes:
-        chunk: The chunk, as it was added.
+        chunk: The chunk as it was added.
         score: Cosine between its embedding and the question's, from -1 to 1.
     """
 
@@ -65,7 +62,7 @@ class ChunkIndex:
     """Finds the chunks nearest to a question.
 
     A chunk is embedded with its title, if it has one, in front of its text. Small indexes are
-    searched exactly, large ones through an HNSW graph, which may now and then pass over a hit.
+    searched exactly, large ones through an HNSW graph, which may rarely miss a hit.
 
     Attributes:
         embedder: Turns chunks and questions into vectors.
@@ -101,7 +98,7 @@ class ChunkIndex:
     def add(
         self, chunks: Iterable[ChunkLike], on_progress: Callable[[int], None] | None = None
     ) -> None:
-        """Embeds and adds chunks, all of them or, if it raises, none. Equal ones are all kept.
+        """Embeds and adds chunks, all of them or, if it raises, none. Duplicates are kept.
 
         Args:
             chunks: Texts, (document id, text) pairs or Chunks.
@@ -127,17 +124,17 @@ class ChunkIndex:
         self._chunks += new
 
     def discard(self, unwanted: Callable[[Chunk], bool]) -> int:
-        """Takes chunks out again; returns how many."""
-        kept = [row for row, chunk in enumerate(self._chunks) if not unwanted(chunk)]
-        gone = len(self) - len(kept)
-        if gone:
-            vectors = self._vectors.reconstruct_n(0, len(self))[kept]
-            # Vectors cannot be taken out of the graph.
+        """Removes chunks; returns how many."""
+        rows = [row for row, chunk in enumerate(self._chunks) if not unwanted(chunk)]
+        removed = len(self) - len(rows)
+        if removed:
+            vectors = self._vectors.reconstruct_n(0, len(self))[rows]
+            # Vectors cannot be removed from the graph.
             self._vectors = faiss.IndexFlatIP(self.embedder.dimension)
             chunks, self._chunks = self._chunks, []
             self._insert(vectors)
-            self._chunks = [chunks[row] for row in kept]
-        return gone
+            self._chunks = [chunks[row] for row in rows]
+        return removed
 
     def search(self, question: str, k: int = 4) -> list[Hit]:
         """The k chunks nearest to a question, best first; all if there are fewer.
@@ -156,14 +153,14 @@ class ChunkIndex:
         return [Hit(self._chunks[row], score) for row, score in zip(rows, scores, strict=True)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the index into a folder that only its owner can enter.
+        """Writes the index into an owner-only (0700) folder.
 
         Vectors and chunks go into files named by their digest, beside those of an older index, and
-        replacing index.json, which names them, is the one step that counts: a crash before it
-        leaves the old index, one after it the new. One process may save to a folder at a time.
+        replacing index.json, which names them, is the step that counts: a crash before it leaves
+        the old index, one after it the new. One process may save to a folder at a time.
 
         Args:
-            folder: New, empty, or an index to be replaced.
+            folder: New, empty, or an index that is replaced.
 
         Raises:
             ValueError: if the folder holds anything else.
@@ -211,11 +208,11 @@ class ChunkIndex:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], embedder: EmbedderLike) -> ChunkIndex:
-        """Reads what `save` wrote.
+        """Reads an index that `save` wrote.
 
         Args:
             folder: Where it was saved.
-            embedder: The one it was built with, or its equal.
+            embedder: The one it was built with, or an equal one.
 
         Raises:
             FileNotFoundError: if there is no index in the folder.
@@ -224,18 +221,18 @@ class ChunkIndex:
         folder = Path(folder)
         about = _read_about(folder)
 
-        def require(what: str, expected: object, got: object, remedy: str = _REBUILD) -> None:
-            if got != expected:
-                raise ValueError(f"{folder}: {what} must be {expected}, was: {got}; {remedy}")
+        def require(what: str, expected: object, actual: object, remedy: str = _REBUILD) -> None:
+            if actual != expected:
+                raise ValueError(f"{folder}: {what} must be {expected}, was: {actual}; {remedy}")
 
-        require("the format", _FORMAT, about["format"], "upgrade sac-rag, or build the index anew")
-        remedy = "load it with the embedder it was built with, or build it anew"
+        require("the format", _FORMAT, about["format"], "upgrade sac-rag, or build the index again")
+        remedy = "load it with the embedder it was built with, or build it again"
         require("the embedder", about.get("embedder"), embedder.identity, remedy)
         require("the dimension", embedder.dimension, about.get("dimension"))
         files = _data_files(folder, about)
         for name, path in files.items():
-            found = _digest(path) if path.is_file() else "missing"
-            require(f"the digest of {path.name}", about.get(name), found)
+            digest = _digest(path) if path.is_file() else "missing"
+            require(f"the digest of {path.name}", about.get(name), digest)
         index = cls(embedder)
         try:
             index._vectors = faiss.read_index(str(files["vectors"]))
@@ -277,7 +274,7 @@ class ChunkIndex:
     def _nearest(self, query: NDArray[np.float32], k: int) -> tuple[list[float], list[int]]:
         scores, rows = self._vectors.search(query, k)
         if (rows < 0).any():
-            # The graph does not reach that many from here: equal vectors link to each other only.
+            # The graph does not reach k vectors from here: equal ones link to each other only.
             scores, rows = self._vectors.storage.search(query, k)
         return scores[0].tolist(), rows[0].tolist()
 

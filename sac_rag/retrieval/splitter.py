@@ -1,4 +1,4 @@
-"""Documents to chunks: cuts texts by the generator's tokens. Knows nothing of files or weights."""
+"""split, a document to chunks of whole sentences, measured in the generator's tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def split(document: Chunk, tokenizer: Any, *, max_tokens: int = 256) -> list[Chu
     between characters if there is none.
 
     Args:
-        document: What to cut.
+        document: With the text that is cut.
         tokenizer: A fast HF tokenizer. Tokens are counted as the generator counts a chunk's:
             without special tokens, and "<|im_end|>" in the text is ordinary characters.
         max_tokens: Most tokens of a piece, tokenized on its own.
@@ -28,17 +28,17 @@ def split(document: Chunk, tokenizer: Any, *, max_tokens: int = 256) -> list[Chu
     Returns:
         The pieces in order, without white space around them, each with the document's id, title
         and metadata and, if there are several, "part" (from 1) and "parts" in the metadata. Only
-        white space is lost; a document that has nothing else gives none.
+        white space is lost; a document of white space has no pieces.
 
     Raises:
-        ValueError: if max_tokens is below 1, or below what a single character takes.
+        ValueError: if max_tokens is below 1, or below the tokens of a single character.
         TypeError: for a tokenizer that is not a fast one.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, was: {max_tokens}")
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            "tokenizer must be a fast HF tokenizer, one that says where its tokens are in the "
+            "tokenizer must be a fast HF tokenizer, one that has the offsets of its tokens in the "
             f"text, was: {type(tokenizer).__name__}; load it with AutoTokenizer"
         )
     texts = list(_Cutter(document.text, tokenizer, max_tokens).pieces())
@@ -54,7 +54,7 @@ def split(document: Chunk, tokenizer: Any, *, max_tokens: int = 256) -> list[Chu
     ]
 
 
-# Signs that end a sentence, with what closes around them: "." and the like before white space,
+# Signs that end a sentence, with closing quotes and brackets: "." and the like before white space,
 # "\u3002" and the like anywhere. One run of signs is one match, or a line of dots would take
 # quadratic time.
 _CLOSERS = r"""["'\u2019\u201d\u00bb\u300d\u300f\uff09)\]*_]*"""
@@ -63,8 +63,8 @@ _STOP = re.compile(
     rf"|[\u3002\uff01\uff1f\uff61\u061f\u06d4\u0964\u0965]+{_CLOSERS}"  # CJK, Arabic, danda
 )
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n|[\f\u2029]")
-# What a full stop may follow without ending a sentence: the number of an item; initials and the
-# like (J, U.S, e.g, Ph.D); titles and the like.
+# A full stop after these does not end a sentence: the number of an item; initials and the like
+# (J, U.S, e.g, Ph.D); titles and the like.
 _NO_END = re.compile(
     r"(?:^|\n)[ \t]*\d+$|(?<![\w.])(?:(?:[^\W\d_]{1,2}\.)*[^\W\d_]"
     r"|capt|cf|co|col|corp|dr|figs?|gen|inc|jr|ltd?|mrs?|ms|pp|prof|rev|sr|st|vol|vs)$",
@@ -77,8 +77,8 @@ _BLOCK = 1 << 16  # characters tokenized at a time to see where the tokens are
 def _sentence_ends(text: str) -> Iterator[int]:
     for match in _STOP.finditer(text):
         start, end = match.span()
-        goes_on = text[end : end + 1].isspace() and text[end + 1 : end + 2].islower()
-        if not goes_on and not (
+        continues = text[end : end + 1].isspace() and text[end + 1 : end + 2].islower()
+        if not continues and not (
             match[0] == "." and _NO_END.search(text, max(0, start - 12), start)
         ):
             yield end
@@ -87,9 +87,9 @@ def _sentence_ends(text: str) -> Iterator[int]:
 class _Cutter:
     """Cuts one text, from its start to its end.
 
-    Where the tokens are in the whole text tells how far a piece may reach; but a piece's first
-    and last token can be others once it stands alone, so each is tokenized again and, if it has
-    become too long, cut earlier.
+    The offsets of the tokens in the whole text give how far a piece may reach. A piece's first and
+    last token can differ once it is tokenized alone, so each piece is tokenized again and, if it is
+    too long, cut earlier.
     """
 
     def __init__(self, text: str, tokenizer: Any, max_tokens: int) -> None:
@@ -98,7 +98,7 @@ class _Cutter:
         self._max_tokens = max_tokens
         self._paragraphs = [match.start() for match in _PARAGRAPH.finditer(text)]
         self._sentences = sorted({*self._paragraphs, *_sentence_ends(text)})
-        # Of the block tokenized last: where it ends, and where each of its tokens starts.
+        # Of the block tokenized last: its end, and the start of each of its tokens.
         self._read_to = 0
         self._token_starts: list[int] = []
 
@@ -118,7 +118,7 @@ class _Cutter:
         if end < len(self._text):
             end = self._last_sentence_end(start, end)
         if end == start:
-            # Alone it may have fewer tokens than in its place.
+            # Tokenized alone it may have fewer tokens than in its place.
             end = self._first_sentence_end(start)
         while end > start:
             if self._excess(start, end) <= 0:
@@ -146,7 +146,7 @@ class _Cutter:
         return max(start, self._sentences[sentence]) if sentence >= 0 else start
 
     def _first_sentence_end(self, start: int) -> int:
-        """Where the sentence at `start` ends, or `start` if it is certainly too long."""
+        """The end of the sentence at `start`, or `start` if it is certainly too long."""
         sentence = bisect_right(self._sentences, start)
         end = self._sentences[sentence] if sentence < len(self._sentences) else len(self._text)
         return end if end <= self._reach(start, 2 * self._max_tokens) else start
@@ -171,7 +171,7 @@ class _Cutter:
         return self._reach(start, self._max_tokens // 2)
 
     def _reach(self, start: int, tokens: int) -> int:
-        """How far so many tokens go from `start`, as they are in the whole text."""
+        """The end of a number of tokens after `start`, as tokenized in the whole text."""
         size = _BLOCK
         while True:
             last = bisect_left(self._token_starts, start) + tokens
@@ -185,7 +185,7 @@ class _Cutter:
             size *= 2
 
     def _excess(self, start: int, end: int) -> int:
-        """Tokens by which a piece, on its own, is too long; 0 or less if it is not."""
+        """Tokens by which a piece, tokenized alone, is too long; 0 or less if it fits."""
         end = start + len(self._text[start:end].rstrip())
         return len(self._tokenize(start, end).input_ids) - self._max_tokens
 

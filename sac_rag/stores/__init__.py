@@ -1,7 +1,8 @@
-"""Stores of AnchorKVs, interchangeable. Knows nothing of who fills or reads them.
+"""Stores of AnchorKVs, interchangeable.
 
 A store is any mutable mapping of keys (lower-case hex digests) to AnchorKVs: a `dict` for a test,
-`MemoryStore` for one process, `DiskStore` for a folder that outlives it.
+`MemoryStore` for one process, `DiskStore` for a folder that outlives it. A store that can do more,
+such as remember documents, is a `DocumentStore`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from sac_rag.kv import AnchorKV
+    from sac_rag.stores.base import DocumentStore
     from sac_rag.stores.disk import DiskStore
     from sac_rag.stores.memory import MemoryStore
 
 AnchorStore: TypeAlias = MutableMapping[str, "AnchorKV"]
 
-__all__ = ["AnchorStore", "DiskStore", "MemoryStore"]
+__all__ = ["AnchorStore", "DiskStore", "DocumentStore", "MemoryStore"]
 
-_MODULES = {"DiskStore": "sac_rag.stores.disk", "MemoryStore": "sac_rag.stores.memory"}
+_MODULES = {
+    "DiskStore": "sac_rag.stores.disk",
+    "DocumentStore": "sac_rag.stores.base",
+    "MemoryStore": "sac_rag.stores.memory",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that importing the package loads neither torch nor diskcache.
+    # On first use: importing the package must load neither torch nor diskcache.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

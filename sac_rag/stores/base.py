@@ -1,9 +1,9 @@
-"""What a store may be able to do besides being a mapping. Knows nothing of who asks for it."""
+"""DocumentStore: what a store can do beyond a mapping of keys to AnchorKVs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import TypeAlias
 
 from sac_rag.kv import AnchorKV
 
@@ -11,60 +11,41 @@ from sac_rag.kv import AnchorKV
 Wanted: TypeAlias = Callable[[int], int]
 
 
-@runtime_checkable
-class PartialStore(Protocol):
-    """Can read a chunk at a higher ratio than it is stored at: the first of its KV entries."""
+class DocumentStore(MutableMapping[str, AnchorKV]):
+    """A mapping of keys (lower-case hex digests) to AnchorKVs, and more.
+
+    Each method beyond those of a mapping has a default, for a store that remembers its entries and
+    nothing about them. A store that can do better overrides it.
+
+    Attributes:
+        remembers_documents: Whether the store records which documents an entry belongs to.
+        read_only: Whether writing raises an OSError.
+        evictions: Entries that this object evicted, or did not keep because there was no room.
+    """
+
+    remembers_documents: bool = False
+    read_only: bool = False
+    evictions: int = 0
 
     def read(self, key: str, wanted: Wanted) -> AnchorKV:
-        """Reads an entry's first KV entries.
+        """Reads an entry's first KV entries: the chunk at a higher ratio than it is stored at.
 
         Args:
             key: As for `store[key]`, which raises the same errors.
             wanted: Called with the chunk's source tokens, returns how many KV entries to read,
                 at least 1. All that are stored are read where it returns more.
         """
+        kv = self[key]
+        return kv.first(min(wanted(kv.num_tokens), kv.num_entries))
 
     def extent(self, key: str) -> tuple[int, int]:
-        """Source tokens and stored KV entries of a chunk, without reading them.
+        """Source tokens and stored KV entries of a chunk.
 
         Raises:
             KeyError: if there is no entry, or its extent is not known.
         """
-
-
-@runtime_checkable
-class DocumentStore(Protocol):
-    """Remembers which documents an entry belongs to."""
-
-    def put(self, key: str, kv: AnchorKV, documents: Iterable[str] = ()) -> None:
-        """Stores an entry, or adds documents to the one that is there."""
-
-    def documents(self, key: str) -> tuple[str, ...]:
-        """The documents of an entry, without reading it."""
-
-
-@runtime_checkable
-class ForgettingStore(Protocol):
-    """Can forget a document."""
-
-    def forget(self, document: str) -> int:
-        """Deletes what only this document uses; says how many entries that were."""
-
-
-@runtime_checkable
-class ReindexingStore(Protocol):
-    """Can take in documents anew."""
-
-    def keys_of(self, document: str) -> list[str]:
-        """Keys of a document's entries."""
-
-    def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
-        """Deletes what only these use, but for some keys of each; says how many that were."""
-
-
-@runtime_checkable
-class ExplainingStore(Protocol):
-    """Can tell why an entry is not there."""
+        kv = self[key]
+        return kv.num_tokens, kv.num_entries
 
     def put(
         self,
@@ -75,12 +56,101 @@ class ExplainingStore(Protocol):
         text_id: str | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        """Stores an entry with what explains its absence later."""
+        """Stores an entry, or adds documents to the one that is there.
+
+        Args:
+            key: A lower-case hex digest.
+            kv: The entry.
+            documents: Ids of documents that it belongs to.
+            text_id: The same for the same text whatever the fingerprint, to explain a miss.
+            fingerprint: What made the KV, see `note`.
+        """
+        self[key] = kv
+
+    def documents(self, key: str) -> tuple[str, ...]:
+        """Documents of an entry, sorted, without reading it.
+
+        Raises:
+            KeyError: if there is no entry.
+        """
+        if key not in self:
+            raise KeyError(key)
+        return ()
+
+    def keys_of(self, document: str) -> list[str]:
+        """Keys of a document's entries."""
+        return []
+
+    def forget(self, *documents: str) -> int:
+        """Deletes what only these documents use; returns the number of entries deleted.
+
+        Raises:
+            TypeError: if the store does not remember documents.
+        """
+        raise TypeError(
+            "to forget a document, the store must remember documents, as a DiskStore does, "
+            f"was: {self.type_name}"
+        )
+
+    def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
+        """Deletes what only these documents use, except some keys of each.
+
+        Args:
+            documents: By document id, the keys of its entries that stay.
+
+        Returns:
+            The number of entries deleted.
+        """
+        return 0
 
     def note(self, fingerprint: str, fields: Mapping[str, str]) -> None:
-        """Remembers what a fingerprint is made of."""
+        """Records what a fingerprint is made of, so that a difference can be named."""
 
     def why_absent(
         self, key: str, *, text_id: str | None = None, fingerprint: str | None = None
     ) -> str:
-        """The reason, one of `misses.REASONS`."""
+        """Why there is no entry: one of `errors.REASONS`, perhaps with details."""
+        return "absent"
+
+    def close(self) -> None:
+        """Releases what the store holds open."""
+
+    @property
+    def type_name(self) -> str:
+        """Name of the class that the caller passed, for error messages."""
+        return type(self).__name__
+
+
+class MappingStore(DocumentStore):
+    """Any mutable mapping as a DocumentStore that remembers no documents."""
+
+    def __init__(self, mapping: MutableMapping[str, AnchorKV]) -> None:
+        self._mapping = mapping
+
+    def __getitem__(self, key: str) -> AnchorKV:
+        return self._mapping[key]
+
+    def __setitem__(self, key: str, kv: AnchorKV) -> None:
+        self._mapping[key] = kv
+
+    def __delitem__(self, key: str) -> None:
+        del self._mapping[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._mapping
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mapping)
+
+    def __len__(self) -> int:
+        return len(self._mapping)
+
+    @property
+    def type_name(self) -> str:
+        """Name of the wrapped mapping's class."""
+        return type(self._mapping).__name__
+
+
+def as_document_store(store: MutableMapping[str, AnchorKV]) -> DocumentStore:
+    """A DocumentStore itself, or a plain mapping, such as a dict, wrapped as one."""
+    return store if isinstance(store, DocumentStore) else MappingStore(store)

@@ -1,8 +1,8 @@
-"""Encrypts bytes with a key that the caller has (extra "encrypt"). Knows nothing of entries.
+"""Cipher: encrypts bytes with a key of the caller's (extra "encrypt").
 
-AES-256-GCM: who has no key can neither read what is encrypted nor change it unseen. Every
-encryption draws a nonce of 96 bits; one key is good for some four thousand million of them
-(NIST SP 800-38D), after which the store should get another (`DiskStore.rekey`).
+AES-256-GCM: without the key, encrypted bytes can neither be read nor changed unnoticed. Every
+encryption draws a nonce of 96 bits; one key is good for about 2**32 of them (NIST SP 800-38D),
+after which the store should get another (`DiskStore.rekey`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except ImportError as error:
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
-_TEXT_LIMIT = 1024  # of a key file; a key has at most 64 characters
+_TEXT_LIMIT = 1024  # characters read of a key file; a key has at most 64
 _REMEDY = "make one with `openssl rand -hex 32`"
 _HEX = re.compile("[0-9a-fA-F]{64}")
 
@@ -43,7 +43,7 @@ class Cipher:
 
     Attributes:
         overhead: Bytes that encrypting adds.
-        id: Public name of the key, 16 hex digits: tells keys apart and does not give them away.
+        id: Public name of the key, 16 hex digits: identifies the key without revealing it.
 
     Raises:
         TypeError, ValueError: if the key is not 32 bytes.
@@ -63,7 +63,7 @@ class Cipher:
 
     @classmethod
     def from_env(cls, name: str) -> Self:
-        """Takes the key from an environment variable, in hex or base64.
+        """Reads the key from an environment variable, in hex or base64.
 
         Raises:
             ValueError: if it is not set, or not 32 bytes.
@@ -75,7 +75,7 @@ class Cipher:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Takes the key from a file that its owner alone can read, in hex or base64.
+        """Reads the key from an owner-only file, in hex or base64.
 
         Raises:
             PermissionError: if others may read or change it.
@@ -83,7 +83,7 @@ class Cipher:
             OSError: if it cannot be read.
         """
         with Path(path).open(encoding="ascii", errors="replace") as file:
-            # Asked of the open file: a name could be another file's by now.
+            # The mode of the open file: the name could be another file's by now.
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if os.name == "posix" and mode & 0o077:
                 raise PermissionError(
@@ -98,20 +98,20 @@ class Cipher:
         """Encrypts bytes.
 
         Args:
-            data: What nobody is to read.
-            about: What stays readable beside it, and must be the same again to decrypt.
+            data: The bytes to protect.
+            about: Bytes that stay readable beside them, and must be the same to decrypt.
 
         Returns:
-            A nonce of 12 bytes, what was encrypted, and a tag of 16 bytes.
+            A nonce of 12 bytes, the encrypted data, and a tag of 16 bytes.
         """
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._aead.encrypt(nonce, data, about)
 
     def decrypt(self, data: bytes | bytearray | memoryview, about: bytes) -> bytes:
-        """What was encrypted with this key.
+        """The data of encrypted bytes.
 
         Raises:
-            ValueError: if it was not, or was changed, or `about` is another.
+            ValueError: if it was encrypted with another key, was changed, or `about` differs.
         """
         view = memoryview(data)
         if len(view) < self.overhead:
@@ -126,7 +126,7 @@ class Cipher:
         return self._names.encrypt(name, None)
 
     def unseal(self, sealed: bytes) -> bytes:
-        """The name again.
+        """The name of sealed bytes.
 
         Raises:
             ValueError: if it was not sealed with this key.
@@ -144,7 +144,7 @@ class Cipher:
 
 
 def _parse(text: str, source: str) -> bytes:
-    """A key from its hex or base64 digits; what they are is in no message."""
+    """A key from its hex or base64 digits, which no error message shows."""
     text = text.strip()
     if _HEX.fullmatch(text):
         return bytes.fromhex(text)

@@ -1,18 +1,18 @@
-r"""AnchorKV to bytes and back. Knows nothing of where the bytes lie.
+r"""AnchorKV to bytes and back.
 
-An entry is one line of JSON, to be read with `head -1`, and then the tensors as safetensors (see
-payload.py):
+An entry is one line of JSON, readable with `head -1`, and then the tensors as safetensors:
 
     {"magic":"sac_rag.AnchorKV","format":3,"key":…,"fingerprint":…,"num_tokens":…,"dtype":…,
      "shape":[layers,kv_heads,entries,head_dim],"payload_bytes":…,"blocks":[…],"xxh3_128":…}
     <spaces to a multiple of 64 bytes>\n<safetensors>
 
 "blocks" are checksums of the payload's blocks of equal size, so that the first blocks can be read
-and verified alone; "xxh3_128" is the checksum of all the other fields.
+and verified alone; "xxh3_128" is the checksum of all the other fields. The last tensor, "kv", holds
+the key and the value of each KV entry side by side, in order of importance: the first bytes of the
+file are the same chunk at a higher ratio.
 
-What made the KV (weights, tokenizer, ratio) is told by its fingerprint, where that is known; the
-key covers it and the text. An encrypted entry is another line, and behind it such an entry as the
-cipher made it unreadable:
+The fingerprint, where it is known, identifies what made the KV (weights, tokenizer, ratio); the key
+covers it and the text. An encrypted entry is another line, followed by such an entry, encrypted:
 
     {"magic":"sac_rag.AnchorKV","format":3,"key":…,"cipher":<id of the cipher's key>,
      "payload_bytes":…,"blocks":[…],"xxh3_128":…}<spaces>\n<nonce, ciphertext, tag>
@@ -23,15 +23,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 
+import torch
 import xxhash
+from torch import Tensor
 
 from sac_rag.errors import CorruptEntryError
-from sac_rag.kv import AnchorKV
+from sac_rag.kv import AnchorKV, QuantizedKV
 from sac_rag.stores.base import Wanted
-from sac_rag.stores.payload import Layout, from_bytes, shape_of, stored_dtype, to_bytes
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
@@ -45,7 +46,7 @@ _HEADER_LIMIT = 4096  # bytes parsed before anything is verified; a header has a
 _ALIGNMENT = 64
 _SMALLEST_BLOCK = 64 * 1024
 _MOST_BLOCKS = 64
-_PLAIN: dict[str, type] = {
+_UNENCRYPTED: dict[str, type] = {
     "magic": str,
     "format": int,
     "key": str,
@@ -68,6 +69,79 @@ _ENCRYPTED: dict[str, type] = {
 }
 _DIGEST = re.compile("[0-9a-f]{1,64}")
 _JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one each time
+_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_INT8 = "int8"
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+}
+_PER_CHANNEL = frozenset({"key_offsets", "key_scales"})  # the other tensors are of entries
+
+
+class TensorLayout:
+    """Where the tensors of a value lie in its file, which dtype and shape determine.
+
+    Args:
+        dtype: As `stored_dtype` gives it.
+        shape: (layers, kv_heads, entries, head_dim).
+
+    Attributes:
+        header: The beginning of the safetensors file, up to the first tensor.
+        tensors: Dtype, shape and offset of each tensor, in the file's order.
+
+    Raises:
+        ValueError: if there is no such dtype, or no value has such a shape.
+    """
+
+    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+        if dtype != _INT8 and dtype not in _FLOATS:
+            raise ValueError(f"dtype must be {_INT8} or one of {list(_FLOATS)}, was: {dtype!r:.20}")
+        if len(shape) != 4 or min(shape) < 1:
+            raise ValueError(
+                "shape must be (layers, kv_heads, entries, head_dim), each at least 1, "
+                f"was: {shape!r:.80}"
+            )
+        self.dtype, self.shape = dtype, tuple(shape)
+        layers, kv_heads, entries, head_dim = shape
+        # By item size, so that each is aligned if the last one is.
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        tensors["heads"] = (torch.int16, (entries,))
+        if dtype == _INT8:
+            tensors["key_offsets"] = (torch.bfloat16, (layers, kv_heads, head_dim))
+            tensors["key_scales"] = tensors["key_offsets"]
+            tensors["value_scales"] = (torch.bfloat16, (entries,))
+        tensors["positions"] = (torch.int32, (entries,))
+        tensors["kv"] = (_FLOATS.get(dtype, torch.int8), (entries, 2, head_dim))
+        described: dict[str, dict[str, object]] = {}
+        offsets = [0]
+        for name, (kind, dimensions) in tensors.items():
+            offsets.append(offsets[-1] + math.prod(dimensions) * kind.itemsize)
+            described[name] = {
+                "dtype": _SAFETENSORS_DTYPES[kind],
+                "shape": dimensions,
+                "data_offsets": offsets[-2:],
+            }
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text) + offsets[-2]) % _ALIGNMENT)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.tensors = {
+            name: (kind, dimensions, len(self.header) + offset)
+            for (name, (kind, dimensions)), offset in zip(tensors.items(), offsets, strict=False)
+        }
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Names of the two tensors that are one in the file."""
+        return ("key_codes", "value_codes") if self.dtype == _INT8 else ("keys", "values")
+
+    def nbytes(self, entries: int) -> int:
+        """Bytes of the file up to the end of the first entries."""
+        dtype, shape, offset = self.tensors["kv"]
+        return offset + entries * math.prod(shape[1:]) * dtype.itemsize
 
 
 def is_key(key: object) -> TypeGuard[str]:
@@ -80,8 +154,8 @@ def encode(key: str, kv: AnchorKV, cipher: Cipher | None = None, fingerprint: st
 
     Args:
         key: A lower-case hex digest.
-        kv: A QuantizedKV is stored in 8 bits a number.
-        cipher: Encrypts all but key and length; None stores in plain.
+        kv: A QuantizedKV is stored in 8 bits per number.
+        cipher: Encrypts all but key and length; None stores unencrypted.
         fingerprint: Of what made the value, a lower-case hex digest; "" if it is not known.
 
     Raises:
@@ -108,15 +182,15 @@ def encode(key: str, kv: AnchorKV, cipher: Cipher | None = None, fingerprint: st
 
 
 def decode(key: str, data: Bytes, cipher: Cipher | None = None) -> AnchorKV:
-    """The value of an entry, every bit of it verified.
+    """The value of an entry, verified to the last bit.
 
     Its tensors are views of `data` if that is writable and not encrypted, else of one copy of it.
 
     Raises:
         CorruptEntryError: if these are not the bytes that `encode` made for this key, whatever they
             are; with reason "format" if they are of another format version, and with reason "key"
-            if they are encrypted with another key than the cipher's, or with one and there is no
-            cipher, or are not encrypted and should be.
+            if they are encrypted with another key than the cipher's, encrypted where there is no
+            cipher, or unencrypted where there is one.
     """
     fields, payload = _decrypted(data, cipher)
     layout = _layout(key, fields)
@@ -132,13 +206,13 @@ def decode_first(
     wanted: Wanted,
     cipher: Cipher | None = None,
 ) -> AnchorKV:
-    """The value's first entries, of which every bit is verified and little else is read.
+    """The value's first entries, verified to the last bit; little else is read.
 
     An encrypted entry is read whole.
 
     Args:
         key: A lower-case hex digest.
-        first: Reads the entry's first bytes, as many as it is called with, into writable memory.
+        first: Reads the first n bytes of the entry into writable memory.
         nbytes: Of the whole entry.
         wanted: Called with the chunk's source tokens. All entries are read where it returns more.
         cipher: As `decode` takes it.
@@ -166,7 +240,7 @@ def decode_first(
 
 
 def reencrypt(data: Bytes, old: Cipher | None, new: Cipher | None) -> bytes:
-    """The same entry, encrypted with another key; None for in plain.
+    """The same entry, encrypted with another key; None for unencrypted.
 
     Raises:
         CorruptEntryError: as `decode`, if the old cipher does not give what was encoded.
@@ -177,21 +251,91 @@ def reencrypt(data: Bytes, old: Cipher | None, new: Cipher | None) -> bytes:
     return entry if new is None else _encrypted(fields["key"], entry, new)
 
 
+def stored_dtype(kv: AnchorKV) -> str:
+    """Dtype in which keys and values are stored: "float32", "float16", "bfloat16" or "int8".
+
+    Raises:
+        TypeError: if kv is not an AnchorKV.
+        ValueError: if it is of another dtype.
+    """
+    if not isinstance(kv, AnchorKV):
+        raise TypeError(f"a store holds AnchorKVs, got: {type(kv).__name__}")
+    if isinstance(kv, QuantizedKV):
+        return _INT8
+    for name, dtype in _FLOATS.items():
+        if dtype == kv.dtype:
+            return name
+    raise ValueError(
+        "keys and values must be float32, float16 or bfloat16 to be stored, "
+        f"were: {kv.dtype}; convert them with kv.to(dtype=...)"
+    )
+
+
+def shape_of(kv: AnchorKV) -> tuple[int, int, int, int]:
+    """(layers, kv_heads, entries, head_dim)."""
+    return kv.num_layers, kv.num_kv_heads, kv.num_entries, kv.head_dim
+
+
+def to_bytes(kv: AnchorKV) -> bytes:
+    """A safetensors file of the value.
+
+    Raises:
+        TypeError, ValueError: if it cannot be stored, see `stored_dtype`.
+    """
+    layout = TensorLayout(stored_dtype(kv), shape_of(kv))
+    tensors = {name: tensor.detach().cpu() for name, tensor in kv.tensors().items()}
+    tensors["kv"] = torch.stack([tensors[name] for name in layout.pair], dim=1)
+    return b"".join([layout.header, *(_bytes_of(tensors[name]) for name in layout.tensors)])
+
+
+def from_bytes(
+    payload: memoryview, layout: TensorLayout, entries: int, num_tokens: int
+) -> AnchorKV:
+    """The first entries of a value, their tensors views of the payload.
+
+    safetensors' own `load` wants bytes and copies them, which takes longer than reading the file.
+
+    Args:
+        payload: The file, at least up to the end of these entries; writable.
+        layout: Of the whole file.
+        entries: How many of them to read.
+        num_tokens: Source tokens in the chunk.
+
+    Raises:
+        ValueError: if these are not the bytes of such a value, whatever they are.
+    """
+    if payload[: len(layout.header)] != layout.header:
+        raise ValueError("the tensors do not lie where the header says")
+    tensors: dict[str, Tensor] = {}
+    for name, (dtype, shape, offset) in layout.tensors.items():
+        rows = shape[0] if name in _PER_CHANNEL else entries
+        count = rows * math.prod(shape[1:])
+        flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=offset)
+        tensors[name] = flat.view(rows, *shape[1:])
+    tensors.update(zip(layout.pair, tensors.pop("kv").unbind(1), strict=True))
+    if layout.dtype == _INT8:
+        return QuantizedKV(tensors, num_tokens)
+    num_layers, num_kv_heads, _, _ = layout.shape
+    return AnchorKV(
+        **tensors, num_layers=num_layers, num_kv_heads=num_kv_heads, num_tokens=num_tokens
+    )
+
+
 def _encrypted(key: str, entry: bytes, cipher: Cipher) -> bytes:
     fields = _complete({"key": key, "cipher": cipher.id}, len(entry) + cipher.overhead)
-    payload = cipher.encrypt(entry, about=_spelt(fields))
+    payload = cipher.encrypt(entry, about=_to_json(fields))
     return _sealed(fields, payload)
 
 
 def _decrypted(data: Bytes, cipher: Cipher | None) -> tuple[dict[str, Any], memoryview]:
-    """Fields and tensors of an entry, which are those that were encoded."""
+    """Fields and tensors of an entry as they were encoded."""
     fields, payload = _opened(data)
     _require_cipher(fields, cipher)
     if cipher is None:
         return fields, payload
     about = _complete({"key": fields["key"], "cipher": cipher.id}, fields["payload_bytes"])
     try:
-        entry = cipher.decrypt(payload, about=_spelt(about))
+        entry = cipher.decrypt(payload, about=_to_json(about))
     except ValueError as error:
         raise CorruptEntryError(f"the entry {error}") from error
     inner, payload = _opened(entry)
@@ -201,21 +345,22 @@ def _decrypted(data: Bytes, cipher: Cipher | None) -> tuple[dict[str, Any], memo
 
 
 def _require_cipher(fields: dict[str, Any], cipher: Cipher | None) -> None:
-    own, given = fields.get("cipher"), None if cipher is None else cipher.id
-    if own != given:
-        # In plain where a cipher is given, anybody could have written it.
+    recorded, expected = fields.get("cipher"), None if cipher is None else cipher.id
+    if recorded != expected:
+        # Where a cipher is given, anybody could have written an unencrypted entry.
         _refuse(
-            f"the entry is {_described(own)}, the cipher given is {given or 'none'}", reason="key"
+            f"the entry is {_described(recorded)}, the cipher given is {expected or 'none'}",
+            reason="key",
         )
 
 
-def _layout(key: str, fields: dict[str, Any]) -> Layout:
-    """Where the tensors of an entry lie, if it is that of a key."""
+def _layout(key: str, fields: dict[str, Any]) -> TensorLayout:
+    """Where the tensors of an entry lie; refuses an entry of another key."""
     if fields["key"] != key:
         _refuse(f"this is the entry of key {fields['key']!r:.80}, not of {key!r:.80}")
-    # Only an entry made on purpose is refused below: its checksum is right and the rest is not.
+    # Only forged entries are refused below: their checksum is right and the rest is not.
     try:
-        layout = Layout(fields["dtype"], fields["shape"])
+        layout = TensorLayout(fields["dtype"], fields["shape"])
     except ValueError as error:
         raise CorruptEntryError(f"its tensors cannot be read: {error}") from error
     layers, kv_heads, entries, _ = layout.shape
@@ -226,7 +371,9 @@ def _layout(key: str, fields: dict[str, Any]) -> Layout:
     return layout
 
 
-def _value(fields: dict[str, Any], payload: memoryview, layout: Layout, entries: int) -> AnchorKV:
+def _value(
+    fields: dict[str, Any], payload: memoryview, layout: TensorLayout, entries: int
+) -> AnchorKV:
     try:
         return from_bytes(payload, layout, entries, fields["num_tokens"])
     except ValueError as error:
@@ -234,7 +381,7 @@ def _value(fields: dict[str, Any], payload: memoryview, layout: Layout, entries:
 
 
 def _opened(data: Bytes) -> tuple[dict[str, Any], memoryview]:
-    """Fields and payload of an entry, encrypted or not, every bit as it was written."""
+    """Fields and payload of an entry, encrypted or not, verified to the last bit."""
     view = memoryview(data).cast("B")
     fields, start = _parse(view[:_HEADER_LIMIT], len(view))
     _verify(fields, view[start:])
@@ -242,7 +389,7 @@ def _opened(data: Bytes) -> tuple[dict[str, Any], memoryview]:
 
 
 def _parse(head: memoryview, total: int) -> tuple[dict[str, Any], int]:
-    """Fields of the header line, every bit as it was written, and its length.
+    """Fields of the header line, verified to the last bit, and its length.
 
     Args:
         head: The beginning of an entry.
@@ -260,19 +407,19 @@ def _parse(head: memoryview, total: int) -> tuple[dict[str, Any], int]:
         _refuse(f"the header line does not say {MAGIC!r}")
     version = fields.get("format")
     if type(version) is int and version != FORMAT:
-        # Asked first: another version may have other fields, and another checksum.
+        # Checked first: another version may have other fields, and another checksum.
         _refuse(
             f"the entry is of format {version!s:.20}, this sac_rag reads format {FORMAT}",
             reason="format",
         )
-    expected = _ENCRYPTED if "cipher" in fields else _PLAIN
+    expected = _ENCRYPTED if "cipher" in fields else _UNENCRYPTED
     if (
         {name: type(value) for name, value in fields.items()} != expected
         or any(type(size) is not int for size in fields.get("shape", ()))
         or any(type(checksum) is not str for checksum in fields["blocks"])
     ):
         _refuse(f"the header line has other fields than those of format {FORMAT}")
-    # Over the line as it is and not as it is parsed, so that its every bit is covered.
+    # Over the line as written and not as parsed, so that every bit of it is covered.
     sealed = _line(line.rpartition(b',"xxh3_128"')[0] + b"}")
     if line != sealed:
         _refuse(f"checksum {fields['xxh3_128']:.80} was written, the header line has another")
@@ -285,9 +432,9 @@ def _parse(head: memoryview, total: int) -> tuple[dict[str, Any], int]:
 
 
 def _verify(fields: dict[str, Any], payload: memoryview) -> None:
-    """Refuses a payload, or the first blocks of one, unless every bit is as it was written."""
-    found = _blocks(payload, fields["payload_bytes"])
-    for number, (checksum, written) in enumerate(zip(found, fields["blocks"], strict=False)):
+    """Refuses a payload, or the first blocks of one, if any bit of it has changed."""
+    checksums = _blocks(payload, fields["payload_bytes"])
+    for number, (checksum, written) in enumerate(zip(checksums, fields["blocks"], strict=False)):
         if checksum != written:
             _refuse(f"checksum {written:.80} was written of block {number}, found {checksum}")
 
@@ -298,12 +445,12 @@ def _complete(fields: dict[str, Any], payload_bytes: int) -> dict[str, Any]:
 
 def _sealed(fields: dict[str, Any], payload: bytes) -> bytes:
     fields = {**fields, "blocks": list(_blocks(memoryview(payload), len(payload)))}
-    return _line(_spelt(fields)) + payload
+    return _line(_to_json(fields)) + payload
 
 
-def _line(spelt: bytes) -> bytes:
+def _line(text: bytes) -> bytes:
     """The header line of fields, with their checksum."""
-    line = spelt[:-1] + f',"xxh3_128":"{_checksum(spelt)}"}}'.encode()
+    line = text[:-1] + f',"xxh3_128":"{_checksum(text)}"}}'.encode()
     return line.ljust(math.ceil((len(line) + 1) / _ALIGNMENT) * _ALIGNMENT - 1) + b"\n"
 
 
@@ -325,7 +472,7 @@ def _checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def _spelt(fields: dict[str, Any]) -> bytes:
+def _to_json(fields: dict[str, Any]) -> bytes:
     return _JSON.encode(fields).encode("ascii")
 
 
@@ -335,3 +482,7 @@ def _described(cipher: str | None) -> str:
 
 def _refuse(detail: str, reason: str = "corrupt") -> NoReturn:
     raise CorruptEntryError(detail, reason)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")

@@ -1,25 +1,25 @@
-"""Keeps AnchorKVs in this process's memory, up to a cap. Knows nothing of disks."""
+"""MemoryStore: AnchorKVs in this process's memory, up to a cap."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.base import Wanted
+from sac_rag.stores.base import DocumentStore
 
 logger = logging.getLogger(__name__)
 
 _NO_DEFAULT = object()
 
-# What an entry read from disk carries beside its tensors: two headers and their padding.
+# Bytes of an entry read from disk beside its tensors: two headers and their padding.
 _SLACK_BYTES = 16 * 1024
 
 
-class MemoryStore(MutableMapping[str, AnchorKV]):
+class MemoryStore(DocumentStore):
     """The most recently used AnchorKVs, as many as fit.
 
     Reading an entry makes it the most recent; `in` and iteration do not. Safe to share between
@@ -27,6 +27,9 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
 
     Args:
         max_bytes: Most bytes of tensors to hold. An entry larger than this is not kept.
+
+    Attributes:
+        evictions: Entries evicted, or not kept because they are larger than the cap.
 
     Raises:
         ValueError: if max_bytes is less than 1.
@@ -38,7 +41,7 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
         self.max_bytes = max_bytes
         self._entries: OrderedDict[str, AnchorKV] = OrderedDict()
         self._nbytes = 0
-        self._evictions = 0
+        self.evictions = 0
         self._lock = threading.Lock()
 
     @property
@@ -46,21 +49,11 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
         """Bytes of tensors held."""
         return self._nbytes
 
-    @property
-    def evictions(self) -> int:
-        """Entries dropped, or not kept, for want of room."""
-        return self._evictions
-
     def __getitem__(self, key: str) -> AnchorKV:
         with self._lock:
             kv = self._entries[key]
             self._entries.move_to_end(key)
             return kv
-
-    def read(self, key: str, wanted: Wanted) -> AnchorKV:
-        """An entry's first KV entries, as views; see `abilities.PartialStore`."""
-        kv = self[key]
-        return kv.first(min(wanted(kv.num_tokens), kv.num_entries))
 
     def extent(self, key: str) -> tuple[int, int]:
         """Source tokens and KV entries of a chunk; does not make it the most recent."""
@@ -71,11 +64,11 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
     def __setitem__(self, key: str, kv: AnchorKV) -> None:
         if not isinstance(kv, AnchorKV):
             raise TypeError(f"a store holds AnchorKVs, got: {type(kv).__name__}")
-        kv = _without_surroundings(kv)
+        kv = _own_copy(kv)
         with self._lock:
             self._drop(key)
             if kv.nbytes > self.max_bytes:
-                self._evictions += 1
+                self.evictions += 1
                 logger.warning(
                     "%s not kept: %d bytes, the store's cap is %d", key, kv.nbytes, self.max_bytes
                 )
@@ -85,7 +78,7 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
             while self._nbytes > self.max_bytes:
                 oldest = next(iter(self._entries))
                 self._drop(oldest)
-                self._evictions += 1
+                self.evictions += 1
                 logger.debug("%s evicted", oldest)
 
     def __delitem__(self, key: str) -> None:
@@ -128,14 +121,14 @@ class MemoryStore(MutableMapping[str, AnchorKV]):
             self._nbytes -= kv.nbytes
 
 
-def _without_surroundings(kv: AnchorKV) -> AnchorKV:
-    """The same value, copied where its tensors are views that keep a larger buffer alive.
+def _own_copy(kv: AnchorKV) -> AnchorKV:
+    """The same value, copied if its tensors are views that keep a larger buffer alive.
 
-    A chunk sliced out of a batch would otherwise hold the memory of the whole batch, unseen by
-    the cap.
+    A chunk sliced out of a batch would otherwise hold the memory of the whole batch, which the cap
+    would not count.
     """
     storages = [tensor.untyped_storage() for tensor in kv.tensors().values()]
-    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if held <= kv.nbytes + _SLACK_BYTES:
+    nbytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if nbytes <= kv.nbytes + _SLACK_BYTES:
         return kv
     return kv.map(lambda tensor: tensor.detach().clone())

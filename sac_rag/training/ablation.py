@@ -1,4 +1,4 @@
-"""Compares design choices on equal time. Knows only settings of runs, not what they mean."""
+"""Ablation: design choices trained for equal time and compared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from sac_rag.lm.generator import Generator
 from sac_rag.training.config import TrainConfig
-from sac_rag.training.trainer import HISTORY, OnEvent, claim, train
+from sac_rag.training.trainer import HISTORY, OnEvent, open_run_folder, train
 
 RESULTS = "results.json"
 
-# What is set otherwise than in the run that all are compared with.
-# Only learned anchors have budgets of heads; the other choices have equal heads.
+# Settings of each choice that differ from the base run. Only learned anchors have budgets; with the
+# other choices all heads keep the same number of tokens.
 _UNIFORM = {"compressor.anchors": "uniform", "compressor.budget": "uniform"}
 _MARKED = {**_UNIFORM, "compressor.anchor_embedding": "shared"}
 CHOICES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ CHOICES: dict[str, dict[str, Any]] = {
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ],
     },
-    # The generator is then no longer the one that came.
+    # The generator is then no longer the frozen LM.
     "generator adapter, rank 16": {"compressor.generator_adapter_rank": 16},
     "match hidden states": {"match": "hidden"},
     "match logits": {"match": "logits"},
@@ -56,14 +56,14 @@ _OF_PROSE = {"text_share", "text_first"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a choice came to.
+    """Result of one run of a choice.
 
     Attributes:
-        choice: Its name in CHOICES.
-        seed: Of the run.
-        steps: Steps done in the time.
-        tokens: Tokens read in them.
-        ratio, loss, accuracy, first_accuracy, content: As the last validation had them.
+        choice: Name in CHOICES.
+        seed: Seed of the run.
+        steps: Number of steps in the time.
+        tokens: Number of tokens read in them.
+        ratio, loss, accuracy, first_accuracy, content: Of the last validation.
     """
 
     choice: str
@@ -85,16 +85,16 @@ def compare(
     seeds: Iterable[int] = (0, 1),
     on_event: OnEvent | None = None,
 ) -> Iterator[Outcome]:
-    """Trains every choice for the same time, and says how it stands then.
+    """Trains every choice for the same time and validates it.
 
-    What is done already (results.json in `out`) is not done again; a run that was interrupted
-    begins anew, since it has to have its time in one piece.
+    Finished runs (results.json in `out`) are not repeated; a run that was interrupted starts again,
+    since its time must not be split.
 
     Args:
-        base: What is shared; its `max_minutes` is the time each run has.
-        out: Folder for results and runs.
-        names: Some of CHOICES. Default: all that `base` has the data for.
-        seeds: Of the runs; all choices have the first before any has the second.
+        base: Shared settings; its `max_minutes` is the time of each run.
+        out: Folder of results and runs.
+        names: Names in CHOICES. Default: all for which `base` has data.
+        seeds: Seeds of the runs; all choices run with the first before any runs with the second.
         on_event: As for `train`.
 
     Raises:
@@ -103,28 +103,30 @@ def compare(
         KeyboardInterrupt: after Ctrl-C.
     """
     if not base.max_minutes:
-        raise ValueError("max_minutes must be the time each choice has, was: 0")
+        raise ValueError("max_minutes must be the time of each choice, was: 0")
     feasible = (n for n, c in CHOICES.items() if base.text or not c.keys() & _OF_PROSE)
     chosen = list(names) or list(feasible)
     if unknown := sorted(set(chosen) - set(CHOICES)):
         raise ValueError(f"choices must be among {', '.join(CHOICES)}; unknown: {unknown}")
-    claim(out, base, free=frozenset())
+    open_run_folder(out, base, free=frozenset())
     results = out / RESULTS
     rows = json.loads(results.read_text()) if results.is_file() else []
-    done = {(row["choice"], row["seed"]): Outcome(**row) for row in rows}
+    outcomes = {(row["choice"], row["seed"]): Outcome(**row) for row in rows}
     for seed in seeds:
         for name in chosen:
-            if (name, seed) not in done:
-                folder = out / f"{len(done):03d}"
-                done[name, seed] = _run(base, name, seed, folder, on_event)
+            if (name, seed) not in outcomes:
+                folder = out / f"{len(outcomes):03d}"
+                outcomes[name, seed] = _run(base, name, seed, folder, on_event)
                 part = results.with_suffix(".part")
-                part.write_text(json.dumps([asdict(row) for row in done.values()], indent=1) + "\n")
+                part.write_text(
+                    json.dumps([asdict(row) for row in outcomes.values()], indent=1) + "\n"
+                )
                 part.replace(results)
-            yield done[name, seed]
+            yield outcomes[name, seed]
 
 
 def to_markdown(outcomes: Sequence[Outcome]) -> str:
-    """A table of one row a choice, its seeds side by side, by the mean of their losses."""
+    """A table with one row per choice, seeds side by side, ordered by mean loss."""
     columns = ("choice", "steps", "tokens", "loss", "accuracy", "content")
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     by_choice: dict[str, list[Outcome]] = {}
@@ -146,14 +148,14 @@ def _run(
 ) -> Outcome:
     if folder.exists():
         shutil.rmtree(folder)
-    # Each its own model: LoRA stays on a model that it was put on.
+    # Each run loads its own model, since LoRA is never removed from a model.
     generator = Generator.from_pretrained(base.model, dtype=base.dtype or None)
     train(_chosen(base, name, seed), folder, generator=generator, on_event=on_event)
     history = json.loads((folder / HISTORY).read_text())
     steps = history["steps"]
     last = history["validations"][-1] if history["validations"] else {"step": 0}
     if last["step"] < len(steps):
-        # The trainer saves after Ctrl-C, and returns; only a run that had its time is validated.
+        # The trainer returns after Ctrl-C, too; only a run that had its whole time is validated.
         raise KeyboardInterrupt
     return Outcome(
         choice=name,

@@ -1,4 +1,4 @@
-"""How much a better choice of anchors would bring. Knows nothing of how a choice is learned."""
+"""Gap between the anchors that a compressor chooses and those that an oracle would choose."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from sac_rag.kv import AnchorKV
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import Row
 
-_BEST = "these questions"
+_ORACLE = "these questions"
 
 
 @dataclass(frozen=True)
 class AnchorChoice:
-    """How questions are answered with one choice of anchors out of one and the same KV.
+    """Figures of one choice of anchors, all choices being made from the same KV.
 
     Attributes:
-        anchors: Who chose them.
+        anchors: Name of the choice.
         ratio: Source tokens per anchor.
-        kept: Share of the most attention that could have been kept, mean over layers and heads.
-        loss: Cross-entropy of the gold answers, in nats a token.
-        accuracy: Share of the gold answers' tokens that were the likeliest.
+        attention_kept: Attention to the kept tokens as a share of what the oracle keeps, mean over
+            layers and heads.
+        loss: Cross-entropy of the gold answers, in nats per token.
+        accuracy: Share of the gold answers' tokens that were the most likely.
     """
 
     anchors: str
     ratio: int
-    kept: float
+    attention_kept: float
     loss: float
     accuracy: float
 
@@ -47,14 +48,14 @@ def compare_anchors(
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[AnchorChoice]:
-    """Keeps of each chunk what one and another would keep, and asks the same questions.
+    """Answers the same questions with the anchors of several choices.
 
-    "these questions" is no method: it keeps what the very questions look at when all is kept, and
-    so is what any choice made before they are known can at most hope for.
+    "these questions" is the oracle: it keeps the tokens that these very questions attend to when
+    all are kept. That is an upper bound for any choice made before the questions are known.
 
     Args:
-        objective: With a compressor whose anchors are learned.
-        rows: Each with one chunk.
+        objective: Its compressor must have learned anchors.
+        rows: Questions, each row with one chunk.
         ratios: Source tokens per anchor.
         on_progress: Called with 1 after each row.
 
@@ -63,20 +64,23 @@ def compare_anchors(
     """
     compressor = objective.compressor
     if not isinstance(compressor, SAC) or compressor.config.anchors != "learned":
-        raise ValueError("only learned anchors can be compared with others'")
+        raise ValueError(
+            "anchors must be 'learned' to be compared with other choices, was: "
+            f"{compressor.config.anchors!r}"
+        )
     sums: dict[tuple[str, int], Tensor] = {}
     for row in rows:
         ((kv, attention),) = objective.attention(row)
         scores = _scores(compressor, row, kv, attention)
         for ratio in ratios:
-            chosen = {name: top_anchors(of_one, ratio) for name, of_one in scores.items()}
-            every = strided_anchors(kv.num_tokens, ratio).to(attention.device)
-            chosen["every so many"] = every.expand(*attention.shape[:2], -1)
-            most = attention.gather(-1, chosen[_BEST]).sum()
-            for name, kept in chosen.items():
-                predicted = objective.predict_from([row], [_only(kv, kept)])
+            chosen = {name: top_anchors(values, ratio) for name, values in scores.items()}
+            strided = strided_anchors(kv.num_tokens, ratio).to(attention.device)
+            chosen["uniform"] = strided.expand(*attention.shape[:2], -1)
+            most = attention.gather(-1, chosen[_ORACLE]).sum()
+            for name, anchors in chosen.items():
+                predicted = objective.predict_from([row], [_only(kv, anchors)])
                 count = len(predicted.labels)
-                share = float(attention.gather(-1, kept).sum() / most)
+                share = float(attention.gather(-1, anchors).sum() / most)
                 loss, correct = float(predicted.loss) * count, int(predicted.correct.sum())
                 of_row = torch.tensor([share, 1, loss, correct, count], dtype=torch.float64)
                 sums[name, ratio] = sums.get((name, ratio), torch.zeros_like(of_row)) + of_row
@@ -84,13 +88,13 @@ def compare_anchors(
             on_progress(1)
     return [
         AnchorChoice(name, ratio, share / rows_read, loss / count, correct / count)
-        for (name, ratio), of_all in sums.items()
-        for share, rows_read, loss, correct, count in [of_all.tolist()]
+        for (name, ratio), sum_of_rows in sums.items()
+        for share, rows_read, loss, correct, count in [sum_of_rows.tolist()]
     ]
 
 
 def _scores(compressor: SAC, row: Row, kv: AnchorKV, attention: Tensor) -> dict[str, Tensor]:
-    """How much each would like to keep each token. Shape of each: (layers, kv_heads, tokens)."""
+    """Score of each token by each choice. Shape of each: (layers, kv_heads, tokens)."""
     tokens = torch.tensor(row.sources[0].ids, device=kv.keys.device)
     positions = torch.arange(kv.num_tokens, device=kv.keys.device)
     again = attention_when_read_again(compressor.generator, compressor.sink_ids, tokens)
@@ -98,13 +102,13 @@ def _scores(compressor: SAC, row: Row, kv: AnchorKV, attention: Tensor) -> dict[
     return {
         "scorer": compressor.scores(positions, keys, values).detach(),
         "read again": again,
-        _BEST: attention,
+        _ORACLE: attention,
     }
 
 
-def _only(kv: AnchorKV, kept: Tensor) -> AnchorKV:
+def _only(kv: AnchorKV, anchors: Tensor) -> AnchorKV:
     keys, values, _ = kv.by_head()
-    index = kept[..., None].expand(-1, -1, -1, kv.head_dim)
+    index = anchors[..., None].expand(-1, -1, -1, kv.head_dim)
     return AnchorKV.uniform(
-        keys.gather(2, index), values.gather(2, index), kept.int(), kv.num_tokens
+        keys.gather(2, index), values.gather(2, index), anchors.int(), kv.num_tokens
     )

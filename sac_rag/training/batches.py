@@ -1,4 +1,4 @@
-"""An endless, repeatable stream of batches. Knows nothing of models or losses."""
+"""Batches: an endless, reproducible stream of batches of rows."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker, batched
 
 T = TypeVar("T")
 
-# Seeds of workers' streams: far from those that runs are given.
+# Offset between the seeds of workers, larger than the seeds of runs.
 _SEEDS_PER_RUN = 1_000_003
 
-# A draft that leaves everything to be found.
+# A draft of an answer without information.
 _UNKNOWN = "The passages so far do not say."
-# Documents of prose shuffled together; more would only cost memory.
+# Number of documents of prose shuffled together; more would only cost memory.
 _SHUFFLED = 4096
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step learns from: rows, and the ratio that their chunks are compressed at."""
+    """Rows of one training step, and the ratio at which their chunks are compressed."""
 
     rows: tuple[Row, ...]
     ratio: int
@@ -42,32 +42,32 @@ def split_examples(config: TrainConfig) -> tuple[list[list[QAExample]], list[QAE
     """Training examples of each file, and validation examples: no article is in both.
 
     Raises:
-        ValueError: if nothing is left to train on, or to validate on.
+        ValueError: if no examples remain for training, or for validation.
     """
     files = [list(read_questions([path])) for path in config.data]
     if config.validation:
-        held = list(read_questions(config.validation))
+        held_out = list(read_questions(config.validation))
     else:
         parts = [_hold_out(examples, config.held_out_share) for examples in files]
         files = [learned for learned, _ in parts]
-        held = [example for _, last in parts for example in last]
+        held_out = [example for _, last in parts for example in last]
     if config.text_share < 1 and not any(files):
         raise ValueError(
-            f"no training examples: all {len(held)} are held out for validation; give more data, "
-            f"a validation file, or lower held_out_share ({config.held_out_share})"
+            f"no training examples: all {len(held_out)} are held out for validation; give more "
+            f"data, a validation file, or lower held_out_share ({config.held_out_share})"
         )
-    if config.data and not held:
+    if config.data and not held_out:
         raise ValueError(
             "no validation examples: give a validation file, or raise held_out_share "
             f"({config.held_out_share})"
         )
-    return files, held
+    return files, held_out
 
 
 def _hold_out(
     examples: Sequence[QAExample], share: float
 ) -> tuple[list[QAExample], list[QAExample]]:
-    """Examples to learn from, and those of the last articles."""
+    """Training examples, and those of the last articles."""
     # Examples without an article each count as one.
     names = [example.article or f"example {i}" for i, example in enumerate(examples)]
     articles = list(dict.fromkeys(names))
@@ -82,17 +82,17 @@ def _hold_out(
 def rows_for_scorer(
     config: TrainConfig, maker: RowMaker, examples: Sequence[Sequence[QAExample]]
 ) -> list[Row]:
-    """Rows whose targets show what is needed of a text: its questions, or itself once more.
+    """Rows whose targets attend to what is needed of a text: answers, or the text repeated.
 
     Args:
-        config: How many, and how long at most.
+        config: Number of rows and their greatest length.
         maker: Makes rows of the prompts.
-        examples: Questions of each file; prose is to be repeated where there are none.
+        examples: Questions of each file; without any, prose is repeated.
     """
     rng = random.Random(f"{config.seed} scorer")
     rows: Iterator[Row | None]
     if any(examples):
-        # Of the prompts, those in which all questions about a text share a row.
+        # Prompts in which all questions about a text share a row.
         prompts = [i for i in range(len(maker.formats)) if maker.shares_chunks(i)]
         drawn = islice(mixed(examples, config.data_shares, rng), sum(map(len, examples)))
         rows = (
@@ -111,15 +111,15 @@ def rows_for_scorer(
 def mixed(
     files: Sequence[Sequence[T]], shares: Sequence[float], rng: random.Random
 ) -> Iterator[tuple[int, T]]:
-    """Items without end, those of each file in random order, none again before all were drawn.
+    """Endless stream of items, each file in random order and repeated when all were drawn.
 
     Args:
-        files: Items of each file; one without any is never drawn from.
-        shares: How often each file is drawn from; none = by its number of items.
+        files: Items of each file; an empty file is never drawn from.
+        shares: Relative frequency of each file; none = by its number of items.
         rng: Equal states give equal orders.
 
     Yields:
-        The file's number and the item.
+        Number of the file, and the item.
     """
     weights = [
         share if file else 0.0
@@ -137,14 +137,14 @@ def _shuffled_forever(items: Sequence[T], rng: random.Random) -> Iterator[T]:
 
 
 class BatchStream(IterableDataset):  # type: ignore[type-arg]
-    """Batches without end, the same ones for equal configs.
+    """Endless stream of batches, the same for equal configs.
 
-    In a worker process of a DataLoader the stream is one of its own: workers take turns.
+    Each worker process of a DataLoader has its own stream; workers take turns.
 
     Args:
-        config: What to draw.
+        config: Config of the run.
         maker: Makes rows of the prompts.
-        examples: Questions of each file to learn from.
+        examples: Training questions of each file.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
             step += 1
 
     def _ratios(self, step: int) -> Sequence[int]:
-        """The ratios that have joined by a step: with a curriculum the lowest first."""
+        """The ratios drawn from at a step; with a curriculum the lowest join first."""
         config = self._config
         ascending = sorted(config.ratios)
         if not config.curriculum:
@@ -216,7 +216,7 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
             prompt = rng.randrange(len(maker.formats))
             draft = _UNKNOWN
             if maker.refines(prompt) and others and rng.random() < 0.5:
-                # The answer is known already, and what comes now does not help.
+                # The draft has the answer, and the new passages do not help.
                 questions, chunks, draft = questions[:1], others, questions[0].answers[0]
             rows = maker.rows(
                 chunks,
@@ -245,7 +245,7 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
         ]
         if not examples:
             raise ValueError(
-                f"no answer of {', '.join(config.instructions)} stands in one of the run's prompts "
+                f"no answer of {', '.join(config.instructions)} was written in a prompt of the run "
                 f"({', '.join(numbers) or 'none are named'})"
             )
         for example in _shuffled_forever(examples, rng):
@@ -259,16 +259,16 @@ class BatchStream(IterableDataset):  # type: ignore[type-arg]
     def _prose(self) -> Iterator[Row]:
         config = self._config
         rng = random.Random(f"{config.seed} prose")
-        found = True
-        while found:
-            found = False
+        has_rows = True
+        while has_rows:
+            has_rows = False
             documents = read_documents(config.text)
             while group := list(islice(documents, _SHUFFLED)):
                 rng.shuffle(group)
                 for text in group:
                     row = self._maker.continue_text(text, config.text_tokens, repeat=config.repeat)
                     if row is not None:
-                        found = True
+                        has_rows = True
                         yield row
         raise ValueError(
             f"no document of {', '.join(config.text)} has {SHORTEST_TEXT} tokens; "

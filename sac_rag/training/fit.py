@@ -1,7 +1,7 @@
 """Fits a scorer and budgets to a frozen model: a compressor for any model, in minutes.
 
-No weights of the model and no LoRA are trained: what a chunk is compressed to are the model's own
-keys and values, of the tokens that questions attend to.
+Neither weights of the model nor LoRA are trained: a chunk is compressed to the model's own keys and
+values of the tokens that questions attend to.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ FIGURES = "figures.json"
 RATIOS = (2, 3, 5, 10, 20)
 
 _SOURCE = "240 passages of SQuAD v1.0 train (CC BY-SA 4.0)"
-# Every tenth passage is not fitted on: figures are measured on these.
+# Every tenth passage is held out for figures.
 _HELD_OUT = 10
-_QUESTIONS = 10  # most questions of one passage
-_MEASURED = 200  # questions of validation files
-_TEXT_TOKENS = 256  # longest text to be repeated
+_QUESTIONS = 10  # most questions per passage
+_MEASURED = 200  # most questions of validation files, rounded up to a passage
+_TEXT_TOKENS = 256  # most tokens of a text that is repeated
 # Documents read for each passage of prose, so that passages come from all over a long file.
 _DOCUMENTS = 50
 
@@ -51,13 +51,13 @@ OnEvent: TypeAlias = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitFigure:
-    """How held-out targets are predicted from one choice of entries, token by token.
+    """Figures of held-out targets with one choice of entries, teacher-forced.
 
     Attributes:
-        prompt: "plain" or "chat"; "own" for the prompt that a compressor was trained for.
+        prompt: "plain" or "chat"; "own" for the prompt of a trained compressor.
         ratio: Source tokens per entry; 1 = all kept.
         budget: "shared" as fitted, or "uniform": the same number of entries in every head.
-        kept: Share of the attention to the passages that went to what is kept.
+        attention_kept: Share of the attention to the passages that goes to kept entries.
         loss: Cross-entropy of the targets, in nats per token.
         accuracy: Share of the targets' tokens that were the most likely.
     """
@@ -65,7 +65,7 @@ class FitFigure:
     prompt: str
     ratio: int
     budget: str
-    kept: float
+    attention_kept: float
     loss: float
     accuracy: float
 
@@ -75,15 +75,15 @@ class Fitted:
     """A fitted compressor with its figures.
 
     Attributes:
-        compressor: Ready for use, its weights as they are saved.
-        figures: On held-out passages.
-        model: What it was fitted for, as it was named.
-        data: What it was fitted on.
+        compressor: The compressor, its weights rounded as in the file.
+        figures: Figures on held-out passages.
+        model: Name of the model it was fitted for.
+        data: Names of the data it was fitted on.
         passages: Number of passages fitted on.
         held_out: Number of passages measured on.
-        seconds: Time of reading the passages and fitting.
+        seconds: Time to read the passages and fit.
         bytes_per_token: Bytes kept per source token, at the compressor's ratio.
-        folder: Where it was saved; None if it was not.
+        folder: Folder in which it was saved; None if it was not.
     """
 
     compressor: SAC
@@ -97,7 +97,7 @@ class Fitted:
     folder: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the compressor, as JSON holds it."""
+        """Everything except the compressor, as JSON values."""
         return {
             "model": self.model,
             "dtype": self.compressor.generator.dtype_name,
@@ -127,10 +127,10 @@ def fit(
     dtype: torch.dtype | str | None = None,
     on_event: OnEvent | None = None,
 ) -> Fitted:
-    """Fits a compressor to a model as it is: which tokens to keep, and how many in each head.
+    """Fits a compressor to an unchanged model: which tokens to keep, and how many in each head.
 
-    Passages stand by turns in a plain prompt and in a chat, where the tokenizer has a chat
-    template; the compressor serves other prompts, ratios and numbers of chunks too.
+    Passages alternate between a plain prompt and a chat, if the tokenizer has a chat template; the
+    compressor serves other prompts, ratios and numbers of chunks too.
 
     Args:
         model: A default model's name, a local folder, a hub id, or a loaded generator.
@@ -138,15 +138,15 @@ def fit(
             wrote, which is replaced. Default: nothing is written.
         data: Question files, see `read_questions`. Default: passages that come with the package.
         text: Files of prose without questions, a blank line between documents, also .gz; the
-            compressor is then fitted to what repeating a text attends to.
+            compressor is then fitted to the attention of a text that is repeated.
         validation: Question files for the figures, 200 questions of them. Default: every tenth
             passage is held out for the figures.
         compressor: A trained compressor to fit again, in the prompt it was trained for: "shipped",
-            or a folder. Its LoRA stays as it is, its scorer goes on from where it is. Default: a
-            new one, without LoRA.
-        keep_scorer: Whether only budgets are fitted; goes with a compressor.
-        passages: Most passages used. Those of several files are taken by turns.
-        ratio: Source tokens per entry, the compressor's default; any other can be used later.
+            a folder or a hub id. Its LoRA does not change, its scorer is fitted further. Default:
+            a new one, without LoRA.
+        keep_scorer: Whether only budgets are fitted; needs a compressor.
+        passages: Most passages used, taken in turn from several files.
+        ratio: Default ratio of the compressor, which serves any other too.
         seed: Equal seeds fit equal compressors on the same machine.
         device: Default: CUDA if there is one, else CPU.
         dtype: What the model computes in. Default: the fastest the device has.
@@ -160,7 +160,7 @@ def fit(
         ValueError: for an unknown model, a number out of range, data without a passage of fitting
             length, or a folder that holds something else.
         TypeError: if `data` or `text` is one path.
-        FileNotFoundError: for a file that is not there.
+        FileNotFoundError: for a file that does not exist.
     """
     tell = on_event or (lambda event: None)
     if type(passages) is not int or passages < 1:
@@ -169,43 +169,31 @@ def fit(
         raise ValueError("keep_scorer=True needs a compressor whose scorer to keep, was: None")
     config = _config(ratio)
     folder = None if out is None else _free(Path(out).expanduser())
-    examples, documents = _read(data, text)
-    measured_on = _questions("validation", validation)
+    data_files = _read(data, text)
+    validation_set = _questions("validation", validation)
     generator = _generator(model, device, dtype)
+    name = generator.model.name_or_path if isinstance(model, Generator) else model
     if compressor is None:
         fitting, prompts = _unfitted(generator, config, seed), _prompts(generator)
     else:
-        name = generator.model.name_or_path if isinstance(model, Generator) else model
         fitting, prompts = _trained(generator, compressor, name, ratio, keep_scorer)
-    makers = {name: RowMaker(generator, prompt) for name, prompt in prompts.items()}
-    rng = random.Random(f"{seed} fit")
-    asked = _asked(examples, makers, rng) if examples else None
-    made = asked or _repeated(documents, makers, rng, passages)
-    rows = list(islice(_short(made, config.segment_tokens), passages))
-    if not rows:
-        raise ValueError(
-            f"no passage has {f'{SHORTEST_TEXT} to' if text else 'at most'} "
-            f"{config.segment_tokens} tokens; give other data, or cut it into shorter passages"
-        )
-    if measured_on:
-        others = _asked([measured_on], makers, random.Random(f"{seed} validation"))
-        learned, held = rows, list(_with_questions(_short(others, config.segment_tokens)))
-    else:
-        held = rows[::_HELD_OUT]
-        learned = [row for number, row in enumerate(rows) if number % _HELD_OUT] or rows
-    objectives = {name: Objective(fitting, makers[name].prefix_ids) for name in makers}
+    makers = {prompt: RowMaker(generator, form) for prompt, form in prompts.items()}
+    learned, held_out = _passages(
+        data_files, validation_set, makers, passages, config.segment_tokens, seed
+    )
+    objectives = {prompt: Objective(fitting, maker.prefix_ids) for prompt, maker in makers.items()}
     started = time.perf_counter()
     fit_scorer(fitting, _attention(objectives, learned, tell), seed=seed, budget_only=keep_scorer)
     seconds = time.perf_counter() - started
     saved_dtype = _round(fitting)
-    figures, bytes_per_token = _measure(fitting, objectives, held, tell)
+    figures, bytes_per_token = _measure(fitting, objectives, held_out, tell)
     fitted = Fitted(
         compressor=fitting,
         figures=figures,
-        model=generator.model.name_or_path if isinstance(model, Generator) else os.fspath(model),
+        model=os.fspath(name),
         data=tuple(os.fspath(path) for path in data or text) or (_SOURCE,),
         passages=len(learned),
-        held_out=len(held),
+        held_out=len(held_out),
         seconds=seconds,
         bytes_per_token=bytes_per_token,
         folder=folder,
@@ -213,6 +201,36 @@ def fit(
     if folder is not None:
         _save(fitted, folder, saved_dtype, prompts.get("own"))
     return fitted
+
+
+def _passages(
+    data: tuple[list[list[QAExample]], Iterator[str]],
+    validation: Sequence[QAExample],
+    makers: Mapping[str, RowMaker],
+    count: int,
+    most_tokens: int,
+    seed: int,
+) -> tuple[list[dict[str, Row]], list[dict[str, Row]]]:
+    """Rows to fit on and rows to measure on, each in every prompt.
+
+    Raises:
+        ValueError: if no passage has a fitting length.
+    """
+    examples, documents = data
+    rng = random.Random(f"{seed} fit")
+    rows = _asked(examples, makers, rng) if examples else _repeated(documents, makers, rng, count)
+    used = list(islice(_short(rows, most_tokens), count))
+    if not used:
+        lengths = "at most" if examples else f"{SHORTEST_TEXT} to"
+        raise ValueError(
+            f"no passage has {lengths} {most_tokens} tokens; give other data, or cut it into "
+            "shorter passages"
+        )
+    if validation:
+        others = _asked([validation], makers, random.Random(f"{seed} validation"))
+        return used, list(_with_questions(_short(others, most_tokens)))
+    learned = [row for number, row in enumerate(used) if number % _HELD_OUT] or used
+    return learned, used[::_HELD_OUT]
 
 
 def _config(ratio: int) -> CompressorConfig:
@@ -229,7 +247,7 @@ def _config(ratio: int) -> CompressorConfig:
 
 
 def _free(folder: Path) -> Path:
-    """The folder, if it is free or holds what may be replaced."""
+    """The folder, if it is free or holds a fitted compressor, which may be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     try:
@@ -250,7 +268,7 @@ def _free(folder: Path) -> Path:
 def _read(
     data: Sequence[str | os.PathLike[str]], text: Sequence[str | os.PathLike[str]]
 ) -> tuple[list[list[QAExample]], Iterator[str]]:
-    """Questions of each file, or else prose, which is read as it is asked for."""
+    """Questions of each file, or else prose, which is streamed."""
     _require_paths("text", text)
     if data and text:
         raise ValueError("give question files (data) or prose (text), not both")
@@ -284,19 +302,19 @@ def _generator(
     if not isinstance(model, Generator):
         return Generator.from_pretrained(model, device=device, dtype=dtype)
     if device is not None or dtype is not None:
-        raise ValueError("device and dtype are those of the generator given; leave them out")
+        raise ValueError("device and dtype are those of the generator; leave them out")
     return model
 
 
 def _unfitted(generator: Generator, config: CompressorConfig, seed: int) -> SAC:
-    """A compressor that reads chunks behind the opening of the generator's chats."""
+    """A compressor whose sink is the opening of the generator's chats."""
     config = replace(
         config,
         sink=PromptFormat().opening(generator.tokenizer),
         stored_dtype="float16" if generator.dtype == torch.float16 else "bfloat16",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # the scorer's network begins at random
+        torch.manual_seed(seed)  # the scorer's network is initialized at random
         return SAC(generator, config)
 
 
@@ -318,21 +336,21 @@ def _trained(
     if keep_scorer and "scorer" not in weights:
         raise ValueError(f"{folder} has no scorer to keep; fit it too (keep_scorer=False)")
     trained = SAC(generator, replace(config, budget="shared", ratio=ratio))
-    # One that was trained before there were budgets has none.
+    # Compressors trained before there were budgets have none.
     unfitted = {name: trained.weights[name] for name in trained.fitted - weights.keys()}
     trained.load_weights({**unfitted, **weights})
-    own = checkpoint.load_prompt_format(folder)
-    return trained, _prompts(generator) if own is None else {"own": own}
+    trained_for = checkpoint.load_prompt_format(folder)
+    return trained, _prompts(generator) if trained_for is None else {"own": trained_for}
 
 
 def _prompts(generator: Generator) -> dict[str, PromptFormat]:
-    """The prompts that passages stand in, by name."""
+    """The prompts of passages, by name."""
     prompts = {"plain": SPANS}
     if getattr(generator.tokenizer, "chat_template", None):
         for chat in (PromptFormat(), PromptFormat(system="")):
             try:
                 chat.beginning(generator.tokenizer)
-            except ValueError:  # Gemma's template, for one, knows no system role
+            except ValueError:  # some templates, such as Gemma's, have no system role
                 continue
             prompts["chat"] = chat
             break
@@ -342,7 +360,7 @@ def _prompts(generator: Generator) -> dict[str, PromptFormat]:
 def _asked(
     files: Sequence[Sequence[QAExample]], makers: Mapping[str, RowMaker], rng: random.Random
 ) -> Iterator[dict[str, Row]]:
-    """Rows whose targets are answers, in each prompt, from each file by turns, at random."""
+    """Rows whose targets are answers, in each prompt, from each file in turn, at random."""
     shuffled = [rng.sample(examples, len(examples)) for examples in files]
     for example in chain.from_iterable(zip_longest(*shuffled)):
         if example is not None:
@@ -352,17 +370,17 @@ def _asked(
 
 
 def _with_questions(made: Iterator[dict[str, Row]]) -> Iterator[dict[str, Row]]:
-    """Those rows that together ask as many questions as are measured, or a few more."""
-    asked = 0
-    while asked < _MEASURED and (rows := next(made, None)) is not None:
-        asked += len(next(iter(rows.values())).targets)
+    """The first rows that together have at least as many questions as are measured."""
+    count = 0
+    while count < _MEASURED and (rows := next(made, None)) is not None:
+        count += len(next(iter(rows.values())).targets)
         yield rows
 
 
 def _repeated(
     documents: Iterator[str], makers: Mapping[str, RowMaker], rng: random.Random, passages: int
 ) -> Iterator[dict[str, Row]]:
-    """Rows whose target is the text once more, in each prompt, in random order."""
+    """Rows whose target is the text repeated, in each prompt, in random order."""
     texts = list(islice(documents, _DOCUMENTS * passages))
     for text in rng.sample(texts, len(texts)):
         made = {
@@ -376,7 +394,7 @@ def _repeated(
 
 
 def _short(made: Iterable[dict[str, Row]], most: int) -> Iterator[dict[str, Row]]:
-    """Those rows whose chunks have at most so many tokens."""
+    """The rows whose chunks have at most `most` tokens."""
     for rows in made:
         if all(len(source.ids) <= most for row in rows.values() for source in row.sources):
             yield rows
@@ -385,7 +403,7 @@ def _short(made: Iterable[dict[str, Row]], most: int) -> Iterator[dict[str, Row]
 def _attention(
     objectives: Mapping[str, Objective], passages: Sequence[Mapping[str, Row]], tell: OnEvent
 ) -> Iterator[tuple[AnchorKV, Tensor]]:
-    """What `fit_scorer` learns from, the prompts by turns."""
+    """Chunks and attention for `fit_scorer`, with prompts in turn."""
     names = list(objectives)
     for number, rows in enumerate(passages):
         name = names[number % len(names)]
@@ -395,7 +413,7 @@ def _attention(
 
 
 def _round(compressor: SAC) -> torch.dtype:
-    """Rounds the weights to what they are saved in, so that figures are of those."""
+    """Rounds the weights to the dtype of the file, so that figures are of those; returns it."""
     weights = compressor.weights.values()
     if not all(bool(weight.half().isfinite().all()) for weight in weights):
         return torch.float32
@@ -448,20 +466,20 @@ def _measure(
                 sums[key] = sums.get(key, torch.zeros_like(of_row)) + of_row
         tell({"event": "measure", "done": number + 1, "total": len(passages)})
     figures = []
-    for (prompt, at, budget), of_all in sums.items():
-        kept, received, loss, correct, count = of_all.tolist()
+    for (prompt, at, budget), sum_of_rows in sums.items():
+        on_kept, received, loss, correct, count = sum_of_rows.tolist()
         figures.append(
-            FitFigure(prompt, at, budget, kept / received, loss / count, correct / count)
+            FitFigure(prompt, at, budget, on_kept / received, loss / count, correct / count)
         )
     return tuple(figures), nbytes / tokens
 
 
 def _received(kv: AnchorKV, attention: Tensor) -> float:
-    """Attention that went to the entries of a chunk.
+    """Attention to the kept entries of a chunk.
 
     Args:
-        kv: Of the chunk.
-        attention: What each of its tokens received. Shape: (layers, kv_heads, tokens)
+        kv: KV of the chunk.
+        attention: Attention to each of its tokens. Shape: (layers, kv_heads, tokens)
     """
     return float(attention.flatten(0, 1)[kv.heads.long(), kv.positions.long()].sum())
 

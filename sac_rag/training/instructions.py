@@ -1,8 +1,8 @@
 """Answers to open instructions, written by the frozen LM from the text itself.
 
-Questions with short gold answers would teach a compressor to answer everything in three words. What
-keeps the manner of the frozen LM is its own answers to open instructions (summarise, list, explain,
-compare): they are written once, kept in a file, and learned from anchors.
+Trained on questions with short gold answers only, a compressor answers everything in three words.
+The frozen LM's answers to open instructions (summarise, list, explain, compare) keep its manner:
+they are generated once, stored in a file, and learned from anchors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sac_rag.pipeline import SacRAG
 from sac_rag.prompts.generate import Decoding
 from sac_rag.training.prompts import OPEN, TRAINED
 
-# Each with the number of passages it is about; "{question}" is one of the passage's own.
+# Each with its number of passages; "{question}" is replaced by a question about the passage.
 INSTRUCTIONS = (
     ("Summarise the text in two sentences.", 1),
     ("What is this text about?", 1),
@@ -45,21 +45,21 @@ INSTRUCTIONS = (
     ("Which names and numbers does the text mention?", 1),
     ("Tell me what I need to know from these documents.", 3),
 )
-# Words in a row that come a second time: from there on an answer repeats itself.
+# An answer repeats itself from where this many consecutive words occur again.
 _REPEATED = 8
 
 
 @dataclass(frozen=True)
 class InstructionExample:
-    """One instruction about some passages, and what the frozen LM answered.
+    """One instruction about some passages, and the answer of the frozen LM.
 
     Attributes:
-        prompt: Name of the prompt it was given in, one of `prompts.TRAINED`.
-        passages: The texts.
-        titles: Of the passages; None where there is none.
-        instruction: What was asked.
-        response: The answer, without what repeats.
-        ended: Whether the answer is whole, so that its end is to be learned too.
+        prompt: Name of the prompt, one of `prompts.TRAINED`.
+        passages: Texts of the passages.
+        titles: Titles of the passages; None where there is none.
+        instruction: The instruction.
+        response: The answer, without repetition.
+        ended: Whether the answer is complete, so that its end is learned too.
     """
 
     prompt: str
@@ -88,19 +88,19 @@ def write_instructions(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Lets the frozen LM answer open instructions about passages, in JSON Lines.
+    """Generates answers of the frozen LM to open instructions about passages, as JSON Lines.
 
-    Answers are added to the file as they are written; the same call resumes.
+    Answers are appended to the file as they are generated; the same call resumes.
 
     Args:
         generator: The frozen LM.
-        examples: Whose passages and questions.
+        examples: Source of passages and questions.
         path: The file, .jsonl.
-        count: Answers wanted in all.
-        longest_chunk: Longer passages are left out, in tokens.
+        count: Total number of answers.
+        longest_chunk: Most tokens of a passage; longer ones are left out.
         max_tokens: Longest answer, in tokens.
-        batch: Answers written together.
-        seed: Of the choice of passages, instructions and prompts.
+        batch: Number of answers generated together.
+        seed: Seed of the choice of passages, instructions and prompts.
         on_progress: Called with the number of answers added.
 
     Returns:
@@ -126,10 +126,10 @@ def write_instructions(
 
 
 def read_instructions(paths: Sequence[str | os.PathLike[str]]) -> Iterator[InstructionExample]:
-    """Reads what `write_instructions` wrote, gzipped (.gz) or not; empty answers are left out.
+    """Reads a file of `write_instructions`, gzipped (.gz) or not.
 
     Raises:
-        ValueError: for a line that is no such example, naming file and line.
+        ValueError: for a line that is not such an example, naming file and line.
     """
     for path in paths:
         opened: Any = gzip.open if Path(path).suffix == ".gz" else open
@@ -150,7 +150,7 @@ def read_instructions(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Instr
 def without_repetition(text: str) -> tuple[str, bool]:
     """An answer up to where it begins to repeat itself, and whether anything was cut.
 
-    What is cut off ends a sentence or a line, if one is complete before that.
+    A cut answer ends with a sentence or a line, if one is complete.
     """
     words = list(re.finditer(r"\S+", text))
     seen: set[tuple[str, ...]] = set()

@@ -1,4 +1,4 @@
-"""Rows to a loss, through the very encoding and assembly of answers. Knows no optimizer."""
+"""Objective: the loss of rows, with the same encoding and assembly as for answers."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sac_rag.compressors.anchor_selection import most_received, showing_attention
+from sac_rag.compressors.anchor_selection import eager_attention, max_received_attention
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.full import read_plain
 from sac_rag.kv import AnchorKV
 from sac_rag.prompts.assemble import Branches, Part, Prompt, assemble
 from sac_rag.training.rows import Row, Source
 
-# What is matched of a teacher: hidden states or logits of the frozen LM reading the full text, or
-# the logits that the compressor's own ratio 1 leads to.
+# Outputs of a teacher that are matched: hidden states or logits of the frozen LM reading the full
+# text ("hidden", "logits"), or logits with the same compressor's ratio 1 ("self").
 Match = Literal["none", "hidden", "logits", "self"]
 
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """What the frozen LM predicted at the places that count.
+    """Predictions of the frozen LM at the places of targets.
 
     Attributes:
         logits: Shape: (places, vocabulary)
-        labels: The tokens that stand there. Shape: (places,)
+        labels: Target tokens. Shape: (places,)
         first: Whether a place is the first of its target. Shape: (places,)
-        row: Which row of the batch a place is in. Shape: (places,)
+        row: Number of the place's row in the batch. Shape: (places,)
     """
 
     logits: Tensor
@@ -40,12 +40,12 @@ class Predicted:
 
     @property
     def loss(self) -> Tensor:
-        """Mean cross-entropy, in nats a token."""
+        """Mean cross-entropy, in nats per token."""
         return functional.cross_entropy(self.logits.float(), self.labels)
 
     @property
     def correct(self) -> Tensor:
-        """Whether the likeliest token is the one that stands there. Shape: (places,)."""
+        """Whether the most likely token is the label. Shape: (places,)."""
         return self.logits.argmax(dim=-1) == self.labels
 
 
@@ -53,10 +53,10 @@ class Objective:
     """Losses of a compressor behind one prefix.
 
     Args:
-        compressor: What learns. Its config's ratio is only a default.
-        prefix_ids: Plain text that every row begins with, read once.
-        match: What of a teacher is to be matched, if anything.
-        match_weight: Of the matching term beside the cross-entropy.
+        compressor: The compressor that is trained; the ratio of its config is not used.
+        prefix_ids: Tokens that every row begins with, read once.
+        match: Outputs of a teacher to match, if any.
+        match_weight: Weight of the matching term; 1 is that of the cross-entropy.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Objective:
         """
         compressor = self.compressor.at_ratio(ratio)
         if self.match == "self" and ratio > 1:
-            # One encoding serves both: what is kept at a ratio is the first part of all entries.
+            # One encoding serves both: the entries kept at a ratio are the first of all entries.
             every = self.encode(compressor.at_ratio(1), rows)
             kvs = [kv.first(compressor.num_entries(kv.num_tokens)) for kv in every]
         else:
@@ -96,16 +96,16 @@ class Objective:
             return loss
         with torch.no_grad():
             teacher = self.prompt(rows, every) if self.match == "self" else self._text_prompt(rows)
-            taught = self._read(teacher)[target_places(rows, teacher.embeds.shape[1])[0]]
+            target = self._read(teacher)[target_places(rows, teacher.embeds.shape[1])[0]]
             if self.match != "hidden":
                 with generator.running() as model:
-                    taught = model.lm_head(taught).float()
+                    target = model.lm_head(target).float()
         if self.match == "hidden":
-            difference = (hidden[places].float() - taught.float()).square().sum(-1)
-            distance = difference / taught.float().square().sum(-1)
+            difference = (hidden[places].float() - target.float()).square().sum(-1)
+            distance = difference / target.float().square().sum(-1)
         else:
             distance = functional.kl_div(
-                logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none"
+                logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none"
             ).sum(-1)
         return loss + self.match_weight * distance.mean()
 
@@ -124,7 +124,7 @@ class Objective:
 
     @torch.no_grad()
     def predict_from(self, rows: Sequence[Row], kvs: Sequence[AnchorKV]) -> Predicted:
-        """Predicts the targets of rows whose chunks are compressed already, in reading order."""
+        """Predicts the targets of rows from compressed chunks, in reading order."""
         return self._predict(rows, self.prompt(rows, kvs))
 
     def _predict(self, rows: Sequence[Row], prompt: Prompt) -> Predicted:
@@ -139,31 +139,31 @@ class Objective:
 
     @torch.no_grad()
     def attention(self, row: Row) -> list[tuple[AnchorKV, Tensor]]:
-        """What a row's targets look at where every token of its chunks is kept.
+        """Attention of the targets of a row to its chunks, with all tokens kept.
 
         Returns:
-            Each chunk's KV, and the most attention that each of its tokens receives, float32.
+            KV of each chunk, and the largest attention to each of its tokens, float32.
             Shape of the latter: (layers, kv_heads, tokens)
         """
         generator = self.compressor.generator
         ranked = self.encode(self.compressor.at_ratio(1), [row])
-        # In text order, so that what an entry receives is what its token does.
+        # In text order, so that entries are tokens.
         kvs = [AnchorKV.uniform(*kv.by_head(), kv.num_tokens) for kv in ranked]
         prompt = self.prompt([row], kvs)
         before = prompt.cache.get_seq_length() - sum(kv.num_tokens for kv in kvs)
-        with generator.running(prompt.adapter) as model, showing_attention(model):
+        with generator.running(prompt.adapter) as model, eager_attention(model):
             attentions = model.base_model(**prompt.inputs(), output_attentions=True).attentions
-        received = most_received(attentions, generator.kv_shape[1])
-        seen = []
+        received = max_received_attention(attentions, generator.kv_shape[1])
+        measured = []
         for kv in kvs:
-            seen.append((kv, received[:, :, before : before + kv.num_tokens]))
+            measured.append((kv, received[:, :, before : before + kv.num_tokens]))
             before += kv.num_tokens
-        return seen
+        return measured
 
     def encode(self, compressor: Compressor, rows: Sequence[Row]) -> list[AnchorKV]:
-        """Compresses the chunks of all rows, each alone, in reading order of the rows.
+        """Compresses the chunks of all rows, each by itself, in reading order of the rows.
 
-        Chunks that do not learn are encoded without gradients; equal ones once.
+        Chunks that do not learn are encoded without gradients; equal chunks once.
         """
         sources = list(dict.fromkeys(source for row in rows for source in row.sources))
         kvs: dict[Source, AnchorKV] = {}
@@ -179,7 +179,7 @@ class Objective:
         return [kvs[source] for row in rows for source in row.sources]
 
     def prompt(self, rows: Sequence[Row], kvs: Sequence[AnchorKV]) -> Prompt:
-        """Puts compressed chunks into their prompts, one branch a target."""
+        """Assembles prompts with compressed chunks and one branch per target."""
         compressed = iter(kvs)
         parts: list[list[Part | Branches]] = [
             [
@@ -192,7 +192,7 @@ class Objective:
         return self._assemble(parts, compressor.cue, compressor.generator_adapter)
 
     def _text_prompt(self, rows: Sequence[Row]) -> Prompt:
-        """The same prompts with the chunks as text."""
+        """Assembles the same prompts with chunks as text."""
         heading = self.compressor.heading_ids
         return self._assemble([_as_text(row, heading) for row in rows], None, None)
 
@@ -219,14 +219,14 @@ class Objective:
 
 
 def target_places(rows: Sequence[Row], columns: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Where in a left-padded batch the predicted tokens' predictions stand.
+    """Places of predictions in a left-padded batch.
 
     Args:
-        rows: A batch whose targets end every row.
-        columns: Tokens of the padded batch.
+        rows: A batch in which targets end every row.
+        columns: Number of tokens of the padded batch.
 
     Returns:
-        (row, column) of each prediction, and the token that stands one further.
+        (row, column) of each prediction, and the token in the next column.
         Shape of each: (places,)
     """
     at_row: list[int] = []

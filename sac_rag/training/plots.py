@@ -1,4 +1,4 @@
-"""Draws how a training run went. Knows nothing of what was trained."""
+"""Plots of a training run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 
 def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Writes a PNG: the loss of each step by ratio, and the accuracy with right and wrong text.
+    """Writes a PNG with the loss of each step by ratio, and the accuracy with right and wrong text.
 
     Args:
-        history: As `sac_rag.training.trainer` keeps it: "steps" and "validations".
-        path: Where to.
+        history: "steps" and "validations" of `sac_rag.training.trainer`.
+        path: The file.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -31,11 +31,15 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         at, loss = [entry["step"] for entry in steps], [entry["loss"] for entry in steps]
         losses.plot(at, loss, ".", color=colour, alpha=0.15, markersize=3)
         losses.plot(at, _smoothed(loss), color=colour, label=f"{ratio}x")
-        found = [entry for entry in history["validations"] if entry["ratio"] == ratio]
-        at = [entry["step"] for entry in found]
-        accuracies.plot(at, [e["accuracy"] for e in found], "o-", color=colour, label=f"{ratio}x")
-        accuracies.plot(at, [e["wrong_accuracy"] for e in found], "x:", color=colour, alpha=0.6)
-    losses.set(xlabel="step", ylabel="loss, nats a token", title="training")
+        validations = [entry for entry in history["validations"] if entry["ratio"] == ratio]
+        at = [entry["step"] for entry in validations]
+        accuracies.plot(
+            at, [e["accuracy"] for e in validations], "o-", color=colour, label=f"{ratio}x"
+        )
+        accuracies.plot(
+            at, [e["wrong_accuracy"] for e in validations], "x:", color=colour, alpha=0.6
+        )
+    losses.set(xlabel="step", ylabel="loss, nats per token", title="training")
     accuracies.set(
         xlabel="step",
         ylabel="share of the answers' tokens right",
@@ -51,7 +55,7 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
-    """Exponential mean, without the bias of its beginning."""
+    """Exponential moving average with bias correction."""
     mean, smoothed = 0.0, []
     for count, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value

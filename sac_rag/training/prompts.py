@@ -1,10 +1,10 @@
-"""Prompts that a compressor is trained in, and those it is validated in.
+"""Prompts for training and validation.
 
-Users bring prompts of their own: a chat in the model's template, a framework's default prompt, a
-plain completion. A compressor trained in one prompt answers badly in the others, so that questions
-are asked in many: with and without system prompt, passages in the system prompt or in the user's
-turn, the question before or after them, several headings and separators. The shapes are those of
-LangChain's and LlamaIndex's default prompts, the words are our own.
+Users have their own prompts: a chat in the template of the model, the default prompt of a
+framework, a plain completion. A compressor trained in one prompt answers badly in others, so that
+training asks in many: with and without system prompt, passages in the system prompt or in the turn
+of the user, the question before or after them, various headings and separators. Their structure
+follows the default prompts of LangChain and LlamaIndex; the wording does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from sac_rag.prompts.format import SPANS, PromptFormat
 
-# Where a draft of the answer stands in a prompt that refines one.
+# Placeholder for a draft of the answer in a prompt that refines it.
 DRAFT = "{draft}"
 
 
@@ -117,12 +117,12 @@ HELD_OUT = MappingProxyType(
     }
 )
 
-# Prompts that leave the length of an answer open: instructions can stand where the question does.
+# Prompts that leave the length of an answer open, so that an instruction can replace the question.
 OPEN = ("bare", "numbered", "documents-in-system", "query", "several-sources", "based-on")
 
 
 def named_prompt(name: str) -> PromptFormat:
-    """The prompt of a name, or of a JSON file that `PromptFormat.to_json` wrote.
+    """The prompt with a name, or in a JSON file of `PromptFormat.to_json`.
 
     Raises:
         ValueError: if there is neither, or the file holds no prompt format.

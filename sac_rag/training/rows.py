@@ -1,4 +1,4 @@
-"""Questions and prose to rows to learn from, in batches. Knows nothing of models or losses."""
+"""Rows: prompts with targets, made from questions and prose, and grouped into batches."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from itertools import islice, takewhile
 from typing import TypeAlias
 
 from sac_rag.chunk import Chunk
+from sac_rag.compressors.anchor_selection import REPEAT_PROMPT
 from sac_rag.evaluation.questions import Question
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.chat import Markup, Piece, leading
 from sac_rag.prompts.format import PromptFormat
 from sac_rag.training.prompts import DRAFT
 
-# Of prose, in tokens.
-SHORTEST_TEXT = 32
-# What stands before a text that is to be repeated.
-_AGAIN = "\n\nRepeat the text:\n"
+SHORTEST_TEXT = 32  # tokens of prose
 
 
 @dataclass(frozen=True)
 class Source:
-    """A chunk to be compressed.
+    """A chunk that is compressed.
 
     Attributes:
         ids: Token ids.
-        learns: Whether gradients flow into its encoding; a distractor can do without.
+        learns: Whether gradients flow into its encoding.
     """
 
     ids: tuple[int, ...]
@@ -37,11 +35,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """A text that is read behind the chunks, and what of it is to be predicted.
+    """A text behind the chunks, whose last tokens are predicted.
 
     Attributes:
         ids: Token ids.
-        predicted: How many of its last tokens count in the loss, all of them but the first at most.
+        predicted: Number of last tokens that count in the loss; at most all except the first.
     """
 
     ids: tuple[int, ...]
@@ -53,11 +51,11 @@ RowPart: TypeAlias = tuple[int, ...] | Source
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt, behind the prefix that all prompts share, with all that is asked of it.
+    """One prompt, behind the prefix that all prompts share, with its targets.
 
     Attributes:
         parts: Chunks, and plain text as token ids, in reading order.
-        targets: Each continues the same parts; none sees another.
+        targets: Branches of the prompt, which do not attend to one another.
     """
 
     parts: tuple[RowPart, ...]
@@ -70,25 +68,24 @@ class Row:
 
     @property
     def num_encoded(self) -> int:
-        """Tokens the encoder reads."""
+        """Number of tokens that the encoder reads."""
         return sum(len(source.ids) for source in self.sources)
 
     @property
     def num_decoded(self) -> int:
-        """Tokens the frozen LM reads."""
+        """Number of tokens that the frozen LM reads."""
         plain = sum(len(part) for part in self.parts if not isinstance(part, Source))
         return plain + sum(len(target.ids) for target in self.targets)
 
 
 class RowMaker:
-    """Makes rows in the very prompts in which the compressor will be used.
+    """Makes rows in given prompts.
 
     Attributes:
-        prefix_ids: Tokens that every row's prompt begins with; none where there are several
-            prompts, each of which is then read whole.
+        prefix_ids: Tokens that all rows begin with; none where there are several prompts.
 
     Args:
-        generator: Whose tokens and special tokens count.
+        generator: Gives the tokenizer and special tokens.
         formats: One prompt or several.
     """
 
@@ -102,20 +99,20 @@ class RowMaker:
             for format in self.formats
             for text in ("a question", "another")
         ]
-        # Pieces that all prompts have in common, whatever the question and the titles.
+        # Pieces that do not depend on the question and the titles.
         equal = takewhile(lambda pieces: len(set(pieces)) == 1, zip(*beginnings, strict=False))
         self._beginning = [pieces[0] for pieces in equal] if len(self.formats) == 1 else []
         self.prefix_ids = tuple(i for piece in self._beginning for i in self._tokens(piece))
         self._end = tuple(sorted(generator.eos_ids)[:1])
 
     def shares_chunks(self, prompt: int) -> bool:
-        """Whether all questions come after the chunks, and so can share them in one row."""
+        """Whether questions come after the chunks, and can therefore share them in one row."""
         format = self.formats[prompt]
         words = f"{format.system}{format.user}"
         return words.index("{chunks}") < words.index("{question}")
 
     def refines(self, prompt: int) -> bool:
-        """Whether a draft of the answer stands in the prompt."""
+        """Whether the prompt contains a draft of the answer."""
         return DRAFT in self.formats[prompt].user
 
     def rows(
@@ -127,9 +124,9 @@ class RowMaker:
         learns: Sequence[bool] | None = None,
         draft: str = "",
     ) -> list[Row]:
-        """One row of all questions about the chunks, or one for each where they stand before them.
+        """One row with all questions about the chunks, or one row each if they precede the chunks.
 
-        Equal chunks of several rows are encoded once in a batch. Arguments as for `ask`.
+        Equal chunks of several rows are encoded once per batch. Arguments as for `ask`.
         """
         groups = [questions] if self.shares_chunks(prompt) else [[q] for q in questions]
         return [
@@ -146,22 +143,22 @@ class RowMaker:
         draft: str = "",
         ends: bool = True,
     ) -> Row:
-        """All questions about the same chunks, the answers to be predicted.
+        """One row with all questions about the same chunks, whose answers are the targets.
 
         Args:
             chunks: In reading order.
-            questions: Each with at least one answer, of which the first counts.
-            prompt: Which of the prompts.
-            learns: Which chunks get gradients. Default: all.
-            draft: Stands in the place of {draft} in a prompt that refines an answer.
-            ends: Whether the end of the answer is to be predicted too.
+            questions: Each with at least one answer, of which the first is used.
+            prompt: Index of the prompt.
+            learns: Whether each chunk gets gradients. Default: all do.
+            draft: Replaces {draft} in a prompt that refines an answer.
+            ends: Whether the end of the answer is predicted too.
 
         Raises:
-            ValueError: for several questions in a prompt where the question stands before a chunk.
+            ValueError: for several questions in a prompt where the question precedes a chunk.
         """
         if len(questions) > 1 and not self.shares_chunks(prompt):
             raise ValueError(
-                "questions that stand before the chunks cannot share a row, got "
+                "questions that precede the chunks cannot share a row, got "
                 f"{len(questions)} of them for user={self.formats[prompt].user!r}; use `rows`"
             )
         format = self.formats[prompt]
@@ -180,12 +177,12 @@ class RowMaker:
         )
 
     def continue_text(self, text: str, chunk_tokens: int, *, repeat: bool = False) -> Row | None:
-        """A text whose first part is compressed and whose rest is to be predicted.
+        """A row whose first half is compressed and whose second half is predicted.
 
         Args:
             text: Prose.
-            chunk_tokens: Longest part compressed, and longest rest, in tokens.
-            repeat: Whether the compressed part itself is to be predicted, too.
+            chunk_tokens: Most tokens of each half.
+            repeat: Whether the compressed half is predicted, too.
 
         Returns:
             None for a text of fewer than SHORTEST_TEXT tokens.
@@ -196,7 +193,7 @@ class RowMaker:
         half = min(len(ids) // 2, chunk_tokens)
         targets = [Target(ids[half:], len(ids) - half - 1)]
         if repeat:
-            again = tuple(self._generator.tokenize(_AGAIN))
+            again = tuple(self._generator.tokenize(REPEAT_PROMPT))
             targets.append(Target(again + ids[:half], half))
         return Row((Source(ids[:half]),), tuple(targets))
 
@@ -210,13 +207,13 @@ class RowMaker:
         answer = tuple(self._generator.tokenize(f"{between}{question.answers[0]}{stop}"))
         if ends and not stop:
             answer += self._end
-        asked = tuple(i for piece in tail for i in self._tokens(piece))
-        return Target(asked + answer, len(answer))
+        prompt_end = tuple(i for piece in tail for i in self._tokens(piece))
+        return Target(prompt_end + answer, len(answer))
 
     def _pieces(
         self, question: str, chunks: Sequence[Chunk], format: PromptFormat
     ) -> tuple[list[Piece], list[Markup | str]]:
-        """The prompt up to its last chunk, and what follows."""
+        """The prompt up to its last chunk, and the rest."""
         pieces = format.pieces(self._generator.tokenizer, question, chunks)
         tail: list[Markup | str] = []
         while not isinstance(pieces[-1], Chunk):
@@ -232,14 +229,14 @@ class RowMaker:
 def batched(
     rows: Iterable[Row], batch_tokens: int, rng: random.Random, *, window: int = 256
 ) -> Iterator[list[Row]]:
-    """Groups rows of like length, so that a batch is padded little, in random order.
+    """Groups rows of similar length into batches, in random order.
 
     Args:
         rows: Read `window` at a time.
-        batch_tokens: Most padded tokens, encoded and decoded together, in a batch; a row longer
-            than that is a batch of its own.
+        batch_tokens: Most padded tokens of a batch, encoded and decoded together; a longer row is a
+            batch by itself.
         rng: Equal states give equal batches.
-        window: Rows sorted together.
+        window: Number of rows sorted together.
     """
     stream = iter(rows)
     while group := list(islice(stream, window)):
@@ -259,13 +256,13 @@ def batched(
 
 @dataclass(frozen=True)
 class PaddedSize:
-    """Tokens that a batch takes, padding included; equal chunks are encoded once.
+    """Number of tokens of a batch, padding included; equal chunks are encoded once.
 
     Attributes:
-        chunks: Those of all rows.
-        longest: Tokens of the longest chunk.
-        rows: Rows of the batch.
-        decoded: Most tokens that the frozen LM reads of a row.
+        chunks: Chunks of all rows.
+        longest: Number of tokens of the longest chunk.
+        rows: Number of rows.
+        decoded: Most tokens that the frozen LM reads for a row.
     """
 
     chunks: frozenset[Source] = frozenset()
@@ -275,7 +272,7 @@ class PaddedSize:
 
     @property
     def tokens(self) -> int:
-        """Encoded and decoded together."""
+        """Encoded and decoded tokens together."""
         return self.longest * len(self.chunks) + self.rows * self.decoded
 
     def with_row(self, row: Row) -> PaddedSize:
@@ -289,5 +286,5 @@ class PaddedSize:
 
 
 def padded_tokens(rows: Sequence[Row]) -> int:
-    """Tokens that a batch takes, padding included."""
+    """Number of tokens of a batch, padding included."""
     return reduce(PaddedSize.with_row, rows, PaddedSize()).tokens

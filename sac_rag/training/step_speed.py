@@ -1,16 +1,17 @@
-"""How fast a step learns: tokens a second, beside the bare model's over the same tokens."""
+"""Tokens per second of a training step, beside the bare model's over the same tokens."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sac_rag.benchmarks.timing import time_in_turn
 from sac_rag.lm.generator import Generator
 from sac_rag.training.batches import Batch, BatchStream, split_examples
 from sac_rag.training.config import TrainConfig
@@ -21,13 +22,13 @@ from sac_rag.training.trainer import Learner, new_compressor
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """One way to go over the same batches, measured.
+    """The time of one way to read the same batches.
 
     Attributes:
         what: "model, forward" or "model, forward and backward", where each row is one plain
-            sequence in a padded batch and there is no LM head; "step", which is what training
-            does, without the optimizer.
-        tokens: Of all batches, pads and sinks not counted.
+            sequence in a padded batch and there is no LM head; "step", a training step without
+            the optimizer.
+        tokens: Of all batches, without pads and sinks.
         seconds: The median over repeats.
     """
 
@@ -37,17 +38,21 @@ class StepSpeed:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name, as JSON holds them."""
+        return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
 
 def measure(config: TrainConfig, *, batches: int = 6, repeats: int = 3) -> list[StepSpeed]:
-    """Times steps of a run in this one process, by turns with the model alone.
+    """Times steps of a run in this process, in turn with the model alone.
 
     Args:
-        config: Of the run; its scorer stays as it begins, since speed does not depend on it.
-        batches: How many of the run's first batches.
-        repeats: Times that all are measured; the median counts.
+        config: Of the run; its scorer stays untrained, since speed does not depend on it.
+        batches: Number of the run's first batches.
+        repeats: Measurements of each, after one that warms up; the median counts.
 
     Raises:
         ValueError: as for `train`.
@@ -69,15 +74,15 @@ def _timed(
     ways: dict[str, Callable[[Batch], None]], batches: Sequence[Batch], repeats: int
 ) -> list[StepSpeed]:
     tokens = sum(row.num_encoded + row.num_decoded for batch in batches for row in batch.rows)
-    seconds: dict[str, list[float]] = {what: [] for what in ways}
-    for repeat in range(repeats + 1):
-        for what, way in ways.items():
-            begin = time.perf_counter()
-            for batch in batches:
-                way(batch)
-            if repeat:  # the first is for warming up
-                seconds[what].append(time.perf_counter() - begin)
-    return [StepSpeed(what, tokens, statistics.median(seconds[what])) for what in ways]
+    times = time_in_turn(
+        [partial(_over, way, batches) for way in ways.values()], repeats, warm_up=True
+    )
+    return [StepSpeed(what, tokens, timed.median) for what, timed in zip(ways, times, strict=True)]
+
+
+def _over(way: Callable[[Batch], None], batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        way(batch)
 
 
 def _step(learner: Learner, batch: Batch) -> None:

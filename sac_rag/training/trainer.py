@@ -1,4 +1,4 @@
-"""Runs a training on HF's Trainer: steps, checkpoints, resuming. Knows nothing of losses."""
+"""Trains a compressor on HF's Trainer: steps, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ def train(
     generator: Generator | None = None,
     on_event: OnEvent | None = None,
 ) -> Path:
-    """Trains a compressor, or goes on with a run that was interrupted.
+    """Trains a compressor, or resumes an interrupted run.
 
-    Beside checkpoints the folder gets the run's config (train.json), its losses and validations
-    (history.json, curves.png), and in the end the compressor, ready for
+    Besides checkpoints the folder gets the config of the run (train.json), losses and validations
+    (history.json, curves.png), and at the end the compressor, for
     `SacRAG.from_pretrained(compressor=…)`.
 
-    Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; the same call goes on
-    from there, to the very same weights.
+    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; the same call resumes
+    from there, with the same result as an uninterrupted run.
 
     Args:
-        config: What to learn.
+        config: Config of the run.
         out: Folder of the run.
         generator: The model, if it is loaded already. Default: `config.model`.
         on_event: Called with {"event": "start" | "scorer" | "step" | "validation" | "interrupted",
-            …} as things happen.
+            …} during the run.
 
     Returns:
-        The folder of the compressor as it is now, its weights in float16.
+        The folder of the compressor, its weights in float16.
 
     Raises:
         ValueError: if the folder holds a run of another config, or the data is unfit.
@@ -73,8 +73,8 @@ def train(
     """
     out = Path(out)
     tell = on_event or (lambda event: None)
-    claim(out, config)
-    examples, held = split_examples(config)
+    open_run_folder(out, config)
+    examples, held_out = split_examples(config)
     if generator is None:
         generator = Generator.from_pretrained(
             config.model, device=config.device or None, dtype=config.dtype or None
@@ -84,7 +84,9 @@ def train(
     objective = Objective(
         compressor, maker.prefix_ids, match=config.match, match_weight=config.match_weight
     )
-    trainer = CompressorTrainer(config, objective, validators(config, compressor, held), out, tell)
+    trainer = CompressorTrainer(
+        config, objective, validators(config, compressor, held_out), out, tell
+    )
     last = trainer.last_checkpoint()
     if last is None and config.scorer_texts:
         _fit(config, objective, rows_for_scorer(config, maker, examples), tell)
@@ -97,26 +99,26 @@ def train(
 
 
 def validators(
-    config: TrainConfig, compressor: Compressor, held: Sequence[QAExample]
+    config: TrainConfig, compressor: Compressor, held_out: Sequence[QAExample]
 ) -> list[Validator]:
-    """One for each prompt that is validated; none without held-out questions."""
-    if not held:
+    """One validator per validated prompt; none without held-out questions."""
+    if not held_out:
         return []
     formats = config.eval_formats
     makers = [RowMaker(compressor.generator, format) for format in formats.values()]
     return [
-        Validator(Objective(compressor, maker.prefix_ids), maker, held, config, name=name)
+        Validator(Objective(compressor, maker.prefix_ids), maker, held_out, config, name=name)
         for name, maker in zip(formats, makers, strict=True)
     ]
 
 
 class CompressorTrainer(Trainer):  # type: ignore[misc]
-    """HF's Trainer over a compressor: only what differs from a language model's training.
+    """HF's Trainer for a compressor.
 
     Args:
-        config: Of the run.
-        objective: Gives the loss; its compressor's weights are what is trained.
-        validators: Measure at every evaluation, each in its prompt.
+        config: Config of the run.
+        objective: Gives the loss; the weights of its compressor are trained.
+        validators: Run at every evaluation, each in its prompt.
         out: Folder of the run.
         tell: Called with events.
     """
@@ -138,45 +140,12 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         self.busy_s = 0.0  # seconds of training alone, without validation
         self.history: dict[str, list[dict[str, Any]]] = {"steps": [], "validations": []}
         self.last: dict[str, Any] = {}
-        self._pending: list[tuple[str, dict[str, Any]]] = []  # noted, and not yet reported
-        on_cuda = objective.compressor.generator.device.type == "cuda"
-        arguments = TrainingArguments(
-            output_dir=str(out / "checkpoints"),
-            max_steps=config.steps,
-            per_device_train_batch_size=1,  # of batches: the stream has put rows together already
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=(
-                "constant_with_warmup" if _follows_the_clock(config) else config.schedule
-            ),
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            adam_beta1=0.9,
-            adam_beta2=0.95,
-            max_grad_norm=config.clip,
-            logging_steps=config.log_every,
-            eval_strategy="steps" if validators else "no",
-            eval_steps=config.eval_every,  # saving goes by it too
-            save_strategy="steps",
-            save_steps=config.eval_every,
-            save_total_limit=config.keep_checkpoints,
-            seed=config.seed,
-            remove_unused_columns=False,
-            report_to=[],
-            disable_tqdm=True,
-            optim="adamw_torch_fused" if on_cuda else "adamw_torch",
-            # It would wait for the device at each step to look at the loss.
-            logging_nan_inf_filter=False,
-            dataloader_num_workers=config.workers,
-            dataloader_prefetch_factor=4 if config.workers else None,
-            # Every process reads its own share: batches are no tensors that could be sent.
-            accelerator_config={"dispatch_batches": False},
-            use_cpu=not on_cuda,
-        )
+        self._pending: list[tuple[str, dict[str, Any]]] = []  # not yet reported
         super().__init__(
             model=Learner(objective),
-            args=arguments,
+            args=_arguments(config, out, objective, is_validated=bool(validators)),
             data_collator=lambda batches: {"batch": batches[0]},
-            # Never read: there must be one where evaluation is on.
+            # Never read, but required where evaluation is on.
             eval_dataset=[0] if validators else None,
             callbacks=[Watch(self)],
         )
@@ -192,7 +161,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         batch: Batch = inputs["batch"]
         loss: Tensor = model(batch)
         self.last = {
-            # To read it from a GPU would wait for the step.
+            # Reading it from a GPU would wait for the step.
             "loss": loss.detach() if loss.is_cuda else loss.item(),
             "ratio": batch.ratio,
             "tokens": sum(row.num_encoded + row.num_decoded for row in batch.rows),
@@ -219,7 +188,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def note(self, kind: str, event: str, what: dict[str, Any]) -> None:
-        """Keeps a figure in the run's history and tells of it."""
+        """Adds figures to the history of the run and reports them as an event."""
         entry = {"step": self.state.global_step, **what}
         self.history[kind].append(entry)
         self._pending.append((event, entry))
@@ -228,7 +197,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
             self.flush()
 
     def flush(self) -> None:
-        """Reads losses that are still on the device, and reports what was noted with them."""
+        """Reads losses that are still on the device, and reports their events."""
         for event, entry in self._pending:
             if isinstance(entry.get("loss"), Tensor):
                 entry["loss"] = entry["loss"].item()
@@ -236,7 +205,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         self._pending.clear()
 
     def save_compressor(self, folder: Path) -> None:
-        """Writes the compressor as it is used: in the stored dtype of the run's config."""
+        """Writes the compressor with the stored dtype of the run's config, and the history."""
         self.flush()
         compressor = self.objective.compressor
         checkpoint.save(
@@ -251,7 +220,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """The config's schedule; one that follows the clock is asked for its rate at each step."""
+        """The schedule of the config; one that follows the clock computes its rate at each step."""
         config = self.run_config
         if not _follows_the_clock(config):
             return super().create_scheduler(num_training_steps, optimizer)
@@ -265,7 +234,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def last_checkpoint(self) -> str | None:
-        """The newest checkpoint that is whole, if there is one."""
+        """The newest complete checkpoint, if there is one."""
         folders = Path(self.args.output_dir).glob("checkpoint-*")
         # The state is written last.
         whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
@@ -274,7 +243,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """Turns the first Ctrl-C or SIGTERM into an end after the step at hand; then as usual."""
+        """Turns the first Ctrl-C or SIGTERM into an end after the current step."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -306,7 +275,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
 
 
 class Learner(nn.Module):
-    """What is trained, as HF's Trainer wants it: a module whose parameters are the compressor's."""
+    """A module whose parameters are the trained weights of the compressor, for HF's Trainer."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -325,7 +294,7 @@ class Learner(nn.Module):
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Counts tokens and time, and ends a run that is asked to stop or has had its minutes."""
+    """Measures time, and ends a run that is asked to stop or has used its minutes."""
 
     def __init__(self, trainer: CompressorTrainer) -> None:
         self._trainer = trainer
@@ -333,7 +302,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._saved_s = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says where the run stands, and looks as often as is wanted now, not as it once was."""
+        """Reports the start; takes intervals from the config, not from the resumed checkpoint."""
         state.eval_steps = state.save_steps = args.eval_steps
         state.logging_steps = args.logging_steps
         self._trainer.tell({"event": "start", "step": state.global_step, "steps": state.max_steps})
@@ -343,7 +312,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops the clock; saves and ends where that is wanted."""
+        """Stops the clock; saves or ends the run if it is time."""
         seconds = time.perf_counter() - self._step_began
         config, busy_s = self._trainer.run_config, self._trainer.busy_s + seconds
         self._trainer.busy_s = busy_s
@@ -358,44 +327,49 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._trainer.tell({"event": "interrupted", "step": state.global_step})
 
 
-def claim(out: Path, config: TrainConfig, *, free: Set[str] = WATCHING) -> None:
-    """Makes the folder this run's, or finds that it is.
+def open_run_folder(out: Path, config: TrainConfig, *, free: Set[str] = WATCHING) -> None:
+    """Creates the folder of a run, or checks that it is that of this run.
+
+    Args:
+        out: The folder.
+        config: Config of the run.
+        free: Names of settings that may differ.
 
     Raises:
-        ValueError: if it is a run's with other settings than these, those in `free` aside.
+        ValueError: if it is the folder of a run with other settings.
     """
-    wanted = config.to_dict()
+    settings = config.to_dict()
     path = out / CONFIG
     if path.is_file():
-        # By way of a config, so that settings which a later version added have their default.
-        found = TrainConfig.from_dict(json.loads(path.read_text())).to_dict()
-        differing = sorted(
+        # Through a config, so that settings added by a later version have their default.
+        recorded = TrainConfig.from_dict(json.loads(path.read_text())).to_dict()
+        mismatches = sorted(
             name
-            for name in wanted.keys() | found.keys()
-            if wanted.get(name) != found.get(name) and name not in free
+            for name in settings.keys() | recorded.keys()
+            if settings.get(name) != recorded.get(name) and name not in free
         )
-        if differing:
+        if mismatches:
             raise ValueError(
-                f"{out} holds a run with other settings ({', '.join(differing)}); "
-                "give another folder, or those settings to go on with it"
+                f"{out} holds a run with other settings ({', '.join(mismatches)}); "
+                "give another folder, or those settings to resume it"
             )
     out.mkdir(parents=True, exist_ok=True)
     part = out / f"{CONFIG}.part"
-    part.write_text(json.dumps(wanted, indent=2) + "\n")
+    part.write_text(json.dumps(settings, indent=2) + "\n")
     part.replace(path)
 
 
 def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
-    """The compressor to train; keys and values are not rounded while it learns.
+    """The compressor to train, with keys and values in float32.
 
     Raises:
-        ValueError: if it has nothing to train, or `init_from` is not of its kind.
+        ValueError: if it has no weights to train, or those of `init_from` do not fit.
     """
     made = replace(config.compressor, stored_dtype="float32")
     if config.sink and not made.sink:
         made = replace(made, sink=config.prompt_format.opening(generator.tokenizer))
     with torch.random.fork_rng():
-        # LoRA and the scorer's network begin at random.
+        # LoRA and the scorer's network are initialized at random.
         torch.manual_seed(config.seed)
         compressor = checkpoint.make(generator, made)
     if not set(compressor.weights) - compressor.fitted:
@@ -404,7 +378,7 @@ def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
         folder = checkpoint.find(config.init_from, config.model) or config.init_from
         weights = checkpoint.read(folder)[1]
         if config.scorer_texts:
-            # It is fitted anyway: a compressor without this scorer will do.
+            # The scorer is fitted anyway, so that its weights may be missing.
             missing = compressor.fitted - weights.keys()
             weights |= {name: compressor.weights[name] for name in missing}
         compressor.load_weights(weights)
@@ -412,18 +386,56 @@ def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
 
 
 def _fit(config: TrainConfig, objective: Objective, rows: list[Row], tell: OnEvent) -> None:
-    """Fits the scorer, if there is one, to what the rows' targets look at."""
+    """Fits the scorer, if there is one, to the attention of the rows' targets."""
     compressor = objective.compressor
     if not isinstance(compressor, SAC) or compressor.config.anchors != "learned":
         return
-    kept = fit_scorer(
+    share = fit_scorer(
         compressor,
         (chunk for row in rows for chunk in objective.attention(row)),
         seed=config.seed,
         on_progress=lambda count: tell({"event": "scorer", "texts": len(rows), "done": count}),
     )
-    tell({"event": "scorer", "kept": kept})
+    tell({"event": "scorer", "kept": share})
 
 
 def _follows_the_clock(config: TrainConfig) -> bool:
     return config.schedule == "cosine_over_minutes"
+
+
+def _arguments(
+    config: TrainConfig, out: Path, objective: Objective, *, is_validated: bool
+) -> TrainingArguments:
+    on_cuda = objective.compressor.generator.device.type == "cuda"
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=1,  # of batches, which the stream has already made
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=(
+            "constant_with_warmup" if _follows_the_clock(config) else config.schedule
+        ),
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=config.clip,
+        logging_steps=config.log_every,
+        eval_strategy="steps" if is_validated else "no",
+        eval_steps=config.eval_every,  # also of saving
+        save_strategy="steps",
+        save_steps=config.eval_every,
+        save_total_limit=config.keep_checkpoints,
+        seed=config.seed,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        optim="adamw_torch_fused" if on_cuda else "adamw_torch",
+        # The filter would wait for the device at each step to read the loss.
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.workers,
+        dataloader_prefetch_factor=4 if config.workers else None,
+        # Every process reads its own share, since batches are not tensors that could be sent.
+        accelerator_config={"dispatch_batches": False},
+        use_cpu=not on_cuda,
+    )

@@ -1,4 +1,4 @@
-"""How much of the text gets through to the answers. Knows nothing of how a compressor learned."""
+"""Validation: how much content of the text reaches the answers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sac_rag.training.config import TrainConfig
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import Row, RowMaker, Source, batched
 
-# Padded tokens of a pass: nothing is kept for gradients, so more than a step's.
+# Padded tokens of a pass: more than in a training step, since nothing is kept for gradients.
 _BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Figures on held-out questions, answers given token by token.
+    """Figures on held-out questions, teacher-forced.
 
     Attributes:
         ratio: Source tokens per anchor.
-        loss: Cross-entropy of the gold answers, in nats a token.
-        accuracy: Share of the gold answers' tokens that were the likeliest.
-        first_accuracy: The same of each answer's first token.
+        loss: Cross-entropy of the gold answers, in nats per token.
+        accuracy: Share of the gold answers' tokens that were the most likely.
+        first_accuracy: Accuracy of the first token of each answer.
         wrong_loss, wrong_accuracy, wrong_first_accuracy: The same with another question's text.
-        f1: F1 of answers written in full, over all golds; None if none were.
-        ended: Share of those answers that ended by themselves.
+        f1: Best F1 over the gold answers, mean over generated answers; None without any.
+        ended: Share of generated answers that ended before the token limit.
         prompt: Name of the prompt; "" for the one saved beside the weights.
     """
 
@@ -47,11 +47,11 @@ class Validation:
 
     @property
     def content(self) -> float:
-        """What comes from the text itself: accuracy less that with a wrong text."""
+        """Accuracy less that with a wrong text: the part that comes from the text."""
         return self.accuracy - self.wrong_accuracy
 
     def to_dict(self) -> dict[str, float | int | str | None]:
-        """The fields and `content` as JSON holds them."""
+        """The fields and `content` as JSON values."""
         return {**asdict(self), "content": self.content}
 
 
@@ -59,12 +59,12 @@ class Validator:
     """Validates a compressor on the same questions each time.
 
     Args:
-        objective: Whose compressor and prompts.
+        objective: Objective of the compressor.
         maker: Makes rows of the prompts.
-        examples: Held-out questions; a fixed choice of them is taken.
-        config: How many contexts, questions of each, and answers written in full.
-        prompt: Which of the maker's prompts.
-        name: What the prompt is called in figures.
+        examples: Held-out questions, of which a fixed sample is used.
+        config: Numbers of contexts, questions per context, and generated answers.
+        prompt: Index of the prompt in the maker.
+        name: Name of the prompt in figures.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Validator:
         self._asked = random.Random(0).sample(asked, min(config.eval_answers, len(asked)))
 
     def measure(self, ratio: int, *, read_as: str = "anchors") -> Validation:
-        """Measures at one ratio, or of the frozen LM reading the text (read_as="text")."""
+        """Figures at one ratio, or of the frozen LM reading the text (read_as="text")."""
         right = self._predict(self._rows, ratio, read_as)
         wrong = self._predict(self._wrong, ratio, read_as)
         answered, ended = (None, None) if read_as == "text" else self._answer(ratio)
@@ -116,7 +116,7 @@ class Validator:
         return loss / count, correct / count, first_correct / first
 
     def _answer(self, ratio: int) -> tuple[float, float] | tuple[None, None]:
-        """F1 of answers written in full, and the share of them that ended by themselves."""
+        """F1 of generated answers, and the share of them that ended before the token limit."""
         if not self._asked:
             return None, None
         compressor = self._objective.compressor.at_ratio(ratio)

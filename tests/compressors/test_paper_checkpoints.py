@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from sac_rag import SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.compressors import checkpoint
+from sac_rag.compressors import checkpoint, pretrained
 from sac_rag.compressors import paper_checkpoints as reference
 from sac_rag.compressors.full import read_plain
 from sac_rag.compressors.sac import SAC
@@ -298,13 +298,13 @@ def test_the_folder_answers_as_their_code_does(
 ) -> None:
     out = tmp_path / "new" / "compressor"
     made = reference.convert(adapter, base, out)
-    names = {"config.json", "compressor.safetensors", "format.json"}
+    names = {"config.json", "compressor.safetensors", "format.json", "README.md"}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == ["compressor"]
     checkpoint.save(made.storing("float32"), tmp_path / "exact", prompt_format=reference.FORMAT)
     rag = SacRAG.from_pretrained(base, compressor=tmp_path / "exact", dtype="float32")
     assert rag.prompt_format == reference.FORMAT
-    assert rag.compressor.compressor.config.ratio == 15
+    assert rag.compressor.config.ratio == 15
     for context in ("short", "two segments"):
         text = CONTEXTS[context]
         answer = rag.answer(QUESTION, [text], Decoding(max_new_tokens=12))
@@ -344,7 +344,7 @@ def test_a_conversion_that_fails_leaves_nothing(
         raise OSError("no space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(pretrained, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         reference.convert(adapter, base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

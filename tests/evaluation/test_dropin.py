@@ -70,7 +70,7 @@ def compressor(llama: Generator) -> CachedCompressor:
 
 @pytest.fixture
 def rag(compressor: CachedCompressor, home: Path) -> SacRAG:
-    return SacRAG(CachedCompressor(compressor.compressor, MemoryStore()))
+    return SacRAG(CachedCompressor(compressor.inner, MemoryStore()))
 
 
 def sample(k: int = 1, limit: int = 3) -> Sample:

@@ -286,7 +286,7 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(rag: SacRAG, tmp_pat
     evaluate(rag, sample(limit=2), max_new_tokens=2, out=out, labels={"data": "here"})
     before = out.read_bytes()
     chat = SacRAG(rag.compressor, prompt_format=PromptFormat())
-    other = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(5), {}), prompt_format=SPANS)
+    other = SacRAG(CachedCompressor(rag.compressor.inner.at_ratio(5), {}), prompt_format=SPANS)
     headed = make_compressor(rag.generator, "full", heading="Text: ")
     for reader, asked, changes, named in (
         (rag, sample(limit=2), {"max_new_tokens": 3}, "max_new_tokens"),
@@ -367,7 +367,7 @@ def test_a_comparison_is_what_its_runs_are_alone(rag: SacRAG, tmp_path: Path) ->
     ]
     kept = json.loads((tmp_path / FIGURES).read_text())
     assert [(row["system"], row["f1"]) for row in kept] == [(r.system, r.f1) for r in results]
-    at_3 = SacRAG(CachedCompressor(rag.compressor.compressor.at_ratio(3), {}), prompt_format=SPANS)
+    at_3 = SacRAG(CachedCompressor(rag.compressor.inner.at_ratio(3), {}), prompt_format=SPANS)
     alone = evaluate(at_3, samples[0], max_new_tokens=4, out=tmp_path / "alone.jsonl")
     assert alone.fingerprint == results[4].fingerprint
     assert rows(tmp_path / "alone.jsonl") == rows(tmp_path / "compressed-3x-uniform-k1.jsonl")

@@ -409,7 +409,7 @@ async def test_a_bad_row_is_only_its_own(rag: SacRAG, chat: ChatSAC, way: str) -
     assert isinstance(said[3], PromptTooLongError)
     for i in (0, 2, 4):
         assert said[i].text == chat.invoke(inputs[i]).text
-    with pytest.raises(ValueError, match=r"reads text alone: .* got: 'image'"):
+    with pytest.raises(ValueError, match=r"reads text only: .* got: 'image'"):
         await ask()
 
 

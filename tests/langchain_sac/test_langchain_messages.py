@@ -130,7 +130,7 @@ def test_other_extras_do_not_matter(extras: Any) -> None:
 @pytest.mark.parametrize("kind", ["image", "image_url", "audio", "video", "file", "poem", None])
 def test_what_is_no_text_is_refused_by_kind(kind: Any) -> None:
     content: Any = [{"type": "text", "text": "See:"}, {"type": kind, "url": "http://x/y"}]
-    with pytest.raises(ValueError, match=rf"reads text alone: .* got: {kind!r}; leave it out"):
+    with pytest.raises(ValueError, match=rf"reads text only: .* got: {kind!r}; leave it out"):
         turns(HumanMessage(content))
 
 

@@ -99,7 +99,7 @@ def test_names_go_to_another_process_and_a_loaded_model_does_not(llama: Generato
     named = SACPrecompress(store="anchors/", ratio=3, namespace="hers")
     assert pickle.loads(pickle.dumps(named)) == named
     assert "hers" not in repr(named)
-    with pytest.raises(TypeError, match=r"cannot go to another process; give what"):
+    with pytest.raises(TypeError, match=r"cannot be pickled for another process; give a model"):
         pickle.dumps(SACPrecompress(make_rag(llama)))
 
 

@@ -265,7 +265,7 @@ def test_what_is_no_pipeline_is_refused() -> None:
 
 def test_pictures_are_refused_and_not_left_out(llama: Generator) -> None:
     picture = ChatMessage([TextBlock(text="What is this?"), ImageBlock(image=b"png")])
-    with pytest.raises(UnanswerableError, match="reads text alone, got a ImageBlock"):
+    with pytest.raises(UnanswerableError, match="reads text only, got a ImageBlock"):
         SACLLM(make_rag(llama)).chat([picture])
 
 

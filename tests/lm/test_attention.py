@@ -51,8 +51,8 @@ def made_up(generator: Generator, num_tokens: int, *, whole: bool) -> AnchorKV:
     random = torch.Generator().manual_seed(num_tokens)
     keys, values = torch.randn(2, layers, kv_heads, num_tokens, width, generator=random)
     every = AnchorKV.uniform(keys, values, torch.arange(num_tokens).int(), num_tokens)
-    kept = torch.randperm(every.num_entries, generator=random)[: every.num_entries // 3]
-    return every if whole else every.map(lambda tensor: tensor[kept])
+    selected = torch.randperm(every.num_entries, generator=random)[: every.num_entries // 3]
+    return every if whole else every.map(lambda tensor: tensor[selected])
 
 
 # --- masks
@@ -100,15 +100,15 @@ def owners_of(values: Tensor, parts: Sequence[Any], head: int) -> list[int | Non
     """Which part each entry in the cache is of; None for padding."""
     owners: list[int | None] = []
     for value in values:
-        found = [
+        attended = [
             index
             for index, part in enumerate(parts)
             if isinstance(part, AnchorKV)
             and (part.values[part.heads == head].to(value.dtype) == value).all(-1).any()
         ]
-        assert len(found) <= 1
-        assert found or not value.any(), "an entry of no chunk that is not padding"
-        owners.append(found[0] if found else None)
+        assert len(attended) <= 1
+        assert attended or not value.any(), "an entry of no chunk that is not padding"
+        owners.append(attended[0] if attended else None)
     return owners
 
 

@@ -117,7 +117,7 @@ def test_what_is_cached_is_merged_at_first_use_and_once(make_generator: Any) -> 
     assert encoder.cache_info().currsize == 0  # type: ignore[union-attr]
     cached = CachedCompressor(merged, {})
     cached.compress(PROSE[:2])
-    assert cached.compressor is merged
+    assert cached.inner is merged
     assert encoder() is encoder()  # type: ignore[misc]
     (expected,) = merged.compress(PROSE[:1])
     assert cached.compress(PROSE[:1])[0].num_anchors == expected.num_anchors

@@ -32,7 +32,8 @@ from sac_rag.errors import PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.precompress.estimate import estimate
-from sac_rag.precompress.job import WINDOW, increments, precompress, windows
+from sac_rag.precompress.job import increments, precompress
+from sac_rag.precompress.windows import WINDOW, windows
 from sac_rag.precompress.workers import Workers
 from sac_rag.reports import BadRecord, PrecompressReport
 from sac_rag.stores import AnchorStore, DiskStore
@@ -77,7 +78,7 @@ def test_it_counts_what_it_did(cached: CachedCompressor) -> None:
 
 def test_what_it_stores_is_what_the_compressor_gives(cached: CachedCompressor) -> None:
     precompress(cached, PROSE)
-    for text, kv in zip(PROSE, cached.compressor.compress(PROSE), strict=True):
+    for text, kv in zip(PROSE, cached.inner.compress(PROSE), strict=True):
         stored = cached.store[cached.key(text)]
         assert stored.num_tokens == kv.num_tokens
         assert (stored.keys - kv.keys).abs().max() < 1e-4
@@ -91,7 +92,7 @@ def test_the_facade_does_the_same(cached: CachedCompressor, home: Path) -> None:
 
 
 def test_nothing_to_do_is_no_work(cached: CachedCompressor) -> None:
-    with passes_of(cached.compressor.generator) as passes:
+    with passes_of(cached.generator) as passes:
         report = precompress(cached, [])
         precompress(cached, ["", " "])
     assert (report.chunks, report.padding, passes) == (0, 0.0, [])
@@ -106,17 +107,17 @@ def test_progress_is_told_and_adds_up(cached: CachedCompressor) -> None:
 
 def test_chunks_of_like_length_are_read_together(cached: CachedCompressor) -> None:
     chunks = passages(200)
-    with passes_of(cached.compressor.generator) as passes:
+    with passes_of(cached.generator) as passes:
         report = precompress(cached, chunks)
-    lengths = [len(cached.compressor.tokenize(chunk.text)) for chunk in chunks]
-    sink = len(cached.compressor.sink_ids)
+    lengths = [len(cached.tokenize(chunk.text)) for chunk in chunks]
+    sink = len(cached.sink_ids)
     assert sum(passes) == 200
     assert report.source_tokens == sum(lengths)
     assert report.tokens_read >= sum(lengths) + 200 * sink
     # Pads alone: in the order of the corpus they would be half of what is read.
     assert report.tokens_read < 1.1 * (sum(lengths) + 200 * sink)
     assert 0 < report.padding < 0.25
-    assert report.tokens_read == cached.compressor.tokens_read(lengths)
+    assert report.tokens_read == cached.tokens_read(lengths)
 
 
 def test_chunks_are_streamed_and_never_all_in_memory(cached: CachedCompressor) -> None:
@@ -156,7 +157,7 @@ def test_a_lower_ratio_computes_what_is_stored_again_and_a_higher_one_hits(
         assert expected.hits == 8 - computed
         report = precompress(at[ratio], chunks, whole_documents=True)
         assert (report.computed, report.hits, report.deleted) == (computed, 8 - computed, 0)
-    for text, kv in zip(PROSE, at[2].compressor.compress(PROSE), strict=True):
+    for text, kv in zip(PROSE, at[2].inner.compress(PROSE), strict=True):
         assert store[at[2].key(text)].num_entries == kv.num_entries
     if isinstance(store, DiskStore):
         keys = [at[2].key(text) for text in PROSE]
@@ -263,7 +264,7 @@ def test_a_store_that_is_only_read_is_refused_unless_all_is_there(
     with DiskStore(disk.folder, read_only=True) as store:
         reading = CachedCompressor(sac, store)
         assert precompress(reading, [("a", PROSE[0])]).hits == 1
-        with pytest.raises(OSError, match="read only; open it to be written"):
+        with pytest.raises(OSError, match="read-only; open it to be written"):
             precompress(reading, [PROSE[1]])
 
 
@@ -509,5 +510,5 @@ def test_a_large_corpus_is_estimated_from_a_part_that_is_told(cached: CachedComp
     assert 0.1 < expected.counted < 0.2
     assert 60 <= len(seen) <= 64
     assert expected.chunks == pytest.approx(400, rel=0.05)
-    whole = sum(len(cached.compressor.tokenize(text)) for text in cut)
+    whole = sum(len(cached.tokenize(text)) for text in cut)
     assert expected.source_tokens == pytest.approx(whole, rel=0.05)

@@ -342,15 +342,15 @@ def test_masking_what_a_head_does_not_keep_equals_dropping_it(
     layers, kv_heads, _ = generator.kv_shape
     turns = []
     for turn, before, after in zip((2, 3, 5), whole, dropped, strict=True):
-        kept = torch.full((layers * kv_heads, before.num_tokens), -1)
+        slots = torch.full((layers * kv_heads, before.num_tokens), -1)
         # The rank of each entry in its head: at ratio 1, where it stands in the cache.
         for head in range(layers * kv_heads):
             count = int((after.heads == head).sum())
-            kept[head, :count] = turn
+            slots[head, :count] = turn
             assert torch.equal(
                 after.positions[after.heads == head], before.positions[before.heads == head][:count]
             )
-        turns.append(kept.view(layers, 1, kv_heads, -1))
+        turns.append(slots.view(layers, 1, kv_heads, -1))
     cue, n = [2], len(between)
     token_turns = torch.tensor([[1] * n + cue + [3] + [4] * n + [5] + [6] * n])
     masks = Masks(torch.cat(turns, dim=-1), token_turns, torch.tensor([6]), generator.dtype)

@@ -188,7 +188,7 @@ def test_text_that_cannot_become_a_stop_text_is_given_at_once(parrot: Generator)
 
 
 def test_rows_end_each_on_its_own() -> None:
-    """Rows that have ended give nothing more, and the others go on as if alone."""
+    """Rows that have ended give no more text, and the others continue as if alone."""
     generator = saying(SENTENCE)
     tokens = TOKENIZER(SENTENCE).input_ids
     prompts = [[1], [5, 1], [1, tokens[0], tokens[1]], [tokens[-1]]]

@@ -387,7 +387,7 @@ def test_a_damaged_table_of_contents_is_refused(
     saved: Path, embedder: WordHashEmbedder, content: str
 ) -> None:
     (saved / "index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json must .*build it anew"):
+    with pytest.raises(ValueError, match=r"index\.json must .*build it again"):
         ChunkIndex.load(saved, embedder)
 
 

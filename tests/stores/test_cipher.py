@@ -133,5 +133,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "needs the 'encrypt' extra: pip install 'sac-rag[encrypt]'" in done.stdout
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "needs the 'encrypt' extra: pip install 'sac-rag[encrypt]'" in process.stdout

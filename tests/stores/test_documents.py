@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.stores import bytes_in, file_of, flip, index_of, key_of, make_kv
+from support.stores import bytes_in, entry_files, file_of, flip, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
-from sac_rag.stores.disk.entries import Extent
+from sac_rag.stores.disk.index import Extent, NewEntry
 
+KEY = "ab" * 32
+OTHER = "cd" * 32
 TEXT_ID = "5e" * 32
 FINGERPRINT = "f1" * 32
 
@@ -118,21 +121,23 @@ def test_no_byte_stays_where_thousands_are_forgotten_among_thousands(tmp_path: P
     """Deleted cells of a B-tree that is split, merged and balanced are overwritten too."""
     order = random.Random(0)
     names = {i: f"document {i} {'x' * order.randrange(200)}" for i in range(600)}
-    with DiskStore(tmp_path) as store, store._entries.index.transaction():
+    with DiskStore(tmp_path) as store, store._entries.index.database.transaction():
+        extent = Extent(num_tokens=20, num_entries=24, num_heads=6)
         for i, name in names.items():
-            store._entries.documents.add(key_of(i), [name])
-            extent = Extent(num_tokens=20, num_entries=24, num_heads=6)
-            store._entries.note_origin(key_of(i), extent, key_of(10_000 + i), FINGERPRINT)
+            entry = NewEntry(key_of(i), extent, [name], key_of(10_000 + i), FINGERPRINT)
+            store._entries.index.add(entry, "no file", 0)
     gone = order.sample(sorted(names), 400)
     with DiskStore(tmp_path) as store:
         for start in range(0, 400, 50):
             store.forget(*(names[i] for i in gone[start : start + 50]))
-        found = b"".join(bytes_in(tmp_path).values())
-    assert not [i for i in gone if f"document {i} ".encode() in found]
+        everything = b"".join(bytes_in(tmp_path).values())
+    assert not [i for i in gone if f"document {i} ".encode() in everything]
     assert not [
-        i for i in gone if key_of(i).encode() in found or key_of(10_000 + i).encode() in found
+        i
+        for i in gone
+        if key_of(i).encode() in everything or key_of(10_000 + i).encode() in everything
     ]
-    assert all(f"document {i} ".encode() in found for i in set(names) - set(gone))
+    assert all(f"document {i} ".encode() in everything for i in set(names) - set(gone))
 
 
 def test_an_evicted_entry_leaves_nothing_that_forgetting_would_not_find(tmp_path: Path) -> None:
@@ -152,7 +157,7 @@ def test_an_evicted_entry_leaves_nothing_that_forgetting_would_not_find(tmp_path
 
 def test_forgetting_says_so_where_a_reader_keeps_the_log(disk: DiskStore) -> None:
     disk.put(key_of(0), make_kv(0), ["a"])
-    disk._entries.index.sql("PRAGMA busy_timeout = 100")
+    disk._entries.index.database.sql("PRAGMA busy_timeout = 100")
     with index_of(disk) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM Owner").fetchall()
@@ -244,3 +249,51 @@ def test_an_entry_of_format_2_is_replaced_by_the_next_that_is_put(tmp_path: Path
         assert store[key_of(0)].bit_equal(make_kv(1).first(3))
         assert store.documents(key_of(0)) == ("a", "b")
         assert store.check() == []
+
+
+# Of entries that are put.
+
+
+def test_a_text_of_two_documents_is_stored_once(disk: DiskStore) -> None:
+    disk.put(KEY, make_kv(), documents=["b"])
+    path = file_of(disk, KEY)
+    disk.put(KEY, make_kv(), documents=["c", "a"])
+    assert disk.documents(KEY) == ("a", "b", "c")
+    assert len(disk) == 1
+    assert entry_files(disk) == [path]
+
+
+def test_putting_what_is_there_already_writes_nothing(disk: DiskStore) -> None:
+    disk.put(KEY, make_kv(), documents=["a", "b"])
+    with index_of(disk) as index:
+        version = index.execute("PRAGMA data_version").fetchone()
+        disk.put(KEY, make_kv(), documents=["b"])
+        disk.put(KEY, make_kv())
+        assert index.execute("PRAGMA data_version").fetchone() == version
+        disk.put(KEY, make_kv(), documents=["c"])
+        assert index.execute("PRAGMA data_version").fetchone() != version
+
+
+def test_overwriting_an_entry_keeps_its_documents(disk: DiskStore) -> None:
+    disk.put(KEY, make_kv(1), documents=["a"])
+    disk[KEY] = make_kv(2)
+    assert disk.documents(KEY) == ("a",)
+    assert disk[KEY].bit_equal(make_kv(2))
+
+
+def test_documents_are_known_without_reading_the_entry(tmp_path: Path) -> None:
+    with DiskStore(tmp_path) as store:
+        store.put(KEY, make_kv(), documents=["ä\ud800", ""])
+        store[OTHER] = make_kv()
+        file_of(store, KEY).unlink()
+        assert store.documents(KEY) == ("", "ä\ud800")
+        assert store.documents(OTHER) == ()
+        with pytest.raises(KeyError):
+            store.documents(key_of(1))
+
+
+@pytest.mark.parametrize("documents", ["one id", [1], [None]])
+def test_documents_must_be_several_str(disk: DiskStore, documents: Any) -> None:
+    with pytest.raises(TypeError, match="document"):
+        disk.put(KEY, make_kv(), documents=documents)
+    assert KEY not in disk

@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-from support.stores import age, file_of, flip, index_of, key_of, make_kv
+from support.stores import age, entry_files, file_of, flip, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.stores import DiskStore
 from sac_rag.stores.entry import encode
 
+KEY = "ab" * 32
+OTHER = "cd" * 32
 SIZE = len(encode(key_of(0), make_kv()))
 
 
@@ -96,7 +98,7 @@ def test_eviction_is_logged_counted_and_remembered(
 def test_what_is_remembered_of_departed_entries_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sac_rag.stores.disk.tombstones.LIMIT", 10)
+    monkeypatch.setattr("sac_rag.stores.disk.index._TOMBSTONES", 10)
     with DiskStore(tmp_path, max_bytes=SIZE) as store:
         for i in range(30):
             store[key_of(i)] = make_kv(i)
@@ -130,7 +132,7 @@ def test_an_entry_that_is_too_old_is_not_there(tmp_path: Path) -> None:
         assert store.check() == []
 
 
-def test_putting_an_entry_that_is_too_old_writes_it_anew(tmp_path: Path) -> None:
+def test_putting_an_entry_that_is_too_old_writes_it_again(tmp_path: Path) -> None:
     with DiskStore(tmp_path, max_age_s=60) as store:
         store.put(key_of(0), make_kv(1))
         age(store, key_of(0), 61)
@@ -271,10 +273,10 @@ def test_counting_writes_nothing_at_every_read(disk: DiskStore) -> None:
 def test_noting_that_an_entry_was_used_is_not_flushed(disk: DiskStore) -> None:
     """It would make a read a hundred times slower; what is written is flushed."""
     disk[key_of(0)] = make_kv()
-    assert disk._entries.index.sql("PRAGMA synchronous").fetchone() == (2,)
+    assert disk._entries.index.database.sql("PRAGMA synchronous").fetchone() == (2,)
     older(disk)
     disk[key_of(0)]
-    assert disk._entries.index.sql("PRAGMA synchronous").fetchone() == (1,)
+    assert disk._entries.index.database.sql("PRAGMA synchronous").fetchone() == (1,)
     assert disk.stats().unused_s is not None
     assert disk.stats().unused_s < 60
 
@@ -289,3 +291,70 @@ def test_a_reader_that_cannot_count_reads_all_the_same(disk: DiskStore) -> None:
         assert time.perf_counter() - started < 30
         index.execute("ROLLBACK")
     assert disk.stats().hits == 1001
+
+
+# Room.
+
+
+def test_the_disk_store_drops_what_was_used_longest_ago(tmp_path: Path) -> None:
+    size = len(encode(KEY, make_kv()))
+    with DiskStore(tmp_path, max_bytes=3 * size) as store:
+        for i in range(3):
+            store[key_of(i)] = make_kv(i)
+        with index_of(store) as index:  # an hour later
+            index.execute("UPDATE Cache SET access_time = access_time - 3600")
+        store[key_of(0)]  # reading renews
+        assert key_of(1) in store  # asking does not
+        store[key_of(3)] = make_kv(3)
+        assert sorted(store) == sorted(key_of(i) for i in (0, 2, 3))
+        assert (store.nbytes, store.evictions, len(entry_files(store))) == (3 * size, 1, 3)
+        assert store.check() == []
+
+
+def test_a_small_entry_can_make_room_by_dropping_several_and_never_itself(tmp_path: Path) -> None:
+    large = len(encode(KEY, make_kv(anchors=64)))
+    with DiskStore(tmp_path, max_bytes=large) as store:
+        for i in range(5):
+            store[key_of(i)] = make_kv(i)
+        store[KEY] = make_kv(anchors=64)
+        assert list(store) == [KEY]
+        assert store.evictions == 5
+        assert store.check() == []
+
+
+def test_a_clock_that_was_set_back_does_not_drop_the_newest_entry(tmp_path: Path) -> None:
+    with DiskStore(tmp_path, max_bytes=3000) as store:
+        store[key_of(0)], store[key_of(1)] = make_kv(0), make_kv(1)
+        with index_of(store) as index:
+            index.execute("UPDATE Cache SET access_time = access_time + 3600")
+        store[KEY] = make_kv()
+        assert sorted(store) == sorted([KEY, key_of(1)])
+        assert store.check() == []
+
+
+def test_an_entry_larger_than_the_disk_cap_is_not_kept(tmp_path: Path) -> None:
+    with DiskStore(tmp_path, max_bytes=2500) as store:
+        store[KEY], store[OTHER] = make_kv(1, anchors=2), make_kv(2, anchors=2)
+        store[KEY] = make_kv(1, anchors=64)
+        assert list(store) == [OTHER]  # nor is the old value served in its place
+        assert store.evictions == 1
+        assert store.check() == []
+
+
+def test_reading_what_was_used_just_now_writes_nothing(disk: DiskStore) -> None:
+    disk[KEY] = make_kv()
+    with index_of(disk) as index:
+        version = index.execute("PRAGMA data_version").fetchone()
+        assert disk[KEY].bit_equal(make_kv())
+        assert index.execute("PRAGMA data_version").fetchone() == version
+
+
+def test_a_read_does_not_wait_for_a_writer(disk: DiskStore) -> None:
+    disk[KEY] = make_kv()
+    with index_of(disk) as index:
+        index.execute("UPDATE Cache SET access_time = 0")
+        index.execute("BEGIN IMMEDIATE")  # a writer would wait for it for a minute
+        started = time.perf_counter()
+        assert disk[KEY].bit_equal(make_kv())
+        assert time.perf_counter() - started < 30
+        index.execute("ROLLBACK")

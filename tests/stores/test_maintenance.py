@@ -54,11 +54,11 @@ def test_everything_that_is_wrong_is_repaired(tmp_path: Path) -> None:
             )
     before = bytes_in(tmp_path)
     with DiskStore(tmp_path, read_only=True) as store:
-        found = store.check()
-        assert len(found) == 10
+        problems = store.check()
+        assert len(problems) == 10
     assert bytes_in(tmp_path) == before
     with DiskStore(tmp_path) as store:
-        assert len(store.check(fix=True)) >= len(found) - 1  # one repair may mend another thing
+        assert len(store.check(fix=True)) >= len(problems) - 1  # one repair may mend another thing
         assert store.check() == []
         assert sorted(store) == sorted(key_of(number) for number in range(2, 6))
         assert store.documents(key_of(3)) == ("document 3",)
@@ -78,7 +78,7 @@ def test_repairing_leaves_alone_what_is_being_written(disk: DiskStore) -> None:
     path.unlink()
 
 
-def test_a_file_swept_before_it_was_locked_is_made_anew(
+def test_a_file_swept_before_it_was_locked_is_made_again(
     disk: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = fcntl.flock
@@ -117,11 +117,11 @@ def test_what_killed_writers_left_is_collected(disk: DiskStore) -> None:
     disk[key_of(0)] = make_kv()
     path = leave_behind(disk, 1)
     assert path.exists()
-    done = disk.gc()
-    assert (done.leftovers, done.nbytes) == (1, len(b"secret bytes"))
+    collected = disk.gc()
+    assert (collected.leftovers, collected.nbytes) == (1, len(b"secret bytes"))
     assert not path.exists()
     assert list(disk) == [key_of(0)]
-    assert disk.gc() == type(done)(0, 0, 0, 0, 0)
+    assert disk.gc() == type(collected)(0, 0, 0, 0, 0)
 
 
 def test_forgetting_sweeps_what_killed_writers_left(disk: DiskStore) -> None:
@@ -138,11 +138,11 @@ def test_expired_and_superseded_entries_are_collected(tmp_path: Path) -> None:
         age(store, key_of(0), 61)
         store.pin([key_of(1)])
         size = store.nbytes // 5
-        done = store.gc()
-        assert (done.expired, done.superseded) == (1, 0)
-        done = store.gc(keep_fingerprints=[SECOND])
-        assert (done.expired, done.superseded) == (0, 1)
-        assert abs(done.nbytes - size) < 100
+        collected = store.gc()
+        assert (collected.expired, collected.superseded) == (1, 0)
+        collected = store.gc(keep_fingerprints=[SECOND])
+        assert (collected.expired, collected.superseded) == (0, 1)
+        assert abs(collected.nbytes - size) < 100
         assert sorted(store) == sorted(key_of(number) for number in (1, 3, 4))
         assert store.why_absent(key_of(0)) == "expired"
         assert store.why_absent(key_of(2)) == "evicted"
@@ -184,7 +184,7 @@ def test_the_figures_of_a_store(tmp_path: Path) -> None:
         assert stats.nbytes == store.nbytes
         assert stats.ratio == make_kv().ratio
         assert stats.index_nbytes > 10_000
-        assert (stats.quarantined, stats.set_aside, stats.reasons) == (1, 1, {"corrupt": 1})
+        assert (stats.quarantined, stats.total_quarantined, stats.reasons) == (1, 1, {"corrupt": 1})
         assert stats.oldest_s is not None
         assert 1000 <= stats.oldest_s < 1060
         assert [(f.fingerprint, f.entries, f.fields) for f in stats.fingerprints] == [
@@ -203,15 +203,15 @@ def test_the_ratio_is_the_mean_of_what_is_stored(tmp_path: Path) -> None:
         store.put(key_of(2), whole.first(10), fingerprint=SECOND)
         stats = store.stats()
         assert stats.ratio == 3 * 120 / 40
-        assert [found.ratio for found in stats.fingerprints] == [240 / 30, 120 / 10]
+        assert [made.ratio for made in stats.fingerprints] == [240 / 30, 120 / 10]
         store.put(key_of(1), whole)
-        assert [found.ratio for found in store.stats().fingerprints] == [5, 12]
+        assert [made.ratio for made in store.stats().fingerprints] == [5, 12]
         with index_of(store) as index:  # as it is of entries that format 2 wrote
             columns = "num_tokens = NULL, num_entries = NULL, num_heads = NULL"
             update = f"UPDATE Origin SET {columns} WHERE fingerprint = ?"
             index.execute(update, (SECOND,))
             assert store.stats().ratio == 5
-            assert [found.ratio for found in store.stats().fingerprints] == [5, None]
+            assert [made.ratio for made in store.stats().fingerprints] == [5, None]
             index.execute("UPDATE Origin SET num_entries = 'many', num_tokens = x'ff'")
             assert store.stats().ratio is None
 
@@ -239,7 +239,7 @@ def test_an_encrypted_store_shows_neither_text_nor_documents(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("own", "given", "said"),
+    ("actual", "cipher", "message"),
     [
         (OLD, NEW, f"is encrypted with key {OLD.id}, and was opened with key {NEW.id}"),
         (OLD, None, f"is encrypted with key {OLD.id}, and was opened with no key"),
@@ -249,13 +249,13 @@ def test_an_encrypted_store_shows_neither_text_nor_documents(tmp_path: Path) -> 
 )
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_wrong_key_is_a_clear_error(
-    tmp_path: Path, own: Cipher | None, given: Cipher | None, said: str, read_only: bool
+    tmp_path: Path, actual: Cipher | None, cipher: Cipher | None, message: str, read_only: bool
 ) -> None:
-    with DiskStore(tmp_path, cipher=own) as store:
+    with DiskStore(tmp_path, cipher=actual) as store:
         store[key_of(0)] = make_kv()
-    with pytest.raises(ValueError, match=said):
-        DiskStore(tmp_path, cipher=given, read_only=read_only)
-    with DiskStore(tmp_path, cipher=own) as store:
+    with pytest.raises(ValueError, match=message):
+        DiskStore(tmp_path, cipher=cipher, read_only=read_only)
+    with DiskStore(tmp_path, cipher=actual) as store:
         assert store[key_of(0)].bit_equal(make_kv())
 
 
@@ -292,7 +292,7 @@ def test_another_key_keeps_entries_documents_pins_and_ages(
 
 
 def test_an_entry_in_another_key_is_a_miss_that_is_named_and_stays(tmp_path: Path) -> None:
-    """As where another process goes on writing with the old key while a store gets a new one."""
+    """As where another process still writes with the old key while a store gets a new one."""
     with DiskStore(tmp_path, cipher=OLD) as store, DiskStore(tmp_path, cipher=OLD) as other:
         store[key_of(0)] = make_kv(0)
         store.rekey(NEW)

@@ -226,7 +226,7 @@ def fill(folder: Path, cipher: Cipher | None) -> None:
 
     def keep(store: DiskStore, name: str, text: str, *documents: str) -> CachedCompressor:
         cached = CachedCompressor(make_compressor(generator, name), store, guard=False)
-        (kv,) = cached.compressor.compress([text])
+        (kv,) = cached.inner.compress([text])
         cached.keep(text, kv, documents)
         return cached
 

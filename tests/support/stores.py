@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -66,3 +69,15 @@ def bytes_in(folder: Path) -> dict[Path, bytes]:
         path: str(path.relative_to(folder)).encode() + (b"" if path.is_dir() else path.read_bytes())
         for path in folder.rglob("*")
     }
+
+
+def entry_files(store: DiskStore) -> list[Path]:
+    """Files of all entries."""
+    return sorted((store.folder / "entries").glob("*/*"))
+
+
+def run_python(code: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Runs code in another process that can import what this one can."""
+    path = os.pathsep.join(part for part in sys.path if part)
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **environment})

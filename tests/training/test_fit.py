@@ -111,7 +111,7 @@ def fitted(request: pytest.FixtureRequest, questions: Path) -> Fitted:
 
 def kept(fitted: Fitted, budget: str, ratio: int) -> list[float]:
     """The share of attention kept in each prompt."""
-    return [f.kept for f in fitted.figures if (f.budget, f.ratio) == (budget, ratio)]
+    return [f.attention_kept for f in fitted.figures if (f.budget, f.ratio) == (budget, ratio)]
 
 
 def budgets(compressor: SAC) -> Tensor:
@@ -300,7 +300,7 @@ def test_the_command_fits_and_says_how_to_use_it(
     (load,) = (line for line in done.stdout.splitlines() if line.startswith("rag = "))
     names: dict[str, Any] = {}
     exec(f"from sac_rag import SacRAG\n{load}", names)
-    assert names["rag"].compressor.compressor.config.ratio == 7
+    assert names["rag"].compressor.config.ratio == 7
     done = CliRunner().invoke(
         app,
         [*arguments, "--out", str(tmp_path / "b"), "--text", str(prose), "--json"],

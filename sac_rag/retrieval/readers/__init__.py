@@ -1,4 +1,4 @@
-"""Files to documents, a file a family of formats. Knows nothing of tokens, models or chunks' sizes.
+"""Readers of documents, one file per family of formats.
 
 Nothing that is read is executed, and no framework whose exports are read is imported.
 """

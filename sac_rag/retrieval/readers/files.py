@@ -1,4 +1,4 @@
-"""Finds files and reads each as what its name says. Knows nothing of what is in a format."""
+"""read_documents: finds files and reads each by its ending."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FILE = re.compile(
     r"(?P<stem>.+)\.(?:(?P<kind>txt|md|jsonl|json)(?P<zipped>\.gz)?|(?P<columns>parquet))",
     re.I | re.S,
 )
-# The one .json file that is read without being named: other ones are anything.
+# The one .json file that is read from a folder: other ones may hold anything.
 _DOCSTORE = re.compile(r"docstore\.json(\.gz)?", re.I)
 _STDIN = Path("-")
 
@@ -35,28 +35,28 @@ def read_documents(paths: Iterable[str | Path], *, on_bad: OnBad | None = None) 
     """Reads each document of some files as one uncut Chunk.
 
     A .txt or .md file is a document, named by its path. A .jsonl file has one on each line:
-    `{"text": str, "id": str, "title": str, "metadata": object}`, where only the text is needed, the
-    id is else "path:line", and all other keys go into the metadata. A .parquet file has one in each
-    row, its columns being such keys. A .json file is a list of such records, a document store that
-    LlamaIndex persisted, or a vector store that LangChain dumped; records may also be documents as
-    LangChain or nodes as LlamaIndex serialise them. All but .parquet may be gzipped (.gz). All text
-    is UTF-8.
+    `{"text": str, "id": str, "title": str, "metadata": object}`, where only the text is required,
+    the default id is "path:line", and all other keys go into the metadata. A .parquet file has one
+    in each row, with columns named as these keys. A .json file is a list of such records, a
+    document store that LlamaIndex persisted, or a vector store that LangChain dumped; records may
+    also be documents as LangChain or nodes as LlamaIndex serialise them. All except .parquet may be
+    gzipped (.gz). All text is UTF-8.
 
     Args:
         paths: Files; folders, which are searched in sorted order for such files (of .json files
-            only for docstore.json), leaving out hidden ones and folders that are links; and "-" for
+            only for docstore.json), except hidden ones and folders that are links; and "-" for
             standard input, which is read as .jsonl if its first line is a JSON object, else as
             .txt.
-        on_bad: Called with the place ("path:line") and what is wrong with it, for each record or
-            file that is then left out. Default: raise ValueError at the first.
+        on_bad: Called with the place ("path:line") and the problem of each record or file that is
+            left out. Default: raise ValueError at the first.
 
     Returns:
-        The documents, read as they are asked for: .jsonl by the line, .parquet by the row group,
-        any other file whole. What is in the folders is listed at once.
+        The documents, read as they are consumed: .jsonl line by line, .parquet by row group, any
+        other file whole. Folders are listed at once.
 
     Raises:
-        FileNotFoundError: at once, if a path is not there.
-        ValueError: at once, if a file named here is of no kind that can be read.
+        FileNotFoundError: at once, if a path does not exist.
+        ValueError: at once, if one of the paths is a file of another kind.
         ImportError: at once, if there is a .parquet file and pyarrow is not installed.
         TypeError: if `paths` is one path.
     """
@@ -83,12 +83,12 @@ def _files(named: str | Path) -> list[Path]:
             f"a path must be a file or folder that exists, or '-', was: '{named}'"
         )
     if path.is_dir():
-        found = []
+        files = []
         for folder, folders, names in os.walk(path, onerror=_raise):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [Path(folder, name) for name in names if _is_read_unnamed(name)]
+            files += [Path(folder, name) for name in names if _is_read_unnamed(name)]
         # A pipe or a dangling link may have such a name too.
-        return sorted(file for file in found if file.is_file())
+        return sorted(file for file in files if file.is_file())
     if not _FILE.fullmatch(path.name):
         raise ValueError(
             "a file must end in .txt, .md, .jsonl or .json, or one of these and .gz, or in "
@@ -141,7 +141,7 @@ def _parse(
     Args:
         lines: Its lines, with their ends.
         name: Its path, for ids and places.
-        stem: The title of a file that has no better one.
+        stem: The title of a text that has no heading.
         kind: "txt", "md", "jsonl" or "json".
         on_bad: As for `read_documents`.
     """

@@ -1,4 +1,4 @@
-"""json: lists of records and what frameworks persist in one object. Knows nothing of files."""
+"""json: lists of records, and stores that frameworks persist as one object."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _records(value: Any) -> Iterable[tuple[Any, Any]]:
     if llama_index.is_store(value):
         return llama_index.nodes(value)
     if langchain.is_store(value):
-        # Plain records, but for what LangChain does to metadata.
+        # Plain records, except that LangChain escapes metadata.
         return [(key, langchain.plain_record(record)) for key, record in value.items()]
     if isinstance(value, list):
         return enumerate(value, 1)

@@ -1,14 +1,14 @@
-"""What LangChain writes of its documents, read as plain data. Knows nothing of files.
+"""LangChain's serialised documents, read as plain data.
 
 Written by langchain-core's `dumpd`, `dumps`, `Document.model_dump` and `InMemoryVectorStore.dump`.
-`load` would construct whatever classes and secrets the text names; nothing is constructed here.
+`load` would construct any classes and secrets that the text names; nothing is constructed here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# A dict of the user's own that could be taken for a serialised object is wrapped in one of these.
+# Wraps a user's dict that could be taken for a serialised object.
 _ESCAPE = "__lc_escaped__"
 
 
@@ -18,7 +18,7 @@ def is_document(record: dict[str, Any]) -> bool:
 
 
 def is_store(value: Any) -> bool:
-    """Whether a JSON value is what an InMemoryVectorStore dumps: records with their vectors."""
+    """Whether a JSON value is a dump of an InMemoryVectorStore: records with their vectors."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -30,13 +30,13 @@ def is_store(value: Any) -> bool:
 
 
 def plain_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The same as a plain record, whose id is the document's source where it has one.
+    """A plain record of a serialised document; its id is the document's source, if it has one.
 
-    LangChain names the file that a text was cut from in metadata["source"], and gives an id to each
-    of the pieces; that one goes into the metadata.
+    LangChain has the file that a text was cut from in metadata["source"], and an id per piece,
+    which goes into the metadata.
 
     Raises:
-        ValueError: if it is the serialised form of something else.
+        ValueError: if another kind of object is serialised.
     """
     if _is_object(record):
         record = _fields(record)

@@ -1,4 +1,4 @@
-"""What LlamaIndex writes of its documents and nodes, read as plain data. Knows nothing of files.
+"""LlamaIndex's serialised documents and nodes, read as plain data.
 
 Written by llama-index-core's `SimpleDocumentStore.persist`.
 """
@@ -20,7 +20,7 @@ def is_store(value: Any) -> bool:
 def nodes(store: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The records of a store with their names, those of one document together.
 
-    A document whose nodes are there as well is left out: its text would be there twice.
+    A document whose nodes are in the store as well is left out: its text would be there twice.
     """
     together: dict[str, list[tuple[str, Any]]] = {}
     for name, record in store[_DATA].items():
@@ -30,8 +30,8 @@ def nodes(store: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         else:
             together.setdefault(source, []).append((name, record))
     for source, records in together.items():
-        own = records[0][0] == source and len(records) > 1
-        yield from records[1:] if own else records
+        has_document = records[0][0] == source and len(records) > 1
+        yield from records[1:] if has_document else records
 
 
 def is_node(record: dict[str, Any]) -> bool:
@@ -40,7 +40,7 @@ def is_node(record: dict[str, Any]) -> bool:
 
 
 def plain_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The same as a plain record, whose id is that of the document that a node was cut from.
+    """A plain record of a serialised node; its id is that of the document it was cut from.
 
     Raises:
         ValueError: if it does not hold a node's fields.
@@ -68,9 +68,9 @@ def plain_record(record: dict[str, Any]) -> dict[str, Any]:
 
 def _source(record: Any) -> str | None:
     """The id of the document that a node was cut from."""
-    found = record
+    value = record
     for key in ("__data__", "relationships", _SOURCE, "node_id"):
-        if not isinstance(found, dict):
+        if not isinstance(value, dict):
             return None
-        found = found.get(key)
-    return found if isinstance(found, str) else None
+        value = value.get(key)
+    return value if isinstance(value, str) else None

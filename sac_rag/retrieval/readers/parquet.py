@@ -1,4 +1,4 @@
-"""Parquet: a row is a document. Needs the extra "parquet"; knows nothing of where files are."""
+"""parquet: a document per row. Needs the extra "parquet"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS = 1024  # turned into Python objects at a time
 
 
 def require_pyarrow(path: Path) -> None:
-    """Raises ImportError, with the command that helps, where pyarrow is not installed."""
+    """Raises ImportError, naming the extra, where pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
@@ -23,10 +23,10 @@ def require_pyarrow(path: Path) -> None:
 
 
 def read_parquet(path: Path, name: str, on_bad: Callable[[str, str], None]) -> Iterator[Chunk]:
-    """The documents in a file, read by the row group.
+    """The documents in a file, read by row group.
 
-    Columns "text", "id" and "title" are what they are called, a column "metadata" of objects is
-    taken apart, and all others go into the metadata.
+    Columns "text", "id" and "title" are the document's, the fields of a column "metadata" and all
+    other columns go into its metadata.
 
     Args:
         path: The file.
@@ -58,7 +58,7 @@ def read_parquet(path: Path, name: str, on_bad: Callable[[str, str], None]) -> I
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON can hold of a value: dates and the like are spelled out, bytes left out."""
+    """A value as JSON can hold it: dates and the like as text, bytes as null."""
     if isinstance(value, dict):
         return {str(name): _as_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Records to documents, and jsonl, which has one on each line. Knows nothing of files."""
+"""Records to documents; jsonl, a record per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sac_rag.retrieval.readers import langchain, llama_index
 def read_jsonl(
     lines: Iterable[bytes], name: str, on_bad: Callable[[str, str], None]
 ) -> Iterator[Chunk]:
-    """A document of each line that is not blank; see `read_documents`."""
+    """A document per line that is not blank; see `read_documents`."""
     for number, line in enumerate(lines, 1):
         place = f"{name}:{number}"
         if line.strip():
@@ -31,7 +31,7 @@ def parse_json(data: bytes) -> Any:
     """JSON to a value.
 
     Raises:
-        ValueError: if it cannot be read, for whatever reason.
+        ValueError: if it cannot be read.
     """
     try:
         return json.loads(data.decode())
@@ -46,14 +46,14 @@ def parse_json(data: bytes) -> Any:
 
 
 def to_document(record: Any, place: str) -> Chunk:
-    """A document of a record: a plain one, or one that LangChain or LlamaIndex serialised.
+    """The document of a record: a plain one, or one that LangChain or LlamaIndex serialised.
 
     Args:
-        record: What JSON can hold.
-        place: Its id, if it has none.
+        record: A JSON value.
+        place: The id of a record that has none.
 
     Raises:
-        ValueError: if it is none, saying why.
+        ValueError: if it is not a document, with the reason.
     """
     if not isinstance(record, dict):
         raise ValueError(f'a record must be an object, {{"text": …}}, was: {record!r:.80}')
@@ -83,19 +83,19 @@ def checked(document: Chunk) -> Chunk:
     """The document itself.
 
     Raises:
-        ValueError: if a tokenizer would not take it.
+        ValueError: if it is not valid Unicode, which tokenizers refuse.
     """
     for part in (document.text, document.id or "", document.title or ""):
         try:
             part.encode()
         except UnicodeEncodeError as error:
-            # Half a surrogate pair, from a JSON escape or an old file name: no tokenizer takes it.
+            # Half a surrogate pair, from a JSON escape or an old file name.
             raise ValueError(f"text, id and title must be valid Unicode, but: {error}") from None
     return document
 
 
 def _take(record: dict[str, Any], key: str, *kinds: type) -> Any:
-    """Takes a value out of a record; null is as good as absent."""
+    """Removes a value from a record; null counts as absent."""
     value = record.pop(key, None)
     if value is not None and type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)

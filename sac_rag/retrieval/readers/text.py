@@ -1,4 +1,4 @@
-"""txt and md: a file is a document. Knows nothing of where files are."""
+"""txt and md: a document per file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def read_text(
     has_heading: bool,
     on_bad: Callable[[str, str], None],
 ) -> Iterator[Chunk]:
-    """The document that a file is, if it can be read.
+    """The document of a file, if it can be read.
 
     Args:
-        content: UTF-8, a byte-order mark or not, any line ends.
-        name: Its path: its id.
-        stem: Its title, if it has no better one.
-        has_heading: Whether a Markdown heading at its start is its title.
+        content: UTF-8, with or without a byte-order mark, any line ends.
+        name: The path, which becomes the id.
+        stem: The title of a text without heading.
+        has_heading: Whether a Markdown heading at the start is the title.
         on_bad: As for `read_documents`.
     """
     try:

@@ -1,4 +1,4 @@
-"""The files of a DiskStore: one an entry, written once. Knows nothing of what is in them."""
+"""The files of a DiskStore: one per entry, written once and never changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Where files cannot be locked, one without a row is a dead writer's when it is this old.
+# Where files cannot be locked, those without a row are a dead writer's if they are this old.
 _ABANDONED_SECONDS = 3600.0
 _INDEX = "cache.db"
 
@@ -33,24 +33,24 @@ _INDEX = "cache.db"
 class Files:
     """The files of the entries. Follows no name out of the folder.
 
-    A file is locked by its writer until its row is there. One that has neither row nor lock is
-    what a killed writer left behind.
+    A file is locked by its writer until its row is there. One that has neither row nor lock was
+    left behind by a killed writer.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "entries"
         self.quarantine = folder / "quarantine"
 
-    def make(self) -> None:
+    def make_folders(self) -> None:
         """Makes the folders, unless they are there."""
         for path in (self.folder, self.quarantine):
             make_folder(path)
 
     @contextlib.contextmanager
     def written(self, key: str, data: bytes) -> Iterator[str]:
-        """Writes a new file that would survive a power cut, and gives its name.
+        """Writes a new file that survives a power cut, and yields its name.
 
-        If the block, in which the name gets its row, fails, the file is deleted again.
+        The block gives the name its row. If it fails, the file is deleted again.
         """
         parent = self.folder / key[:2]
         if make_folder(parent):
@@ -78,9 +78,9 @@ class Files:
 
     @contextlib.contextmanager
     def opened(self, row: Row) -> Iterator[Callable[[int], memoryview]]:
-        """Gives what reads the first bytes of an entry, any number, into memory of their own.
+        """Yields a function that reads the first bytes of an entry into newly allocated memory.
 
-        Read and not mapped: mapping 2.2 MiB, verifying and using them takes 0.41 ms in place of
+        Read and not mapped: mapping 2.2 MiB, verifying and using them takes 0.41 ms instead of
         0.61, but a file that is cut short while it is mapped ends the process, and one that is
         changed after it was verified changes what is attended to.
 
@@ -102,22 +102,22 @@ class Files:
             yield partial(_read_first, file)
 
     def has(self, row: Row) -> bool:
-        """Whether the file of a row is there, if the row is one of ours."""
+        """Whether the file of a row exists, if the row is one of ours."""
         return row.name is not None and os.path.lexists(self.folder / row.name)
 
     def remove(self, row: Row) -> None:
-        """Deletes the file of a row that is no longer there, if the row was one of ours."""
+        """Deletes the file of a row that was removed, if the row was one of ours."""
         if row.name is not None:
             with contextlib.suppress(OSError, CorruptEntryError):
                 self._path(row.name).unlink()
 
     def flush(self, names: Iterable[str]) -> None:
-        """Makes it survive a power cut that files were deleted."""
+        """Makes deletions of files survive a power cut."""
         for parent in {(self.folder / name).parent for name in names}:
             flush_folder(parent)
 
-    def set_aside(self, row: Row, inline: bytes | None) -> None:
-        """Keeps the bytes of a bad entry in quarantine, as far as they are ours to move."""
+    def move_to_quarantine(self, row: Row, inline: bytes | None) -> None:
+        """Keeps the bytes of a bad entry, of its file or its row, as far as they are ours."""
         target = self.quarantine / (row.key or f"row-{row.rowid}")
         if inline is not None:
             path = target.with_suffix(".row")
@@ -129,26 +129,26 @@ class Files:
                 self._path(row.name).replace(target)
 
     def quarantined(self) -> list[Path]:
-        """What was set aside."""
+        """Files in quarantine."""
         with contextlib.suppress(FileNotFoundError):
             return sorted(path for path in self.quarantine.iterdir() if not path.is_dir())
         return []
 
-    def discard(self, key: str) -> None:
-        """Deletes what was set aside of an entry."""
+    def empty_quarantine_of(self, key: str) -> None:
+        """Deletes the quarantined bytes of an entry."""
         if not is_key(key):
-            return  # nothing of ours, and perhaps a way out of the folder
+            return  # not a name of ours, and perhaps a path out of the folder
         for path in (self.quarantine / key, self.quarantine / f"{key}.row"):
             path.unlink(missing_ok=True)
 
     def size(self, name: str) -> int:
-        """Bytes of a file; 0 if it is not there."""
+        """Bytes of a file; 0 if there is none."""
         with contextlib.suppress(OSError):
             return (self.folder / name).lstat().st_size
         return 0
 
-    def strangers(self, known: Callable[[str], bool]) -> list[str]:
-        """Names of files in the entries' folder for which nothing speaks; the index's left out."""
+    def unknown(self, is_known: Callable[[str], bool]) -> list[str]:
+        """Names of files in the entries' folder that are not known, nor of the index."""
         names = []
         for folder, folders, files in os.walk(self.folder):
             place = Path(folder).relative_to(self.folder)
@@ -159,16 +159,16 @@ class Files:
             ]
             # A link to a folder is listed as a folder, and not walked into.
             names += [str(place / name) for name in folders if (Path(folder) / name).is_symlink()]
-        return sorted(name for name in names if not known(name))
+        return sorted(name for name in names if not is_known(name))
 
-    def sweep(self, known: Callable[[str], bool]) -> list[str]:
-        """Deletes what killed writers left behind; files that are being written stay."""
+    def sweep(self, is_known: Callable[[str], bool]) -> list[str]:
+        """Deletes files that killed writers left behind; files that are being written stay."""
         swept = []
-        for name in self.strangers(known):
+        for name in self.unknown(is_known):
             path = self.folder / name
             with contextlib.suppress(FileNotFoundError), _unlocked(path) as is_free:
-                # Asked again, now that nobody is about to give it a row.
-                if is_free and not known(name):
+                # Checked again, now that nobody is about to give it a row.
+                if is_free and not is_known(name):
                     path.unlink()
                     swept.append(name)
         return swept
@@ -184,7 +184,7 @@ def _read_first(file: FileIO, nbytes: int) -> memoryview:
     data = np.empty(nbytes, dtype=np.uint8).data  # unlike a bytearray, not filled with zeros first
     file.seek(0)
     begin = 0
-    while count := file.readinto(data[begin:]):  # which may be fewer than there are, above 2 GiB
+    while count := file.readinto(data[begin:]):  # reads at most 2 GiB at once
         begin += count
     return data[:begin]
 
@@ -202,7 +202,7 @@ def _create_locked(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def _unlocked(path: Path) -> Iterator[bool]:
-    """Whether nobody is writing a file; while the block lasts, nobody gives it a row."""
+    """Yields whether nobody is writing a file; while the block lasts, nobody gives it a row."""
     if not stat.S_ISREG(path.lstat().st_mode):
         yield True
         return
@@ -221,22 +221,22 @@ def _unlocked(path: Path) -> Iterator[bool]:
 
 
 def make_folder(path: Path) -> bool:
-    """Makes a folder for its owner alone, unless it is there; says whether it was not.
+    """Makes an owner-only folder (0700) unless there is one; returns whether it was made.
 
     Raises:
-        NotADirectoryError: if something else is there, or a link.
+        NotADirectoryError: if there is something else, or a link.
     """
-    made = False
+    is_new = False
     with contextlib.suppress(FileExistsError):
         path.mkdir(0o700, parents=True)
-        made = True
+        is_new = True
     if not stat.S_ISDIR(path.lstat().st_mode):
         raise NotADirectoryError(f"a store needs a folder, {path} is something else")
-    return made
+    return is_new
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, and survives a power cut."""
+    """Writes a file that appears whole or not at all, and survives a power cut."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
         with open(draft, "xb", opener=owner_only) as file:
@@ -261,7 +261,7 @@ def flush_folder(path: Path) -> None:
 
 
 def owner_only(path: str, flags: int) -> int:
-    """Opens a new file that only its owner can read."""
+    """Opener of new owner-only files (0600)."""
     return os.open(path, flags, 0o600)
 
 

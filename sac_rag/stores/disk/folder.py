@@ -1,4 +1,4 @@
-"""What a DiskStore's folder says of itself, in store.json. Knows nothing of what else is in it."""
+"""What a DiskStore's folder says of itself: store.json and the fields of fingerprints."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from sac_rag.stores.entry import is_key
 MAGIC = "sac_rag.DiskStore"
 FORMAT = 3
 _UPGRADABLE = (1, 2)
+_LIMIT = 2**20  # bytes of a manifest; ours have two or three thousand
+_SHOWN = 24  # characters of a value: enough of a digest to tell two apart
 
 
-def claim(folder: Path, read_only: bool = False) -> int:
-    """Makes a folder a store, or sees that it is one that we can read; returns its format.
+def open_folder(folder: Path, read_only: bool = False) -> int:
+    """Makes a folder a store, or checks that it is a readable one; returns its format.
 
     Raises:
         ValueError: if it holds something else, or a store of a format that cannot be used.
-        FileNotFoundError: if it is not there and may only be read.
+        FileNotFoundError: if there is none and it may only be read.
     """
     path = folder / "store.json"
     if read_only:
@@ -29,21 +31,21 @@ def claim(folder: Path, read_only: bool = False) -> int:
         make_folder(folder)
     if not path.exists():
         names = {other.name for other in folder.iterdir()}
-        strange = sorted(name for name in names if not name.startswith(path.name))
-        if read_only or (strange and not path.exists()):  # another may have claimed it just now
+        foreign = sorted(name for name in names if not name.startswith(path.name))
+        if read_only or (foreign and not path.exists()):  # another may have made it just now
             raise ValueError(
-                f"{folder} is {_described(strange)}; give the folder of a store"
+                f"{folder} is {_described(foreign)}; give the folder of a store"
                 f"{'' if read_only else ', or an empty one'}"
             )
-        state(folder)
+        write_format(folder)
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(4096))
+            content = json.loads(file.read(4096))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not that of a store: {error}") from error
-    if not isinstance(found, dict) or found.get("magic") != MAGIC:
-        raise ValueError(f"{path} does not say {MAGIC!r}, was: {found!r:.100}")
-    version = found.get("format")
+    if not isinstance(content, dict) or content.get("magic") != MAGIC:
+        raise ValueError(f"{path} does not say {MAGIC!r}, was: {content!r:.100}")
+    version = content.get("format")
     if type(version) is not int or version not in (*_UPGRADABLE, FORMAT):
         raise ValueError(
             f"{folder} is a store of format {version!r:.20}, this version of sac_rag "
@@ -57,27 +59,17 @@ def claim(folder: Path, read_only: bool = False) -> int:
     return version
 
 
-def state(folder: Path) -> None:
-    """Writes down that a folder is a store of the current format."""
+def write_format(folder: Path) -> None:
+    """Records in store.json that a folder is a store of the current format."""
     write_whole(folder / "store.json", json.dumps({"magic": MAGIC, "format": FORMAT}).encode())
 
 
-def _described(strange: list[str]) -> str:
-    if not strange:
-        return "an empty folder and not a store"
-    return f"not empty and not a store (it has {strange[0]!r}, but no store.json)"
-
-
-_LIMIT = 2**20  # bytes; a manifest of ours has two or three thousand
-_SHOWN = 24  # characters of a value: enough of a digest to tell two apart
-
-
 class Manifests:
-    """Fields of fingerprints, in a folder that is made when the first is noted.
+    """Fields of fingerprints, one JSON file each.
 
     Args:
         folder: The store's.
-        read_only: What is noted is remembered by this object and not written.
+        read_only: Fields are remembered by this object and not written.
     """
 
     def __init__(self, folder: Path, read_only: bool) -> None:
@@ -86,7 +78,7 @@ class Manifests:
         self._remembered: dict[str, dict[str, str]] = {}
 
     def note(self, fingerprint: str, fields: Mapping[str, str]) -> None:
-        """Writes a manifest, unless it is there.
+        """Writes the fields of a fingerprint, unless they are there.
 
         Raises:
             ValueError: if the fingerprint is not a hex digest.
@@ -106,11 +98,11 @@ class Manifests:
             write_whole(self.folder / f"{fingerprint}.json", text.encode())
 
     def fields(self, fingerprint: str) -> dict[str, str] | None:
-        """The fields noted for a fingerprint; None if there are none that can be read."""
+        """The fields of a fingerprint; None if there are none that can be read."""
         return self._remembered.get(fingerprint) or self._read(fingerprint)
 
     def nearest(self, olds: Sequence[str], new: str) -> str:
-        """In what a fingerprint differs from the most similar of others, as "name was …, is …"."""
+        """How a fingerprint differs from the most similar of others, as "name was …, is …"."""
         known = [fields for old in olds if (fields := self._difference(old, new))]
         if not known:
             return f"was {olds[0]:.12}, is {new:.12}"
@@ -133,17 +125,23 @@ class Manifests:
             return None
         try:
             with (self.folder / f"{fingerprint}.json").open("rb") as file:
-                found = json.loads(file.read(_LIMIT))
+                fields = json.loads(file.read(_LIMIT))
         except (OSError, ValueError, RecursionError):
             return None
-        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
             return None
-        return found
+        return fields
+
+
+def _described(foreign: list[str]) -> str:
+    if not foreign:
+        return "an empty folder and not a store"
+    return f"not empty and not a store (it has {foreign[0]!r}, but no store.json)"
 
 
 def _shown(name: str, fields: Mapping[str, str]) -> str:
     value = fields.get(name)
     if value is None:
-        # A compressor's fingerprint covers only those of its config that are not at their default.
+        # A compressor's fingerprint covers only those config fields that are not at their default.
         return "its default" if name.startswith("config.") else "not there"
     return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"

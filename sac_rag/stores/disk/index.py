@@ -1,27 +1,41 @@
-"""The index of a DiskStore: one row an entry, in diskcache's table. Knows nothing of the files."""
+"""The index of a DiskStore: one row per entry, and its documents, origin and past.
+
+What diskcache does: it makes the SQLite file with the table Cache, its triggers that count entries
+and bytes, its index by last use and its settings, and any diskcache.Cache can list the folder.
+What it does not do: its transactions stay open where a COMMIT fails on a full disk, and its `set`
+and `get` are transactions of their own, so that an entry could not appear together with its
+documents; it evicts ten entries at a time, pinned ones too; it expires by the age given when an
+entry was stored and not when it is read; its `get` for least-recently-used holds the write lock
+while it reads the file, and unpickles what a row tells it to (CVE-2025-69872). Statements,
+transactions and connections are therefore ours (database.py), and files are read and written by
+`Files`, never by a diskcache.Disk.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import re
-import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import diskcache
-from diskcache.core import DBNAME, DEFAULT_SETTINGS, ENOVAL, METADATA, MODE_BINARY
+from diskcache.core import MODE_BINARY
 
 from sac_rag.errors import CorruptEntryError
-from sac_rag.stores.disk import database as schema
+from sac_rag.stores.disk.database import open_database
 from sac_rag.stores.entry import is_key
+
+if TYPE_CHECKING:
+    from sac_rag.stores.cipher import Cipher
 
 # A read renews an entry's last use only when that is this old. Renewing at every read writes at
 # every read: 28 instead of 7 microseconds alone, but 8 milliseconds in a hundredth of the reads
 # while others write. To a store of gigabytes, a minute is no difference.
 _RENEW_SECONDS = 60.0
-LOCK_SECONDS = 60
+_TOMBSTONES = 100_000  # of about 60 bytes each
+_COUNT = "count."  # beginning of the names of counters in Meta
 
 # CAST, since SQLite lets a column hold anything, even text that is not UTF-8. A key that is not a
 # key of ours reads as "".
@@ -31,11 +45,13 @@ _SELECT = (
     " CAST(filename AS BLOB), CAST(size AS INTEGER), CAST(store_time AS REAL), tag IS NOT NULL,"
     " CAST(access_time AS REAL) FROM Cache"
 )
+# Of the entries whose extent is known. A sum of integers could overflow, a TOTAL of floats cannot.
+_RATIO = "TOTAL(num_tokens * num_heads) / TOTAL(num_entries)"
 _FILE_NAME = re.compile(rb"([0-9a-f]{1,2})/([0-9a-f]{1,64})-[0-9a-f]{16}\.kv")
 
 
 class Row(NamedTuple):
-    """A line of the index as it was found; what it says is checked before it is followed."""
+    """A row of the index as it was read; its contents are checked before they are followed."""
 
     rowid: int
     key: str
@@ -59,199 +75,385 @@ class Row(NamedTuple):
         return other is not None and self[:6] == other[:6]
 
 
-class NoPickle(diskcache.Disk):  # type: ignore[misc]
-    """Lets keys through, if they are hex digests, and shuts diskcache's ways to values and files.
+class Extent(NamedTuple):
+    """How much an entry holds of its chunk.
 
-    Its own `Disk` unpickles what a row tells it to (CVE-2025-69872), and reads and deletes
-    whatever path a row names. Values are read and written by `Files`.
+    Attributes:
+        num_tokens: Source tokens in the chunk.
+        num_entries: KV entries of all heads together.
+        num_heads: KV heads of all layers together.
     """
 
-    def __init__(self, directory: str, **settings: object) -> None:
-        super().__init__(directory)
-
-    def put(self, key: object) -> tuple[str, bool]:
-        """A key as diskcache's table holds it."""
-        if not is_key(key):
-            raise ValueError(f"a key must be a lower-case hex digest, was: {key!r:.100}")
-        return key, True
-
-    def get(self, key: object, raw: object) -> str:
-        """A key out of diskcache's table."""
-        if raw != 1 or not is_key(key):
-            raise CorruptEntryError("a row whose key is not a hex digest; it was not unpickled")
-        return key
-
-    def store(self, *arguments: object, **keywords: object) -> NoReturn:
-        """Refuses: diskcache would pickle what it does not know."""
-        raise TypeError("entries are written by DiskStore, not through diskcache")
-
-    fetch = store
-    filename = store
-    remove = store
+    num_tokens: int
+    num_entries: int
+    num_heads: int
 
 
-class Index(diskcache.Cache):  # type: ignore[misc]
-    """diskcache's table, with statements of our own.
+@dataclass(frozen=True)
+class NewEntry:
+    """What the index records of an entry beside its file; None leaves what is recorded.
 
-    diskcache's `set` evicts ten rows at a time, even the one just written; its `get` holds the
-    write lock while it reads the file; its retries never end in a folder that is read-only.
+    Attributes:
+        key: A lower-case hex digest.
+        extent: How much of the chunk it holds.
+        documents: Ids to add to those of the key.
+        text_id: The same for the same text whatever the fingerprint.
+        fingerprint: What made the KV.
+        stored: When it was stored, in seconds since 1970; None for now.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._ours = {
-            **DEFAULT_SETTINGS,
-            "eviction_policy": "least-recently-used",  # makes the SQL index on access_time
-            "size_limit": max_bytes,
-            "sqlite_mmap_size": 0,  # a file cut short would end the process with SIGBUS
-        }
+    key: str
+    extent: Extent | None = None
+    documents: Iterable[str] = ()
+    text_id: str | None = None
+    fingerprint: str | None = None
+    stored: float | None = None
+
+
+class Totals(NamedTuple):
+    """Figures of all entries; None where there are none. Times are in seconds since 1970."""
+
+    entries: int
+    nbytes: int | None
+    ratio: float | None
+    pinned: int | None
+    oldest: float | None
+    newest: float | None
+    least_recent_use: float | None
+
+
+class Index:
+    """Tables of all entries. What changes an entry must be inside of a transaction.
+
+    Attributes:
+        database: Connections and transactions.
+        cipher: Encrypts document ids; None keeps them as they are.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, read_only: bool) -> None:
+        self.cipher: Cipher | None = None
+        self.database = open_database(folder, max_bytes, read_only)
         try:
-            super().__init__(folder, timeout=LOCK_SECONDS, disk=NoPickle, **self._ours)
-            schema.prepare(self._con)
-        except (AttributeError, TypeError, ValueError) as error:
-            self.close()
-            raise sqlite3.DatabaseError(f"its settings are not diskcache's: {error}") from error
+            salt = self.meta("salt")
         except BaseException:
-            self.close()
+            self.database.close()
             raise
+        self._salt = salt if isinstance(salt, bytes) and 0 < len(salt) <= 64 else b"\0"
 
-    @property
-    def path(self) -> Path:
-        """The SQLite file."""
-        return Path(self._directory, DBNAME)
+    # Entries.
 
-    def reset(self, key: str, value: Any = ENOVAL, update: bool = True) -> Any:
-        """Applies a setting. Whatever the folder's table says, it is one of ours with our value.
+    def add(self, entry: NewEntry, name: str, nbytes: int) -> None:
+        """Records an entry in place of the key's, if there is one: pin and documents stay.
 
-        diskcache makes attributes and PRAGMA statements of every row that it finds there.
+        Args:
+            entry: What is recorded of it.
+            name: Its file, within the folder.
+            nbytes: Of the file.
         """
-        if key in self._ours:
-            return super().reset(key, self._ours[key], update)
-        return super().reset(key) if key in METADATA else None
+        now = time.time()
+        stored = now if entry.stored is None else entry.stored
+        fields = (stored, now, nbytes, MODE_BINARY, name)
+        row = self.row(entry.key)
+        if row is None:
+            self._sql(
+                "INSERT INTO Cache (store_time, access_time, size, mode, filename, key, raw)"
+                " VALUES (?, ?, ?, ?, ?, ?, 1)",
+                (*fields, entry.key),
+            )
+        else:
+            self._sql(
+                "UPDATE Cache SET store_time = ?, access_time = ?, size = ?, mode = ?,"
+                " filename = ?, value = NULL WHERE rowid = ?",
+                (*fields, row.rowid),
+            )
+        self.add_documents(entry.key, entry.documents)
+        if entry.extent is not None:
+            self._sql(
+                "INSERT INTO Origin (key, num_tokens, num_entries, num_heads, text_id, fingerprint)"
+                " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET"
+                " num_tokens = excluded.num_tokens, num_entries = excluded.num_entries,"
+                " num_heads = excluded.num_heads, text_id = IFNULL(excluded.text_id, text_id),"
+                " fingerprint = IFNULL(excluded.fingerprint, fingerprint)",
+                (entry.key, *entry.extent, entry.text_id, entry.fingerprint),
+            )
+        self._sql("DELETE FROM Departed WHERE digest = ?", (self._digest(entry.key),))
 
-    @property
-    def _con(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection = super()._con
-        connection.text_factory = readable
-        return connection
+    def remove(self, row: Row, reason: str | None, *, keep_documents: bool = False) -> bytes | None:
+        """Removes an entry.
 
-    def sql(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        """Executes a statement on this thread's connection."""
-        cursor: sqlite3.Cursor = self._con.execute(statement, values)
-        return cursor
+        Args:
+            row: Of the entry.
+            reason: Recorded to explain later misses; None records nothing.
+            keep_documents: Whether to keep the entry's documents, which tell whose bytes are in
+                quarantine.
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """What is done inside is done whole or not at all, and stays done after a power cut.
-
-        Waits its turn up to a minute.
+        Returns:
+            What the row held in place of a file, which no row of ours does.
         """
-        connection = self._con
-        # Flushing each commit takes 0.4 ms; diskcache's own setting flushes at checkpoints only.
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        select = "SELECT CAST(value AS BLOB) FROM Cache WHERE rowid = ?"
+        inline: bytes | None = self._sql(select, (row.rowid,)).fetchone()[0]
+        self._sql("DELETE FROM Cache WHERE rowid = ?", (row.rowid,))
+        self.remove_traces(row.key, reason, keep_documents=keep_documents)
+        return inline
 
-    @contextlib.contextmanager
-    def at_once_or_not(self) -> Iterator[None]:
-        """For hints: what is done inside neither waits nor fails, be the folder busy or full."""
-        self.sql("PRAGMA synchronous = NORMAL")  # a power cut may take it back
-        self.sql("PRAGMA busy_timeout = 0")
-        try:
-            with contextlib.suppress(sqlite3.OperationalError):
-                yield
-        finally:
-            self.sql(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000}")
-
-    def number(self, name: str) -> int:
-        """The "count" or "size" that triggers keep up to date."""
-        select = "SELECT CAST(value AS INTEGER) FROM Settings WHERE key = ?"
-        return int((self.sql(select, (name,)).fetchone() or [0])[0] or 0)
+    def remove_traces(self, key: str, reason: str | None, *, keep_documents: bool = False) -> None:
+        """Removes what is recorded of a key beside its row; see `remove`."""
+        if not keep_documents:
+            self._sql("DELETE FROM Owner WHERE key = ?", (key,))
+        self._sql("DELETE FROM Origin WHERE key = ?", (key,))
+        if reason is not None:
+            replace = "INSERT OR REPLACE INTO Departed (digest, reason) VALUES (?, ?)"
+            last = self._sql(replace, (self._digest(key), reason)).lastrowid
+            self._sql("DELETE FROM Departed WHERE number <= ?", ((last or 0) - _TOMBSTONES,))
 
     def row(self, key: object) -> Row | None:
         """The row of a key, or None."""
         if not is_key(key):
             return None
-        found = self.sql(_SELECT + " WHERE key = ? AND raw = 1", (key,)).fetchone()
-        return None if found is None else Row(*found)
+        fields = self._sql(_SELECT + " WHERE key = ? AND raw = 1", (key,)).fetchone()
+        return None if fields is None else Row(*fields)
 
     def rows(self) -> Iterator[Row]:
         """All rows, read a thousand at a time, so that no snapshot is held open meanwhile."""
         last = 0
         select = _SELECT + " WHERE rowid > ? ORDER BY rowid LIMIT 1000"
-        while found := self.sql(select, (last,)).fetchall():
-            yield from map(Row._make, found)
-            last = found[-1][0]
+        while page := self._sql(select, (last,)).fetchall():
+            yield from map(Row._make, page)
+            last = page[-1][0]
 
-    def insert(self, key: str, name: str, size: int, stored: float | None = None) -> None:
-        """Writes a row, in place of the key's if there is one; still pinned if that was."""
-        old = self.row(key)
-        now = time.time()
-        stored = now if stored is None else stored
-        if old is None:
-            self.sql(
-                "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, filename)"
-                " VALUES (?, 1, ?, ?, ?, ?, ?)",
-                (key, stored, now, size, MODE_BINARY, name),
-            )
-            return
-        self.sql(
-            "UPDATE Cache SET store_time = ?, access_time = ?, size = ?, mode = ?, filename = ?,"
-            " value = NULL WHERE rowid = ?",
-            (stored, now, size, MODE_BINARY, name, old.rowid),
-        )
-
-    def delete(self, row: Row) -> bytes | None:
-        """Deletes a row; returns what it held in place of a file, which no row of ours does."""
-        select = "SELECT CAST(value AS BLOB) FROM Cache WHERE rowid = ?"
-        inline: bytes | None = self.sql(select, (row.rowid,)).fetchone()[0]
-        self.sql("DELETE FROM Cache WHERE rowid = ?", (row.rowid,))
-        return inline
-
-    def least_recently_used(self, but: str) -> Row | None:
-        """The row to evict next: not one that is pinned, nor that of the key given."""
+    def least_recently_used(self, excluded: str) -> Row | None:
+        """The row to evict next: neither a pinned one nor that of the excluded key."""
         select = _SELECT + " WHERE tag IS NULL AND key != ? ORDER BY access_time LIMIT 1"
-        found = self.sql(select, (but,)).fetchone()
-        return None if found is None else Row(*found)
+        fields = self._sql(select, (excluded,)).fetchone()
+        return None if fields is None else Row(*fields)
 
     def pin(self, key: str, pinned: bool) -> bool:
-        """Keeps an entry from eviction, or no longer; False if there is none."""
+        """Pins or unpins an entry; False if there is none."""
         update = "UPDATE Cache SET tag = ? WHERE key = ? AND raw = 1"
-        return self.sql(update, ("pinned" if pinned else None, key)).rowcount > 0
+        return bool(self._sql(update, ("pinned" if pinned else None, key)).rowcount)
 
     def renew(self, row: Row) -> None:
-        """Notes that an entry was used, if that was last noted a while ago."""
+        """Records that an entry was used, if that was last recorded a while ago."""
         now = time.time()
         if row.used is None or abs(now - row.used) >= _RENEW_SECONDS:
-            with self.at_once_or_not():
-                self.sql("UPDATE Cache SET access_time = ? WHERE rowid = ?", (now, row.rowid))
+            with self.database.best_effort():
+                self._sql("UPDATE Cache SET access_time = ? WHERE rowid = ?", (now, row.rowid))
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries, which a trigger keeps up to date."""
+        return self._setting("count")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries, which a trigger keeps up to date."""
+        return self._setting("size")
+
+    # Documents.
+
+    def documents(self, key: str, strict: bool = False) -> frozenset[str]:
+        """The documents of an entry.
+
+        Raises:
+            CorruptEntryError: with `strict`, if one cannot be read; else it is left out.
+        """
+        select = "SELECT CAST(document AS BLOB) FROM Owner WHERE key = ?"
+        names = set()
+        for (sealed,) in self._sql(select, (key,)).fetchall():
+            try:
+                names.add(self._unseal(sealed))
+            except ValueError as error:
+                if strict:
+                    raise CorruptEntryError(f"its document ids cannot be read: {error}") from error
+        return frozenset(names)
+
+    def keys_of(self, document: str) -> list[str]:
+        """Keys of a document's entries."""
+        select = "SELECT key FROM Owner JOIN Cache USING (key) WHERE document = ? AND raw = 1"
+        keys = self._sql(select, (self._seal(document),)).fetchall()
+        return [key for (key,) in keys if is_key(key)]
+
+    def add_documents(self, key: str, documents: Iterable[str]) -> None:
+        """Records more documents for an entry."""
+        for document in documents:
+            sealed = self._seal(document)
+            self._sql("INSERT OR IGNORE INTO Owner VALUES (?, ?)", (sealed, key))
+
+    def disown(self, document: str, keep: Collection[str]) -> list[str]:
+        """Takes a document from all entries except some; returns keys left without documents."""
+        sealed = self._seal(document)
+        select = "SELECT key FROM Owner WHERE document = ?"
+        orphans = []
+        for (key,) in self._sql(select, (sealed,)).fetchall():
+            if key in keep:
+                continue
+            self._sql("DELETE FROM Owner WHERE document = ? AND key = ?", (sealed, key))
+            other = self._sql("SELECT 1 FROM Owner WHERE key = ?", (key,)).fetchone()
+            if other is None and is_key(key):
+                orphans.append(key)
+        return orphans
+
+    def num_documents(self) -> int:
+        """Number of documents that have entries."""
+        return int(self._sql("SELECT COUNT(DISTINCT document) FROM Owner").fetchone()[0])
+
+    def drop_unreadable_documents(self, key: str) -> None:
+        """Removes those of an entry's documents that cannot be read."""
+        select = "SELECT document, CAST(document AS BLOB) FROM Owner WHERE key = ?"
+        for document, sealed in self._sql(select, (key,)).fetchall():
+            try:
+                self._unseal(sealed)
+            except ValueError:
+                delete = "DELETE FROM Owner WHERE document = ? AND key = ?"
+                self._sql(delete, (document, key))
+
+    def reencrypt_documents(self, cipher: Cipher | None) -> None:
+        """Encrypts every document id with another key, or none, from now on."""
+        for (sealed,) in self._sql("SELECT DISTINCT document FROM Owner").fetchall():
+            name = sealed if self.cipher is None else self.cipher.unseal(sealed)
+            update = "UPDATE OR REPLACE Owner SET document = ? WHERE document = ?"
+            self._sql(update, (name if cipher is None else cipher.seal(name), sealed))
+        self.cipher = cipher
+
+    # Origins and tombstones.
+
+    def origin(self, key: str) -> tuple[str | None, str | None]:
+        """The text id and the fingerprint recorded for an entry."""
+        select = "SELECT text_id, fingerprint FROM Origin WHERE key = ?"
+        text_id, fingerprint = self._sql(select, (key,)).fetchone() or (None, None)
+        return text_id, fingerprint
+
+    def extent(self, key: str) -> Extent | None:
+        """How much an entry holds of its chunk; None if it is absent or of an old format."""
+        columns = ", ".join(f"CAST({name} AS INTEGER)" for name in Extent._fields)
+        select = f"SELECT {columns} FROM Origin WHERE key = ?"  # noqa: S608 (names of our own)
+        numbers = self._sql(select, (key,)).fetchone() or (None,)
+        return None if None in numbers else Extent(*numbers)
+
+    def other_fingerprints(self, text_id: str, excluded: str) -> list[str]:
+        """Fingerprints under which a text is stored, the last stored first."""
+        select = (
+            "SELECT fingerprint FROM Origin JOIN Cache USING (key) WHERE text_id = ?"
+            " AND fingerprint IS NOT NULL AND fingerprint IS NOT ? ORDER BY store_time DESC"
+        )
+        return [str(name) for (name,) in self._sql(select, (text_id, excluded)).fetchall()]
+
+    def keys_of_same_text(self, key: str) -> set[str]:
+        """Keys of the entries of a key's text under all fingerprints."""
+        text_id, _ = self.origin(key)
+        select = "SELECT key FROM Origin WHERE text_id = ?"
+        return {key for (key,) in self._sql(select, (text_id,)).fetchall()}
+
+    def reason(self, key: str) -> str | None:
+        """Why an entry was removed; None if nothing is recorded of it."""
+        select = "SELECT CAST(reason AS TEXT) FROM Departed WHERE digest = ?"
+        values = self._sql(select, (self._digest(key),)).fetchone()
+        return None if values is None else str(values[0])
+
+    # Counters and other values of the store.
+
+    def add_counts(self, counts: dict[str, int]) -> None:
+        """Adds to counters; in the open transaction, if there is one."""
+        rows = ", ".join("(?, ?)" for _ in counts)
+        values = [part for name, count in counts.items() for part in (_COUNT + name, count)]
+        self._sql(
+            f"INSERT INTO Meta VALUES {rows} "  # noqa: S608 (nothing but question marks)
+            "ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + excluded.value",
+            tuple(values),
+        )
+
+    def counts(self) -> dict[str, int]:
+        """All counters."""
+        select = "SELECT name, CAST(value AS INTEGER) FROM Meta WHERE name GLOB ?"
+        rows = self._sql(select, (_COUNT + "*",)).fetchall()
+        return {name.removeprefix(_COUNT): int(value or 0) for name, value in rows}
 
     def meta(self, name: str) -> Any:
         """A value of the store's own, or None."""
-        found = self.sql("SELECT value FROM Meta WHERE name = ?", (name,)).fetchone()
-        return None if found is None else found[0]
+        values = self._sql("SELECT value FROM Meta WHERE name = ?", (name,)).fetchone()
+        return None if values is None else values[0]
 
-    def set_meta(self, name: str, value: object) -> None:
-        """Keeps a value of the store's own."""
-        self.sql("INSERT OR REPLACE INTO Meta VALUES (?, ?)", (name, value))
+    def set_meta(self, name: str, value: object, *, replace: bool = True) -> None:
+        """Records a value of the store's own; without `replace`, only if there is none."""
+        conflict = "REPLACE" if replace else "IGNORE"
+        insert = f"INSERT OR {conflict} INTO Meta VALUES (?, ?)"  # noqa: S608 (words of our own)
+        self._sql(insert, (name, value))
 
-    def rewrite(self) -> bool:
-        """Leaves no byte of what was deleted in file and log; False if readers keep the log.
+    # Figures and repair.
 
-        SQLite's secure_delete would not do: it leaves the copies that are in pages whose contents
-        were moved to others before.
-        """
-        self.sql("VACUUM")
-        busy, _, _ = self.sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        return not busy
+    def totals(self) -> Totals:
+        """Figures of all entries."""
+        fields = self._sql(
+            f"SELECT COUNT(*), SUM(size), {_RATIO}, SUM(tag IS NOT NULL), MIN(store_time),"  # noqa: S608
+            " MAX(store_time), MIN(CASE WHEN tag IS NULL THEN access_time END)"
+            " FROM Cache LEFT JOIN Origin USING (key)"
+        ).fetchone()
+        return Totals(*fields)
 
+    def by_fingerprint(self) -> list[tuple[str | None, int, int, float | None]]:
+        """Fingerprint, number of entries, their bytes and ratio; most entries first."""
+        rows: list[tuple[str | None, int, int, float | None]] = self._sql(
+            f"SELECT fingerprint, COUNT(*), IFNULL(SUM(size), 0), {_RATIO} FROM Cache"  # noqa: S608
+            " LEFT JOIN Origin USING (key) GROUP BY fingerprint ORDER BY COUNT(*) DESC"
+        ).fetchall()
+        return rows
 
-def readable(text: bytes) -> str:
-    """Text as SQLite gives it, whatever it holds."""
-    # What others wrote into the table need not be UTF-8.
-    return text.decode(errors="replace")
+    def check_integrity(self, fix: bool) -> list[str]:
+        """Problems that SQLite finds in the file."""
+        rows = self._sql("PRAGMA integrity_check").fetchall()
+        problems = [f"index: {message}" for (message,) in rows if message != "ok"]
+        if problems and fix:
+            self._sql("REINDEX")
+        return problems
+
+    def check_dangling(self, quarantined: Collection[str], fix: bool) -> list[str]:
+        """What is recorded of keys that have neither a row nor bytes in quarantine."""
+        problems = []
+        for table in ("Owner", "Origin"):
+            keys = "SELECT key FROM Cache WHERE key IS NOT NULL"
+            select = f"SELECT DISTINCT CAST(key AS BLOB) FROM {table} WHERE key NOT IN ({keys})"  # noqa: S608
+            for (key,) in self._sql(select).fetchall():
+                name = key.decode(errors="replace")
+                if name in quarantined and table == "Owner":
+                    continue
+                problems.append(f"{name}: noted in {table}, and not there")
+                if fix:
+                    with self.database.transaction():
+                        delete = f"DELETE FROM {table} WHERE CAST(key AS BLOB) = ?"  # noqa: S608
+                        self._sql(delete, (key,))
+        return problems
+
+    def check_totals(self, fix: bool) -> list[str]:
+        """Totals of the triggers that are not those of the rows."""
+        count, size = self._sql("SELECT COUNT(*), TOTAL(size) FROM Cache").fetchone()
+        problems = []
+        for name, actual in (("count", count), ("size", int(size))):
+            recorded = self._setting(name)
+            if recorded != actual:
+                problems.append(f"the {name} of all entries is noted as {recorded}, is {actual}")
+                if fix:
+                    update = "UPDATE Settings SET value = ? WHERE key = ?"
+                    with self.database.transaction():
+                        self._sql(update, (actual, name))
+        return problems
+
+    def _sql(self, statement: str, values: tuple[Any, ...] = ()) -> Any:
+        return self.database.sql(statement, values)
+
+    def _setting(self, name: str) -> int:
+        select = "SELECT CAST(value AS INTEGER) FROM Settings WHERE key = ?"
+        return int((self._sql(select, (name,)).fetchone() or [0])[0] or 0)
+
+    def _digest(self, key: str) -> bytes:
+        # Tombstones do not hold the key itself: where the namespace is known, it would tell whoever
+        # can guess the text of a forgotten document that it was here.
+        return hashlib.blake2b(key.encode(), key=self._salt, digest_size=16).digest()
+
+    def _seal(self, document: str) -> bytes:
+        # surrogatepass: half a surrogate pair is no valid text, but no reason to crash either.
+        name = document.encode("utf-8", "surrogatepass")
+        return name if self.cipher is None else self.cipher.seal(name)
+
+    def _unseal(self, sealed: bytes) -> str:
+        name = sealed if self.cipher is None else self.cipher.unseal(sealed)
+        return name.decode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""What a store is doing when a fault strikes it, and how it may look afterwards."""
+"""What a store does when a fault strikes it, and the states that may follow."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ State = dict[int, tuple[int, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Scene:
-    """Something that changes a store.
+    """A change of a store.
 
     Attributes:
-        act: Does it.
-        after: How the store then is: number of each key, with value and documents.
+        act: Makes the change.
+        after: The store afterwards: number of each key, with value and documents.
         max_bytes: The store's cap.
-        prepare: What was done before.
-        cipher: What the store is encrypted with before.
-        new_cipher: And after.
+        prepare: Changes the store before that.
+        cipher: Of the store before.
+        new_cipher: Of the store afterwards.
     """
 
     act: Callable[[DiskStore], object]
@@ -84,13 +84,13 @@ SCENES = {
     "replace a document": Scene(
         lambda store: store.replace_document("a", [key_of(0)]), {**BEFORE, 1: (1, ("b",))}
     ),
-    "set aside": Scene(
+    "quarantine": Scene(
         _read_bad, {1: BEFORE[1], 2: BEFORE[2]}, prepare=lambda store: flip(store, key_of(0))
     ),
     "note and pin": Scene(
         lambda store: (store.note("cc" * 32, {"a": "1"}), store.pin([key_of(0)])), dict(BEFORE)
     ),
-    "encrypt anew": Scene(lambda store: store.rekey(NEW), dict(BEFORE), cipher=OLD, new_cipher=NEW),
+    "re-encrypt": Scene(lambda store: store.rekey(NEW), dict(BEFORE), cipher=OLD, new_cipher=NEW),
 }
 
 
@@ -112,30 +112,30 @@ def value_of(kv: AnchorKV) -> int:
     return seed
 
 
-def require(folder: Path, name: str, done: bool) -> None:
+def require(folder: Path, name: str, finished: bool) -> None:
     """The store is as before or as after; as after, if that was acknowledged; and in order.
 
     Reading it raises nothing but a plain KeyError for what is not there.
     """
     scene = SCENES[name]
-    ciphers = [scene.new_cipher] if done else [scene.cipher, scene.new_cipher]
+    ciphers = [scene.new_cipher] if finished else [scene.cipher, scene.new_cipher]
     store = _opened(folder, scene, ciphers)
     with store:
-        if name == "encrypt anew" and not done:
-            store.rekey(NEW)  # goes on where it was killed
-        found: State = {}
+        if name == "re-encrypt" and not finished:
+            store.rekey(NEW)  # resumes
+        state: State = {}
         for key in list(store):
             with suppress(KeyError):
                 number = next(number for number in range(10) if key_of(number) == key)
                 kv = store[key]
-                found[number] = (value_of(kv), store.documents(key))
+                state[number] = (value_of(kv), store.documents(key))
                 assert store.extent(key) == (kv.num_tokens, kv.num_entries)
                 assert store.read(key, lambda _: 3).bit_equal(kv.first(3))
-        before = dict(scene.after) if done else dict(BEFORE)
-        if name == "set aside":
+        before = dict(scene.after) if finished else dict(BEFORE)
+        if name == "quarantine":
             before.pop(0, None)
-        assert found in (before, scene.after), f"{name}: {found}"
-        if name == "forget" and not done:
+        assert state in (before, scene.after), f"{name}: {state}"
+        if name == "forget" and not finished:
             store.forget("a")
         store.check(fix=True)
         assert store.check() == []

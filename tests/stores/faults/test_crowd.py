@@ -25,7 +25,7 @@ def crowd(work: list[Callable[[], int]]) -> list[int]:
             try:
                 os.write(theirs, b"%d" % job())
                 os._exit(0)
-            except BaseException as error:  # noqa: BLE001 (else pytest would go on in here)
+            except BaseException as error:  # noqa: BLE001 (else pytest would continue in here)
                 os.write(2, f"{error!r}\n".encode())
                 os._exit(1)
         os.close(theirs)
@@ -59,17 +59,17 @@ def test_eight_writers_and_eight_readers_in_processes_of_their_own(
         return rounds
 
     def read(worker: int) -> int:
-        found = 0
+        hits = 0
         with DiskStore(tmp_path, room, read_only=worker == 7) as store:
             for i in range(8 * rounds):
                 number = (i * 5 + worker) % keys
                 try:
                     assert store[key_of(number)].bit_equal(make_kv(number))
-                    found += 1
+                    hits += 1
                 except KeyError as absent:
                     assert not isinstance(absent, CorruptEntryError)
             assert store.quarantined == 0
-        return found
+        return hits
 
     DiskStore(tmp_path).close()
     jobs = [lambda w=w: write(w) for w in range(8)] + [lambda w=w: read(w) for w in range(8)]
@@ -79,7 +79,7 @@ def test_eight_writers_and_eight_readers_in_processes_of_their_own(
         assert len(store) == (keys if room > 10**6 else 5)
         assert all(kv.bit_equal(make_kv(n)) for n in range(keys) if (kv := store.get(key_of(n))))
         assert store.check() == []
-        assert store.stats().set_aside == 0
+        assert store.stats().total_quarantined == 0
         assert not list(tmp_path.rglob("*.new"))
     counts["writes of 8 processes beside 8 reading ones"] += sum(results[:8])
     counts["right reads of 8 processes beside 8 writing ones"] += sum(results[8:])

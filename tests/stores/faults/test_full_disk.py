@@ -79,7 +79,7 @@ def disk_space(monkeypatch: pytest.MonkeyPatch) -> Iterator[FullDisk]:
     space.full_from = sys.maxsize
 
 
-@pytest.mark.parametrize("name", [name for name in SCENES if name != "set aside"])
+@pytest.mark.parametrize("name", [name for name in SCENES if name != "quarantine"])
 def test_a_full_disk_is_an_os_error_and_leaves_the_store_as_it_was_or_as_it_should_be(
     name: str, tmp_path: Path, disk_space: FullDisk, counts: Counter[str]
 ) -> None:
@@ -105,8 +105,8 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_store_as_it_was_or_as_it_shou
     steps = disk_space.steps
     assert steps >= 2
     for step in range(1, steps + 1):
-        done = run(step)
-        require(tmp_path / "store", name, done)
+        finished = run(step)
+        require(tmp_path / "store", name, finished)
         counts["steps at which the disk was full, store in order"] += 1
 
 
@@ -120,7 +120,7 @@ def test_every_question_is_answered_on_a_full_disk(
             rag = SacRAG(CachedCompressor(compressor, store))
             rag.answer(QUESTION, PROSE[:1], SHORT)
             for path in store.folder.glob("entries/*/*.kv"):
-                path.write_bytes(path.read_bytes()[:-1])  # which has to be set aside, too
+                path.write_bytes(path.read_bytes()[:-1])  # which must be quarantined, too
             disk_space.steps, disk_space.full_from = 0, full_from
             assert rag.answer(QUESTION, PROSE[:2], SHORT).text == expected
             disk_space.full_from = sys.maxsize
@@ -135,7 +135,7 @@ def test_every_question_is_answered_on_a_full_disk(
 
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Callable[[str], None]]:
-    """A file system of its own, seen by this process alone; gives a way to mount it anew."""
+    """A file system of its own, seen by this process alone; yields a function that remounts it."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespace, new_user = 0x00020000, 0x10000000
     user, group = os.getuid(), os.getgid()
@@ -174,17 +174,17 @@ def on_small_disk(place: Path, work: Callable[[Callable[[str], None]], None]) ->
 def test_a_disk_that_really_is_full(tmp_path: Path, counts: Counter[str]) -> None:
     def work(remount: Callable[[str], None]) -> None:
         with DiskStore(tmp_path / "store") as store:
-            kept = set()
+            stored = set()
             for number in range(30):
                 with suppress(OSError):
                     store.put(key_of(number), make_kv(number, anchors=512), ["a"])
-                    kept.add(number)
-            assert 2 < len(kept) < 15
+                    stored.add(number)
+            assert 2 < len(stored) < 15
             for number in range(30):
-                found = store.get(key_of(number))
-                assert (found is not None) == (number in kept)
-                assert found is None or found.bit_equal(make_kv(number, anchors=512))
-            for number in kept - {0}:
+                kv = store.get(key_of(number))
+                assert (kv is not None) == (number in stored)
+                assert kv is None or kv.bit_equal(make_kv(number, anchors=512))
+            for number in stored - {0}:
                 del store[key_of(number)]  # which makes room again
             store[key_of(50)] = make_kv(50, anchors=512)
             assert store[key_of(50)].bit_equal(make_kv(50, anchors=512))

@@ -59,7 +59,7 @@ def child(work: Callable[[int], object]) -> tuple[int, bytes]:
             os.close(ours)
             work(theirs)
             os._exit(0)
-        except BaseException as error:  # noqa: BLE001 (else pytest would go on in here)
+        except BaseException as error:  # noqa: BLE001 (else pytest would continue in here)
             os.write(2, f"{error!r}\n".encode())
             os._exit(1)
     os.close(theirs)
@@ -95,14 +95,14 @@ def test_a_store_survives_a_kill_at_any_line(
 
     status, said = run(0)
     assert status == 0
-    require(tmp_path / "store", name, done=True)
+    require(tmp_path / "store", name, finished=True)
     lines = int(said.split()[1])
     kills = KILLS * times * (8 if name == "put" else 1)
     step = max(1, lines // kills)
     for line in range(1, lines + 1, step):
         status, said = run(line)
         assert status == -signal.SIGKILL
-        require(tmp_path / "store", name, done=said == b"done")
+        require(tmp_path / "store", name, finished=said == b"done")
         counts["kills at a line of a write, all states right"] += 1
 
 

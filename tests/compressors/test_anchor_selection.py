@@ -1,4 +1,4 @@
-"""Salience is what the frozen LM itself says, and anchors follow it.
+"""Surprisal and attention are those of the frozen LM, and anchors follow them.
 
 ROUNDING: float32 sums of one layer in another order.
 """
@@ -119,12 +119,12 @@ def test_anchors_of_each_head_cannot_be_marked_beforehand(llama: Generator, anch
             make_compressor(llama, "sac", anchors=anchors, **settings)
 
 
-def test_a_vector_a_slot_is_added_to_that_anchor_and_serves_one_ratio(llama: Generator) -> None:
+def test_a_vector_per_slot_is_added_to_that_anchor_and_serves_one_ratio(llama: Generator) -> None:
     compressor = make_compressor(llama, "sac", anchor_embedding="slot", segment_tokens=30)
     assert compressor.weights["anchor_embedding"].shape == (10, 48)
     tokens = torch.tensor(llama.tokenize(PROSE[5])[:20])
     added = compressor.layout(tokens).embeds - llama.embed(tokens)
     torch.testing.assert_close(added[1::3], compressor.weights["anchor_embedding"][:7])
     assert not added[0::3].any()
-    with pytest.raises(ValueError, match="'slot' has a vector for each anchor at ratio 3"):
+    with pytest.raises(ValueError, match="'slot' has one vector per anchor at ratio 3"):
         compressor.at_ratio(5)

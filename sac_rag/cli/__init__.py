@@ -1,6 +1,7 @@
 """The command line parses arguments, calls the library and prints; one file per command family.
 
-Heavy libraries are imported inside the commands, so that --help is fast.
+Heavy libraries are imported inside the commands, so that --help is fast. A command's signature is
+the list of its options, which may make it longer than other functions.
 """
 
 from __future__ import annotations

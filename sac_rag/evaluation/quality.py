@@ -134,19 +134,9 @@ def evaluate(
     for batch in _batches(trials, rag.generator, batch_size):
         # Batches do not depend on earlier answers, so neither do the answers: a batch that was left
         # half finished is answered again as a whole.
-        if all(trial.number in answers.by_number for trial in batch):
-            continue
-        started = time.perf_counter()
-        written = reader.batch([(trial.question.text, trial.chunks) for trial in batch], decoding)
-        seconds = (time.perf_counter() - started) / len(batch)
-        new = [
-            _scored(trial, answer, seconds)
-            for trial, answer in zip(batch, written, strict=True)
-            if trial.number not in answers.by_number
-        ]
-        answers.add(new)
-        if on_progress is not None:
-            on_progress(len(new))
+        new = _answer(reader, batch, answers, decoding)
+        if new and on_progress is not None:
+            on_progress(new)
     rows = [answers.by_number[trial.number] for trial in trials]
     scores = [row["f1"] for row in rows]
     return QualityResult(
@@ -167,6 +157,22 @@ def evaluate(
         seconds=sum(row["seconds"] for row in rows),
         ended=_mean([row["ended"] for row in rows]) if "ended" in rows[0] else None,
     )
+
+
+def _answer(reader: SacRAG, batch: list[Trial], answers: Answers, decoding: Decoding) -> int:
+    """Answers a batch, unless all of it is answered; returns the number of new answers."""
+    if all(trial.number in answers.by_number for trial in batch):
+        return 0
+    started = time.perf_counter()
+    written = reader.batch([(trial.question.text, trial.chunks) for trial in batch], decoding)
+    seconds = (time.perf_counter() - started) / len(batch)
+    new = [
+        _scored(trial, answer, seconds)
+        for trial, answer in zip(batch, written, strict=True)
+        if trial.number not in answers.by_number
+    ]
+    answers.add(new)
+    return len(new)
 
 
 def _reader(rag: SacRAG, system: System) -> SacRAG:

@@ -13,7 +13,7 @@ from support.stores import file_of, index_of, key_of, make_kv
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
 from sac_rag.stores.disk.files import Files
-from sac_rag.stores.disk.index import Row
+from sac_rag.stores.disk.index import IndexRow
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -120,7 +120,7 @@ def test_an_entry_whose_file_was_deleted_is_a_miss_and_can_be_put_again(disk: Di
 
 def test_an_entry_replaced_while_it_is_being_read_is_read_again(disk: DiskStore) -> None:
     class ReplacedMeanwhile(Files):
-        def read(self, row: Row) -> memoryview:
+        def read(self, row: IndexRow) -> memoryview:
             disk._entries.files = files
             disk[KEY] = make_kv(2)
             return super().read(row)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sac_rag.stores.disk.files import Files
-from sac_rag.stores.disk.index import Index, NewEntry, Row
+from sac_rag.stores.disk.index import Index, IndexRow, NewEntry
 
 # Counting every read on disk would cost more than the read.
 _FLUSH_SECONDS = 30.0
@@ -40,7 +40,7 @@ class Entries:
 
     def publish(
         self, entry: NewEntry, data: bytes, unless: Callable[[], bool] | None = None
-    ) -> list[Row]:
+    ) -> list[IndexRow]:
         """Writes an entry: the file first, then the row that makes it visible.
 
         Others need not wait for its bytes, and see the entry only when it is on the disk.
@@ -57,7 +57,7 @@ class Entries:
         with self.files.written(entry.key, data) as name:
             with index.database.transaction():
                 obsolete = index.row(entry.key)
-                evicted: list[Row] = []
+                evicted: list[IndexRow] = []
                 if unless is not None and obsolete is not None and unless():
                     index.add_documents(entry.key, entry.documents)
                     obsolete = obsolete._replace(filename=name.encode())
@@ -69,7 +69,7 @@ class Entries:
         self._remove_files(evicted)
         return evicted
 
-    def replace(self, row: Row, data: bytes) -> bool:
+    def replace(self, row: IndexRow, data: bytes) -> bool:
         """Rewrites an entry's bytes and changes nothing else; False if it was changed meanwhile."""
         with self.files.written(row.key, data) as name:
             with self.index.database.transaction():
@@ -90,7 +90,7 @@ class Entries:
             self.index.add_counts({"evicted": 1, "evicted_bytes": nbytes})
         self._remove_files([] if row is None else [row])
 
-    def drop(self, rows: Sequence[Row], reason: str | None) -> list[Row]:
+    def drop(self, rows: Sequence[IndexRow], reason: str | None) -> list[IndexRow]:
         """Deletes entries, if they are still the ones in these rows; returns the deleted ones."""
         try:
             dropped = self._drop(rows, reason)
@@ -103,7 +103,7 @@ class Entries:
         self._remove_files(dropped)
         return dropped
 
-    def quarantine(self, row: Row, reason: str) -> bool:
+    def quarantine(self, row: IndexRow, reason: str) -> bool:
         """Moves a bad entry to quarantine; False if it is no longer the one that was read."""
         with self.index.database.transaction():
             if row.key and not row.same_entry(self.index.row(row.key)):
@@ -196,9 +196,9 @@ class Entries:
 
         return has_row
 
-    def _make_room(self, key: str) -> list[Row]:
+    def _make_room(self, key: str) -> list[IndexRow]:
         """Removes the least recently used entries until the rest fits, and counts them."""
-        evicted: list[Row] = []
+        evicted: list[IndexRow] = []
         while self.index.nbytes > self.max_bytes:
             row = self.index.least_recently_used(excluded=key)
             if row is None:  # all the others are pinned
@@ -212,19 +212,19 @@ class Entries:
             self.index.add_counts({"evicted": len(evicted), "evicted_bytes": nbytes})
         return evicted
 
-    def _drop(self, rows: Iterable[Row], reason: str | None) -> list[Row]:
+    def _drop(self, rows: Iterable[IndexRow], reason: str | None) -> list[IndexRow]:
         with self.index.database.transaction():
             current = [row for row in rows if row.same_entry(self.index.row(row.key))]
             for row in current:
                 self._remove(row, reason)
         return current
 
-    def _remove(self, row: Row, reason: str | None) -> None:
+    def _remove(self, row: IndexRow, reason: str | None) -> None:
         self.index.remove(row, reason)
         # Without the documents nothing tells whose quarantined bytes are.
         self.files.empty_quarantine_of(row.key)
 
-    def _remove_files(self, rows: Iterable[Row]) -> None:
+    def _remove_files(self, rows: Iterable[IndexRow]) -> None:
         for row in rows:
             self.files.remove(row)
 

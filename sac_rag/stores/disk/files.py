@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sac_rag.errors import CorruptEntryError
-from sac_rag.stores.disk.index import Row
+from sac_rag.stores.disk.index import IndexRow
 from sac_rag.stores.entry import is_key
 
 try:
@@ -71,13 +71,13 @@ class Files:
                     path.unlink()
             raise
 
-    def read(self, row: Row) -> memoryview:
+    def read(self, row: IndexRow) -> memoryview:
         """The bytes of an entry, see `opened`."""
         with self.opened(row) as first:
             return first(row.size or 0)
 
     @contextlib.contextmanager
-    def opened(self, row: Row) -> Iterator[Callable[[int], memoryview]]:
+    def opened(self, row: IndexRow) -> Iterator[Callable[[int], memoryview]]:
         """Yields a function that reads the first bytes of an entry into newly allocated memory.
 
         Read and not mapped: mapping 2.2 MiB, verifying and using them takes 0.41 ms instead of
@@ -101,11 +101,11 @@ class Files:
         with path.open("rb", buffering=0) as file:
             yield partial(_read_first, file)
 
-    def has(self, row: Row) -> bool:
+    def has(self, row: IndexRow) -> bool:
         """Whether the file of a row exists, if the row is one of ours."""
         return row.name is not None and os.path.lexists(self.folder / row.name)
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: IndexRow) -> None:
         """Deletes the file of a row that was removed, if the row was one of ours."""
         if row.name is not None:
             with contextlib.suppress(OSError, CorruptEntryError):
@@ -116,7 +116,7 @@ class Files:
         for parent in {(self.folder / name).parent for name in names}:
             flush_folder(parent)
 
-    def move_to_quarantine(self, row: Row, inline: bytes | None) -> None:
+    def move_to_quarantine(self, row: IndexRow, inline: bytes | None) -> None:
         """Keeps the bytes of a bad entry, of its file or its row, as far as they are ours."""
         target = self.quarantine / (row.key or f"row-{row.rowid}")
         if inline is not None:

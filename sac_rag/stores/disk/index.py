@@ -50,7 +50,7 @@ _RATIO = "TOTAL(num_tokens * num_heads) / TOTAL(num_entries)"
 _FILE_NAME = re.compile(rb"([0-9a-f]{1,2})/([0-9a-f]{1,64})-[0-9a-f]{16}\.kv")
 
 
-class Row(NamedTuple):
+class IndexRow(NamedTuple):
     """A row of the index as it was read; its contents are checked before they are followed."""
 
     rowid: int
@@ -70,7 +70,7 @@ class Row(NamedTuple):
             return None
         return match[0].decode() if match[1] == match[2][:2] else None
 
-    def same_entry(self, other: Row | None) -> bool:
+    def same_entry(self, other: IndexRow | None) -> bool:
         """Whether the other row is of the same bytes: pins and last uses may differ."""
         return other is not None and self[:6] == other[:6]
 
@@ -178,7 +178,9 @@ class Index:
             )
         self._sql("DELETE FROM Departed WHERE digest = ?", (self._digest(entry.key),))
 
-    def remove(self, row: Row, reason: str | None, *, keep_documents: bool = False) -> bytes | None:
+    def remove(
+        self, row: IndexRow, reason: str | None, *, keep_documents: bool = False
+    ) -> bytes | None:
         """Removes an entry.
 
         Args:
@@ -206,33 +208,33 @@ class Index:
             last = self._sql(replace, (self._digest(key), reason)).lastrowid
             self._sql("DELETE FROM Departed WHERE number <= ?", ((last or 0) - _TOMBSTONES,))
 
-    def row(self, key: object) -> Row | None:
+    def row(self, key: object) -> IndexRow | None:
         """The row of a key, or None."""
         if not is_key(key):
             return None
         fields = self._sql(_SELECT + " WHERE key = ? AND raw = 1", (key,)).fetchone()
-        return None if fields is None else Row(*fields)
+        return None if fields is None else IndexRow(*fields)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[IndexRow]:
         """All rows, read a thousand at a time, so that no snapshot is held open meanwhile."""
         last = 0
         select = _SELECT + " WHERE rowid > ? ORDER BY rowid LIMIT 1000"
         while page := self._sql(select, (last,)).fetchall():
-            yield from map(Row._make, page)
+            yield from map(IndexRow._make, page)
             last = page[-1][0]
 
-    def least_recently_used(self, excluded: str) -> Row | None:
+    def least_recently_used(self, excluded: str) -> IndexRow | None:
         """The row to evict next: neither a pinned one nor that of the excluded key."""
         select = _SELECT + " WHERE tag IS NULL AND key != ? ORDER BY access_time LIMIT 1"
         fields = self._sql(select, (excluded,)).fetchone()
-        return None if fields is None else Row(*fields)
+        return None if fields is None else IndexRow(*fields)
 
     def pin(self, key: str, pinned: bool) -> bool:
         """Pins or unpins an entry; False if there is none."""
         update = "UPDATE Cache SET tag = ? WHERE key = ? AND raw = 1"
         return bool(self._sql(update, ("pinned" if pinned else None, key)).rowcount)
 
-    def renew(self, row: Row) -> None:
+    def renew(self, row: IndexRow) -> None:
         """Records that an entry was used, if that was last recorded a while ago."""
         now = time.time()
         if row.used is None or abs(now - row.used) >= _RENEW_SECONDS:

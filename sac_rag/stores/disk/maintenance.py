@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.entries import Entries
 from sac_rag.stores.disk.folder import Manifests
-from sac_rag.stores.disk.index import Row
+from sac_rag.stores.disk.index import IndexRow
 from sac_rag.stores.entry import reencrypt
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
 
 Progress: TypeAlias = Callable[[int], None]
-Reader: TypeAlias = Callable[[Row], object]
+Reader: TypeAlias = Callable[[IndexRow], object]
 
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0
 _UNENCRYPTED = ""  # the id that stands for no key
@@ -147,13 +147,13 @@ def check(
 
 def collect_garbage(
     entries: Entries,
-    is_expired: Callable[[Row], bool],
+    is_expired: Callable[[IndexRow], bool],
     keep_fingerprints: Iterable[str] | None = None,
 ) -> Collected:
     """Deletes entries and files that nobody will ask for."""
     index = entries.index
     expired = entries.drop([row for row in index.rows() if is_expired(row)], "expired")
-    superseded: list[Row] = []
+    superseded: list[IndexRow] = []
     if keep_fingerprints is not None:
         current = {None, *keep_fingerprints}
         rows = [row for row in index.rows() if not row.pinned]
@@ -197,7 +197,7 @@ def rekey(
     index = entries.index
     count = 0
     for row in index.rows():
-        current: Row | None = row
+        current: IndexRow | None = row
         while current is not None:
             try:
                 data = reencrypt(entries.files.read(current), old, new)
@@ -262,7 +262,7 @@ def collect_stats(entries: Entries, manifests: Manifests) -> StoreStats:
 
 def _bad(
     entries: Entries, read: Reader, on_progress: Progress | None
-) -> Iterator[tuple[Row, CorruptEntryError]]:
+) -> Iterator[tuple[IndexRow, CorruptEntryError]]:
     for row in entries.index.rows():
         try:
             read(row)
@@ -273,7 +273,7 @@ def _bad(
             on_progress(row.size or 0)
 
 
-def _name(row: Row) -> str:
+def _name(row: IndexRow) -> str:
     return row.key or f"row {row.rowid}"
 
 

@@ -34,7 +34,7 @@ from sac_rag.stores.base import DocumentStore, Wanted
 from sac_rag.stores.disk import maintenance
 from sac_rag.stores.disk.entries import Entries
 from sac_rag.stores.disk.folder import FORMAT, Manifests, open_folder, write_format
-from sac_rag.stores.disk.index import Extent, NewEntry, Row
+from sac_rag.stores.disk.index import Extent, IndexRow, NewEntry
 from sac_rag.stores.disk.maintenance import Collected, Progress, StoreStats
 from sac_rag.stores.entry import decode, decode_first, encode
 
@@ -449,7 +449,7 @@ class DiskStore(DocumentStore):
                 entries.counters.count("hits")
                 return kv
 
-    def _read(self, row: Row, wanted: Wanted | None = None) -> AnchorKV:
+    def _read(self, row: IndexRow, wanted: Wanted | None = None) -> AnchorKV:
         files = self._entries.files
         try:
             if wanted is None:
@@ -518,14 +518,14 @@ class DiskStore(DocumentStore):
             return "absent"
         return f"fingerprint: {self._manifests.nearest(others, fingerprint)}"
 
-    def _is_expired(self, row: Row) -> bool:
+    def _is_expired(self, row: IndexRow) -> bool:
         return (
             self.max_age_s is not None
             and row.stored is not None
             and time.time() - row.stored > self.max_age_s
         )
 
-    def _drop_expired(self, row: Row) -> None:
+    def _drop_expired(self, row: IndexRow) -> None:
         if not self.read_only:
             try:
                 self._entries.drop([row], reason="expired")
@@ -533,7 +533,7 @@ class DiskStore(DocumentStore):
                 # A miss all the same: a query must not fail because tidying up does.
                 logger.warning("%s is expired and could not be deleted: %s", row.key, error)
 
-    def _quarantine(self, row: Row, problem: CorruptEntryError) -> bool:
+    def _quarantine(self, row: IndexRow, problem: CorruptEntryError) -> bool:
         """Moves a bad entry out of the way; False if it is no longer the one that was read."""
         if self.read_only or problem.reason == "key":
             # Nothing is wrong with an entry that is encrypted with another's key.

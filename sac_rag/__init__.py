@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sac_rag.lm.generator import Generator
     from sac_rag.origin import Origin
     from sac_rag.pipeline import SacRAG
+    from sac_rag.precompress.job import PrecompressJob
     from sac_rag.prompts.assemble import assemble
     from sac_rag.prompts.chat import Message
     from sac_rag.prompts.format import SPANS, PromptFormat
@@ -72,6 +73,7 @@ _HOME = {
     "Message": "prompts.chat",
     "ModelUnavailableError": "errors",
     "Origin": "origin",
+    "PrecompressJob": "precompress.job",
     "PromptFormat": "prompts.format",
     "PromptTooLongError": "errors",
     "Question": "evaluation.questions",
@@ -115,6 +117,7 @@ __all__ = [
     "Message",
     "ModelUnavailableError",
     "Origin",
+    "PrecompressJob",
     "PromptFormat",
     "PromptTooLongError",
     "Question",

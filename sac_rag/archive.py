@@ -19,7 +19,6 @@ import json
 import os
 import re
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -36,6 +35,7 @@ from sac_rag.origin import Origin
 from sac_rag.stores.base import DocumentStore, Wanted, as_document_store
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.entry import decode, decode_first, encode, is_key
+from sac_rag.whole_file import whole_file
 
 MAGIC = "sac_rag.archive"
 FORMAT = 2
@@ -86,9 +86,8 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
     _require_free(path)
     records: dict[str, Record] = {}
     fingerprint = origin.fingerprint
-    descriptor, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with whole_file(path) as draft:
+        with open(draft, "xb", opener=_owner_only) as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for key, kv, documents, text_id in entries:
                     data = encode(key, kv, fingerprint=fingerprint)
@@ -108,9 +107,6 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
             file.flush()
             os.fsync(file.fileno())
         _require_free(path)
-        Path(part).replace(path)
-    finally:
-        Path(part).unlink(missing_ok=True)
     return len(records)
 
 
@@ -418,6 +414,10 @@ def _place(key: str) -> str:
 
 def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _require_free(path: Path) -> None:

@@ -28,6 +28,7 @@ from sac_rag.retrieval.embedder import Embedder
 from sac_rag.retrieval.index import ChunkIndex, Hit
 from sac_rag.retrieval.splitter import split
 from sac_rag.stores.disk import DiskStore
+from sac_rag.whole_file import DRAFT_SUFFIX, whole_file
 
 FORMAT = 1
 
@@ -257,7 +258,7 @@ def _open_settings(folder: Path, wanted: CollectionSettings | None) -> Collectio
                 "give another folder, or leave them out to use the saved ones"
             )
         return saved
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and _is_free(folder)):
         raise ValueError(
             f"{folder} holds something else (no {_SETTINGS}); give a new or an empty folder"
         )
@@ -266,10 +267,14 @@ def _open_settings(folder: Path, wanted: CollectionSettings | None) -> Collectio
         # Recorded, so that the collection keeps it when a later version ships another one.
         settings = replace(settings, compressor=default_compressor(settings.model))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = folder / f"{_SETTINGS}.part"
-    part.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")
-    part.replace(path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")
     return settings
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing, except drafts of settings that a killed process left."""
+    return all(path.suffix == DRAFT_SUFFIX for path in folder.iterdir())
 
 
 def read_settings(folder: str | os.PathLike[str]) -> CollectionSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 import transformers
@@ -18,6 +17,7 @@ from sac_rag.lm.digests import digest_json
 from sac_rag.lm.generator import Generator
 from sac_rag.lm.rope import relocation_error
 from sac_rag.prompts.assemble import assemble
+from sac_rag.whole_file import whole_file
 
 # Largest relative error that counts as rounding. Measured on 2 to 30 layers: at most 1e-5 in
 # float32 and 0.03 in bfloat16; rotating the wrong pairs or ignoring a mask gives 0.3 and more.
@@ -77,9 +77,8 @@ def self_check(generator: Generator, *, ragged: bool = False) -> float:
         )
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        part = record.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"relative_error": error, **about}, indent=1))
-        part.replace(record)
+        with whole_file(record) as draft:
+            draft.write_text(json.dumps({"relative_error": error, **about}, indent=1))
     except OSError:
         pass  # the next start has to measure again
     return error

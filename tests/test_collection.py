@@ -153,6 +153,12 @@ def test_a_new_collection_takes_the_shipped_compressor_and_an_old_one_stays_what
         assert json.loads(json.dumps(result.to_dict()))["question"] == result.question
 
 
+def test_a_draft_of_a_killed_process_does_not_occupy_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "collection.json.123.part").write_text('{"form')
+    Collection(tmp_path, CollectionSettings(compressor="full")).close()
+    assert read_settings(tmp_path).compressor == "full"
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").write_text("…")
     with pytest.raises(ValueError, match="holds something else"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing_extensions import Self
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.default_models import is_hub_id
 from sac_rag.prompts.format import PromptFormat
+from sac_rag.whole_file import whole_file
 
 if TYPE_CHECKING:
     from sac_rag.lm.generator import Generator
@@ -97,11 +99,15 @@ class Pretrained:
             texts[FORMAT] = prompt_format.to_json()
         if not (folder / CARD).exists():
             texts[CARD] = self._card(folder.name)
-        save_file(tensors, folder / f"{WEIGHTS}.part")
-        for name, text in texts.items():
-            (folder / f"{name}.part").write_text(text, encoding="utf-8")
-        for name in (WEIGHTS, *texts):
-            (folder / f"{name}.part").replace(folder / name)
+        with ExitStack() as drafts:
+            # All are written before the first takes its place: the weights, then what names them.
+            draft = {
+                name: drafts.enter_context(whole_file(folder / name))
+                for name in (*reversed(texts), WEIGHTS)
+            }
+            save_file(tensors, draft[WEIGHTS])
+            for name, text in texts.items():
+                draft[name].write_text(text, encoding="utf-8")
 
     def push_to_hub(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 from sac_rag.lm.generator import Generator
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.trainer import HISTORY, OnEvent, open_run_folder, train
+from sac_rag.whole_file import whole_file
 
 RESULTS = "results.json"
 
@@ -117,11 +118,9 @@ def compare(
             if (name, seed) not in outcomes:
                 folder = out / f"{len(outcomes):03d}"
                 outcomes[name, seed] = _run(base, name, seed, folder, on_event)
-                part = results.with_suffix(".part")
-                part.write_text(
-                    json.dumps([asdict(row) for row in outcomes.values()], indent=1) + "\n"
-                )
-                part.replace(results)
+                saved = [asdict(row) for row in outcomes.values()]
+                with whole_file(results) as draft:
+                    draft.write_text(json.dumps(saved, indent=1) + "\n")
             yield outcomes[name, seed]
 
 

@@ -468,9 +468,8 @@ def _measure(
     figures = []
     for (prompt, at, budget), sum_of_rows in sums.items():
         on_kept, received, loss, correct, count = sum_of_rows.tolist()
-        figures.append(
-            FitFigure(prompt, at, budget, on_kept / received, loss / count, correct / count)
-        )
+        shares = (on_kept / received, loss / count, correct / count)
+        figures.append(FitFigure(prompt, at, budget, *shares))
     return tuple(figures), nbytes / tokens
 
 

@@ -13,6 +13,8 @@ if find_spec("matplotlib") is None:
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sac_rag.whole_file import whole_file
+
 
 def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Writes a PNG with the loss of each step by ratio, and the accuracy with right and wrong text.
@@ -49,9 +51,8 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         if axes.has_data():
             axes.legend(title="ratio", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=120)
-    part.replace(path)
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:

@@ -34,6 +34,7 @@ from sac_rag.training.objective import Objective
 from sac_rag.training.plots import draw_curves
 from sac_rag.training.rows import Row, RowMaker
 from sac_rag.training.validation import Validator
+from sac_rag.whole_file import whole_file
 
 CONFIG, HISTORY, CURVES, FINAL = "train.json", "history.json", "curves.png", "compressor"
 
@@ -354,9 +355,8 @@ def open_run_folder(out: Path, config: TrainConfig, *, free: Set[str] = WATCHING
                 "give another folder, or those settings to resume it"
             )
     out.mkdir(parents=True, exist_ok=True)
-    part = out / f"{CONFIG}.part"
-    part.write_text(json.dumps(settings, indent=2) + "\n")
-    part.replace(path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:

@@ -21,7 +21,7 @@ class CorruptEntryError(KeyError):
     It is a `KeyError`: for every user of the mapping the entry is not there.
 
     Attributes:
-        reason: Why the entry was refused, one of `REASONS`: "corrupt", "format" or "key".
+        reason: Why the entry was refused, one of `REASONS`: "corrupt", "format" or "secret".
         detail: What was expected and what was read.
     """
 
@@ -64,7 +64,7 @@ REASONS = {
     "ratio": "is there, but with fewer entries than asked for",
     "corrupt": "is there, but its bytes are not the ones written",
     "format": "was written by another version of sac_rag",
-    "key": "is encrypted, and not with the key that the store was opened with",
+    "secret": "is encrypted, and not with the secret that the store was opened with",
     "unreadable": "the store itself could not be read",
     "slow": "is there, but computing it was measured to be faster than reading it",
 }

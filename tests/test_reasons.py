@@ -198,10 +198,10 @@ def test_an_encrypted_store_answers_as_any_other(sac: Compressor, tmp_path: Path
 def test_a_chunk_under_another_key_is_computed_and_said_to_be(sac: Compressor) -> None:
     class Sealed(dict[str, AnchorKV]):
         def __getitem__(self, key: str) -> AnchorKV:
-            raise CorruptEntryError("it is encrypted with key 1, the store's is 2", "key")
+            raise CorruptEntryError("it is encrypted with key 1, the store's is 2", "secret")
 
     rag = SacRAG(CachedCompressor(sac, Sealed()))
-    assert [status(rag), status(rag)] == ["key", "key"]
+    assert [status(rag), status(rag)] == ["secret", "secret"]
 
 
 # --- swapped, edited, changed: a miss with its reason, and the answer of the new

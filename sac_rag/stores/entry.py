@@ -188,8 +188,8 @@ def decode(key: str, data: Bytes, cipher: Cipher | None = None) -> AnchorKV:
 
     Raises:
         CorruptEntryError: if these are not the bytes that `encode` made for this key, whatever they
-            are; with reason "format" if they are of another format version, and with reason "key"
-            if they are encrypted with another key than the cipher's, encrypted where there is no
+            are; with reason "format" if they are of another format version, and with reason
+            "secret" if they are encrypted with another key than the cipher's, encrypted where there is no
             cipher, or unencrypted where there is one.
     """
     fields, payload = _decrypted(data, cipher)
@@ -350,7 +350,7 @@ def _require_cipher(fields: dict[str, Any], cipher: Cipher | None) -> None:
         # Where a cipher is given, anybody could have written an unencrypted entry.
         _refuse(
             f"the entry is {_described(recorded)}, the cipher given is {expected or 'none'}",
-            reason="key",
+            reason="secret",
         )
 
 

@@ -194,9 +194,9 @@ def test_one_value_is_never_encrypted_to_the_same_bytes_twice() -> None:
 
 def test_without_its_cipher_an_entry_is_refused_for_want_of_the_key() -> None:
     plain, encrypted = encode(KEY, KV), encode(KEY, KV, CIPHER)
-    assert why_refused(encrypted) == "key"
-    assert why_refused(encrypted, cipher=OTHER_CIPHER) == "key"
-    assert why_refused(plain, cipher=CIPHER) == "key"  # or whoever writes the folder could answer
+    assert why_refused(encrypted) == "secret"
+    assert why_refused(encrypted, cipher=OTHER_CIPHER) == "secret"
+    assert why_refused(plain, cipher=CIPHER) == "secret"  # or whoever writes the folder could answer
 
 
 def test_who_does_not_have_the_key_cannot_change_an_encrypted_entry() -> None:
@@ -249,7 +249,7 @@ def test_damage_is_not_re_encrypted() -> None:
             reencrypt(data, old, OTHER_CIPHER)
     with pytest.raises(CorruptEntryError) as error:
         reencrypt(encode(KEY, KV, CIPHER), OTHER_CIPHER, None)
-    assert error.value.reason == "key"
+    assert error.value.reason == "secret"
 
 
 # Accidents.

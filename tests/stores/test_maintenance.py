@@ -299,7 +299,7 @@ def test_an_entry_in_another_key_is_a_miss_that_is_named_and_stays(tmp_path: Pat
         other[key_of(1)] = make_kv(1)
         with pytest.raises(CorruptEntryError) as missing:
             store[key_of(1)]
-        assert missing.value.reason == "key"
+        assert missing.value.reason == "secret"
         assert store.quarantined == 0
         assert other[key_of(1)].bit_equal(make_kv(1))
-        assert store.stats().reasons == {"key": 1}
+        assert store.stats().reasons == {"secret": 1}

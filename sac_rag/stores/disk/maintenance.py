@@ -135,7 +135,7 @@ def check(
                     index.drop_unreadable_documents(row.key)
     for row, bad in _bad(entries, read, on_progress):
         problems.append(f"{_name(row)}: {bad.detail}")
-        if fix and bad.reason != "key":
+        if fix and bad.reason != "secret":
             entries.quarantine(row, bad.reason)
     for name in entries.unknown_files():
         problems.append(f"unknown file: {entries.files.folder / name}")
@@ -204,8 +204,8 @@ def rekey(
             except FileNotFoundError:
                 pass
             except CorruptEntryError as problem:
-                # With reason "key" it was re-encrypted by a run that was killed.
-                if problem.reason == "key" or entries.quarantine(current, problem.reason):
+                # With reason "secret" it was re-encrypted by a run that was killed.
+                if problem.reason == "secret" or entries.quarantine(current, problem.reason):
                     break
             else:
                 if entries.replace(current, data):

@@ -535,7 +535,7 @@ class DiskStore(DocumentStore):
 
     def _quarantine(self, row: IndexRow, problem: CorruptEntryError) -> bool:
         """Moves a bad entry out of the way; False if it is no longer the one that was read."""
-        if self.read_only or problem.reason == "key":
+        if self.read_only or problem.reason == "secret":
             # Nothing is wrong with an entry that is encrypted with another's key.
             return row.same_entry(self._entries.index.row(row.key))
         try:

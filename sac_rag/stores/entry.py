@@ -189,8 +189,8 @@ def decode(key: str, data: Bytes, cipher: Cipher | None = None) -> AnchorKV:
     Raises:
         CorruptEntryError: if these are not the bytes that `encode` made for this key, whatever they
             are; with reason "format" if they are of another format version, and with reason
-            "secret" if they are encrypted with another key than the cipher's, encrypted where there is no
-            cipher, or unencrypted where there is one.
+            "secret" if they are encrypted with another key than the cipher's, encrypted where there
+            is no cipher, or unencrypted where there is one.
     """
     fields, payload = _decrypted(data, cipher)
     layout = _layout(key, fields)

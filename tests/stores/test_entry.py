@@ -196,7 +196,8 @@ def test_without_its_cipher_an_entry_is_refused_for_want_of_the_key() -> None:
     plain, encrypted = encode(KEY, KV), encode(KEY, KV, CIPHER)
     assert why_refused(encrypted) == "secret"
     assert why_refused(encrypted, cipher=OTHER_CIPHER) == "secret"
-    assert why_refused(plain, cipher=CIPHER) == "secret"  # or whoever writes the folder could answer
+    # Or whoever writes the folder could answer.
+    assert why_refused(plain, cipher=CIPHER) == "secret"
 
 
 def test_who_does_not_have_the_key_cannot_change_an_encrypted_entry() -> None:

@@ -1,6 +1,6 @@
 """Counts and times of answers: numbers in the process, metrics and spans for OpenTelemetry.
 
-OpenTelemetry gets them where opentelemetry-api is installed. What is reported is counts, seconds
+OpenTelemetry's API does nothing without an SDK in the process. What is reported is counts, seconds
 and names defined in this package, never a text, a key or an id.
 """
 
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from sac_rag.errors import name_of
@@ -152,11 +151,9 @@ class Trace:
         self._name = f"sac_rag.{name}"
         self.started = time.perf_counter()
         self._began = time.time_ns()
-        self._parent: Any = None
-        if is_installed():
-            from opentelemetry import context
+        from opentelemetry import context  # not at the top: importing sac_rag costs nothing
 
-            self._parent = context.get_current()
+        self._parent = context.get_current()
 
     def end(
         self, phases: Mapping[str, float], attributes: Mapping[str, int], error: str | None = None
@@ -168,8 +165,6 @@ class Trace:
             attributes: Counts.
             error: Type of the exception that ended it, if one did.
         """
-        if not is_installed():
-            return
         from opentelemetry import trace
 
         tracer = trace.get_tracer("sac_rag")
@@ -188,22 +183,14 @@ class Trace:
         span.end()
 
 
-@cache
-def is_installed() -> bool:
-    """Whether opentelemetry-api can be imported."""
-    return find_spec("opentelemetry") is not None and find_spec("opentelemetry.trace") is not None
-
-
 def count(name: str, amount: float, attributes: Mapping[str, str] | None = None) -> None:
     """Adds to the counter `sac_rag.<name>`."""
-    if is_installed():
-        _counter(f"sac_rag.{name}").add(amount, dict(attributes or {}))
+    _counter(f"sac_rag.{name}").add(amount, dict(attributes or {}))
 
 
 def observe(name: str, seconds: float) -> None:
     """Adds one value to the histogram `sac_rag.<name>`."""
-    if is_installed():
-        _histogram(f"sac_rag.{name}").record(seconds)
+    _histogram(f"sac_rag.{name}").record(seconds)
 
 
 @cache

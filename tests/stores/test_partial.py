@@ -17,7 +17,7 @@ from sac_rag.kv import AnchorKV, as_stored
 from sac_rag.stores import DiskStore, MemoryStore
 from sac_rag.stores.cipher import Cipher
 from sac_rag.stores.disk.files import Files
-from sac_rag.stores.disk.index import Row
+from sac_rag.stores.disk.index import IndexRow
 
 KEY, OTHER = key_of(0), key_of(1)
 CIPHER = Cipher(b"k" * 32)
@@ -69,7 +69,7 @@ class Counting(Files):
     nbytes = 0
 
     @contextmanager
-    def opened(self, row: Row) -> Iterator[Callable[[int], memoryview]]:
+    def opened(self, row: IndexRow) -> Iterator[Callable[[int], memoryview]]:
         with super().opened(row) as read:
 
             def counted(nbytes: int) -> memoryview:

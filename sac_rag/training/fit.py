@@ -474,11 +474,9 @@ def _measure(
 
 
 def _received(kv: AnchorKV, attention: Tensor) -> float:
-    """Attention to the kept entries of a chunk.
+    """Attention to the kept entries of a chunk, of that to its tokens.
 
-    Args:
-        kv: KV of the chunk.
-        attention: Attention to each of its tokens. Shape: (layers, kv_heads, tokens)
+    Shape of `attention`: (layers, kv_heads, tokens)
     """
     return float(attention.flatten(0, 1)[kv.heads.long(), kv.positions.long()].sum())
 

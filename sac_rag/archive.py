@@ -35,7 +35,7 @@ from sac_rag.origin import Origin
 from sac_rag.stores.base import DocumentStore, Wanted, as_document_store
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.entry import decode, decode_first, encode, is_key
-from sac_rag.whole_file import whole_file
+from sac_rag.whole_file import owner_only, whole_file
 
 MAGIC = "sac_rag.archive"
 FORMAT = 2
@@ -87,7 +87,7 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
     records: dict[str, Record] = {}
     fingerprint = origin.fingerprint
     with whole_file(path) as draft:
-        with open(draft, "xb", opener=_owner_only) as file:
+        with open(draft, "xb", opener=owner_only) as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for key, kv, documents, text_id in entries:
                     data = encode(key, kv, fingerprint=fingerprint)
@@ -414,10 +414,6 @@ def _place(key: str) -> str:
 
 def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _owner_only(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _require_free(path: Path) -> None:

@@ -25,3 +25,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def owner_only(path: str, flags: int) -> int:
+    """Opener of new owner-only files (0600), for `open`."""
+    return os.open(path, flags, 0o600)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -207,9 +208,9 @@ class Pretrained:
         compressor.prompt_format = load_prompt_format(folder)
         return compressor
 
+    @abstractmethod
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copies trained weights into the compressor."""
-        raise NotImplementedError
 
     def _card(self, name: str) -> str:
         """A model card. Of a local model it names only the folder, not the path."""

@@ -123,7 +123,7 @@ def test_bfloat16_decodes_as_hf_does_up_to_near_ties() -> None:
 
 @pytest.mark.parametrize("match", ["none", "self"])
 def test_a_training_step_has_the_loss_and_the_gradient_of_the_cpu(match: Any) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs the 'train' extra")
     from sac_rag.training.objective import Objective
     from sac_rag.training.rows import RowMaker
 

@@ -19,6 +19,7 @@ import numpy as np
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.index import IndexRow
 from sac_rag.stores.entry import is_key
+from sac_rag.whole_file import owner_only
 
 try:
     import fcntl
@@ -258,11 +259,6 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def owner_only(path: str, flags: int) -> int:
-    """Opener of new owner-only files (0600)."""
-    return os.open(path, flags, 0o600)
 
 
 def _without_following(path: str, flags: int) -> int:

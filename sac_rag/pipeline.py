@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sac_rag.archive import Archive, Exported, export
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors.config import StoredDtype
+from sac_rag.gathering import Gatherer
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.loading import load_compressor, load_stored
@@ -61,6 +63,7 @@ class SacRAG:
         self.decoding = decoding or Decoding()
         self.prefixes = Prefixes(self.generator)
         self._meter = Meter(compressor.store.evictions)
+        self._gatherer = Gatherer()
         self.self_check()
 
     @classmethod
@@ -371,6 +374,35 @@ class SacRAG:
     ) -> AnswerStream:
         """Continues a plain prompt piece by piece."""
         return AnswerStream(self._start_plain([prompt], decoding, ratio))
+
+    def submit_chat(
+        self,
+        conversation: Sequence[Message],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
+    ) -> Future[Answer]:
+        """As `chat` for one conversation, answered in a batch with others submitted meanwhile.
+
+        Returns:
+            The answer or error. It can be cancelled at any time before that.
+        """
+        used = decoding or self.decoding
+        return self._gatherer.submit(self._start_chat, conversation, used, ratio)
+
+    def submit_complete(
+        self,
+        prompt: Sequence[str | Chunk],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
+    ) -> Future[Answer]:
+        """As `complete` for one prompt, answered in a batch with others submitted meanwhile.
+
+        Returns:
+            The answer or error. It can be cancelled at any time before that.
+        """
+        return self._gatherer.submit(self._start_plain, prompt, decoding or self.decoding, ratio)
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the prompt with every chunk as text: what a plain LM would read."""

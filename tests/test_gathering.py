@@ -1,0 +1,138 @@
+"""Concurrent callers are answered in one batch, as each would be alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+from support.models import PROSE, make_compressor
+
+from sac_rag import Answer, Chunk, Decoding, Message, SacRAG
+from sac_rag.cached import CachedCompressor
+from sac_rag.errors import PromptTooLongError
+from sac_rag.gathering import Gatherer
+from sac_rag.lm.generator import Generator
+
+SHORT = Decoding(max_new_tokens=6)
+TIMEOUT = 120
+
+
+@pytest.fixture
+def rag(llama: Generator, home: Any, monkeypatch: pytest.MonkeyPatch) -> SacRAG:
+    """A pipeline that waits for prompts as long as a loaded machine takes to submit a few."""
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "sac"), {}), decoding=SHORT)
+    monkeypatch.setattr(rag, "_gatherer", Gatherer(window_s=0.5))
+    return rag
+
+
+@pytest.fixture
+def batches(rag: SacRAG, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches of chats that are started."""
+    sizes: list[int] = []
+    start: Callable[..., Any] = rag._start_chat
+
+    def counted(conversations: Sequence[Any], *args: Any) -> Any:
+        sizes.append(len(conversations))
+        return start(conversations, *args)
+
+    monkeypatch.setattr(rag, "_start_chat", counted)
+    return sizes
+
+
+def asking(number: int) -> list[Message]:
+    return [Message("user", (Chunk(PROSE[number]), f"\n\nWhat is said of number {number}?"))]
+
+
+def results(futures: Sequence[Future[Answer]]) -> list[Answer]:
+    return [future.result(timeout=TIMEOUT) for future in futures]
+
+
+def test_concurrent_chats_are_one_batch_with_the_answers_they_have_alone(
+    rag: SacRAG, batches: list[int]
+) -> None:
+    alone = [rag.chat([asking(number)])[0].text for number in range(4)]
+    batches.clear()
+    together = results([rag.submit_chat(asking(number)) for number in range(4)])
+    assert [answer.text for answer in together] == alone
+    assert batches == [4]
+
+
+def test_concurrent_completions_have_the_answers_they_have_alone(rag: SacRAG) -> None:
+    prompts = [(Chunk(text), "\n\nQ: What is it?\nA:") for text in PROSE[:3]]
+    alone = [answer.text for answer in rag.complete(prompts)]
+    together = results([rag.submit_complete(prompt) for prompt in prompts])
+    assert [answer.text for answer in together] == alone
+
+
+def test_a_batch_has_at_most_its_size(rag: SacRAG, batches: list[int]) -> None:
+    results([rag.submit_chat(asking(number % 8)) for number in range(11)])
+    assert sorted(batches) == [3, 8]
+
+
+def test_prompts_with_other_settings_are_batches_of_their_own(
+    rag: SacRAG, batches: list[int]
+) -> None:
+    longer = Decoding(max_new_tokens=9)
+    futures = [rag.submit_chat(asking(0)), rag.submit_chat(asking(1), longer)]
+    futures += [rag.submit_chat(asking(2)), rag.submit_chat(asking(3), longer)]
+    results(futures)
+    assert batches == [2, 2]
+
+
+def test_seeded_samples_are_those_of_the_prompt_alone(rag: SacRAG, batches: list[int]) -> None:
+    sampled = Decoding(max_new_tokens=6, temperature=1.0, seed=3)
+    alone = [rag.chat([asking(number)], sampled)[0].text for number in range(3)]
+    batches.clear()
+    together = results([rag.submit_chat(asking(number), sampled) for number in range(3)])
+    assert [answer.text for answer in together] == alone
+    assert batches == [1, 1, 1]
+
+
+def test_a_prompt_that_cannot_be_answered_fails_alone(rag: SacRAG) -> None:
+    too_long = [Message("user", ("word " * 3000,))]
+    futures = [rag.submit_chat(asking(0)), rag.submit_chat(too_long), rag.submit_chat(asking(1))]
+    assert futures[0].result(timeout=TIMEOUT).text == rag.chat([asking(0)])[0].text
+    with pytest.raises(PromptTooLongError):
+        futures[1].result(timeout=TIMEOUT)
+    assert futures[2].result(timeout=TIMEOUT).text == rag.chat([asking(1)])[0].text
+
+
+def test_a_cancelled_prompt_ends_its_batch(rag: SacRAG) -> None:
+    running, cancelled = threading.Event(), threading.Event()
+    passes: list[int] = []
+
+    def seen(module: Any, arguments: Any) -> None:
+        passes.append(1)
+        running.set()
+        assert cancelled.wait(TIMEOUT)
+
+    handle = rag.generator.model.get_input_embeddings().register_forward_pre_hook(seen)
+    future = rag.submit_chat(asking(0), Decoding(max_new_tokens=400))
+    assert running.wait(TIMEOUT)
+    assert future.cancel()
+    cancelled.set()
+    with pytest.raises(CancelledError):
+        future.result()
+    # The thread is free for the next prompt.
+    assert results([rag.submit_chat(asking(1))])
+    handle.remove()
+    assert len(passes) < 40
+
+
+def test_a_prompt_cancelled_while_it_waits_is_not_answered(rag: SacRAG, batches: list[int]) -> None:
+    futures = [rag.submit_chat(asking(number)) for number in range(3)]
+    assert futures[1].cancel()
+    results([futures[0], futures[2]])
+    assert batches == [2]
+
+
+def test_the_thread_ends_when_no_prompt_is_waiting(rag: SacRAG) -> None:
+    results([rag.submit_chat(asking(0))])
+    for thread in threading.enumerate():
+        if thread.name == "sac-rag-gatherer":
+            thread.join(timeout=TIMEOUT)
+            assert not thread.is_alive()
+    assert results([rag.submit_chat(asking(0))])

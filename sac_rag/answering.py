@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
-from sac_rag.cached import CachedCompressor, Fetched, OnMiss
+from sac_rag.cached import CachedCompressor, OnMiss
 from sac_rag.chunk import Chunk
+from sac_rag.fetched import Fetched
 from sac_rag.kv import AnchorKV
 from sac_rag.prefix_cache import Prefixes
 from sac_rag.prompts.assemble import Part, Prompt, assemble, require_room

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
 
+from sac_rag import forks
 from sac_rag.chunk import require_ratio
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import CompressorConfig, StoredDtype
 from sac_rag.compressors.full import Full
 from sac_rag.errors import ChunkMissError
+from sac_rag.fetched import Fetched, Lookup
 from sac_rag.guard import Guard
+from sac_rag.in_flight import InFlight
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
-from sac_rag.stores.base import as_document_store
+from sac_rag.stores.base import as_document_store, strings
 
 log = logging.getLogger(__name__)
 
@@ -31,55 +32,6 @@ def require_on_miss(on_miss: str) -> None:
     """Raises ValueError if the value is no OnMiss."""
     if on_miss not in get_args(OnMiss):
         raise ValueError(f"on_miss must be one of {', '.join(get_args(OnMiss))}, was: {on_miss!r}")
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """Result of `CachedCompressor.fetch`; `kvs` and `misses` have one item per text.
-
-    Attributes:
-        kvs: AnchorKVs at the ratios asked for; None for a miss that is left to be read as text.
-        misses: Why a chunk was not read from the store (see `errors.REASONS`); None for a hit.
-        load_s: Seconds spent reading the store.
-        compress_s: Seconds spent computing and storing what was missing.
-        loads: Entries read that were hits.
-        load_bytes: Bytes read of them.
-        computed: Chunks computed.
-        computed_tokens: Their source tokens.
-        failed_writes: Computed chunks that could not be stored.
-    """
-
-    kvs: list[AnchorKV | None]
-    misses: list[str | None]
-    load_s: float
-    compress_s: float
-    loads: int
-    load_bytes: int
-    computed: int
-    computed_tokens: int
-    failed_writes: int
-
-
-@dataclass(frozen=True)
-class _Lookup:
-    """What the store has of chunks, before anything is computed.
-
-    Attributes:
-        keys: Of each chunk asked for.
-        ratios: At which each is asked for.
-        misses: Why each is not a hit; None for a hit. An entry that is stored at too high a ratio
-            is a hit for some chunks and a miss for others.
-        loaded: Entries read, by key.
-        missing: Texts of the misses, by key.
-        lowest: The lowest ratio asked for, by key.
-    """
-
-    keys: list[str]
-    ratios: list[int]
-    misses: list[str | None]
-    loaded: dict[str, AnchorKV]
-    missing: dict[str, str]
-    lowest: dict[str, int]
 
 
 class CachedCompressor:
@@ -93,6 +45,7 @@ class CachedCompressor:
         namespace: The secret of every key (see `namespace.Namespace`): the same text under two
             namespaces is two entries.
         guard: Measures whether loading is faster than computing; None loads whatever is stored.
+        clock: Seconds since any moment, by which loading and computing are measured.
         fingerprint: Of the inner compressor, taken once: it must not be trained while it is cached.
         store_failures: Writes that failed, on a full disk for example; answers do not depend on
             them.
@@ -105,16 +58,19 @@ class CachedCompressor:
         *,
         namespace: str = "",
         guard: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.inner = compressor.merged()
         self.store = as_document_store(store)
         self.namespace = namespace
         self.guard = Guard() if guard else None
+        self.clock = clock
         self.fingerprint = compressor.fingerprint
         self.store_failures = 0
         self._names = Namespace(namespace)
         self._noted = False
-        self._counting = threading.Lock()
+        self._in_flight: InFlight[tuple[str, int], AnchorKV] = InFlight()
+        self._counting = forks.lock(self, "_counting")
 
     @property
     def generator(self) -> Generator:
@@ -189,6 +145,10 @@ class CachedCompressor:
     def document_id(self, document: str) -> str:
         """A document's id in the store: in a namespace, one that no other namespace uses."""
         return self._names.document_id(document)
+
+    def owns(self, document_id: str) -> bool:
+        """Whether a document's id in the store is of this namespace."""
+        return self._names.owns(document_id)
 
     def ratio_for(self, asked: int | None) -> int:
         """The ratio to use chunks at: the one asked for, or else the config's.
@@ -274,34 +234,36 @@ class CachedCompressor:
             PromptTooLongError: for a text longer than the model's context.
             ValueError: for an empty text, an unknown on_miss, or a ratio that `ratio_for` refuses.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts must be several texts, was: one str; put it in a list")
         require_on_miss(on_miss)
         if documents is not None and len(documents) != len(texts):
             raise ValueError(f"expected {len(texts)} documents, one per text, got {len(documents)}")
-        started = time.perf_counter()
+        started = self.clock()
         lookup = self._look_up(texts, ratios, may_compute=on_miss == "compress")
-        load_s = time.perf_counter() - started
+        load_s = self.clock() - started
         if on_miss == "raise" and lookup.missing:
             raise ChunkMissError(lookup.misses)
         if accept is not None:
             lengths = {key: kv.num_tokens for key, kv in lookup.loaded.items()}
             lengths |= {key: len(self.tokenize(text)) for key, text in lookup.missing.items()}
             accept([lengths[key] for key in lookup.keys])
-        started = time.perf_counter()
+        started = self.clock()
         computed: dict[str, AnchorKV] = {}
+        received: dict[str, AnchorKV] = {}
         failed_writes = 0
         if on_miss == "compress" and lookup.missing:
-            computed = self._compute(lookup)
-            failed_writes = self._put_all(lookup, computed, documents)
+            computed, received, failed_writes = self._compute(lookup, documents)
         kvs: list[AnchorKV | None] = []
         for key, ratio, miss in zip(lookup.keys, lookup.ratios, lookup.misses, strict=True):
-            kv = lookup.loaded[key] if miss is None else computed.get(key)
+            kv = lookup.loaded[key] if miss is None else (computed | received).get(key)
             kvs.append(None if kv is None else self.cut(kv, ratio))
         hits = {key for key, miss in zip(lookup.keys, lookup.misses, strict=True) if miss is None}
         return Fetched(
             kvs=kvs,
             misses=lookup.misses,
             load_s=load_s,
-            compress_s=time.perf_counter() - started,
+            compress_s=self.clock() - started,
             loads=len(hits),
             load_bytes=sum(lookup.loaded[key].nbytes for key in hits),
             computed=len(computed),
@@ -317,7 +279,8 @@ class CachedCompressor:
         """
         if self.store.read_only:
             raise OSError("the store was opened read-only; open it to be written")
-        self._write(self.key(text), text, kv, tuple(map(self.document_id, documents)))
+        ids = tuple(map(self.document_id, strings(documents, "documents")))
+        self._write(self.store.put, self.key(text), text, kv, ids)
 
     def claim(self, text: str, document: str) -> bool:
         """Records in a DocumentStore that a stored text belongs to this document too.
@@ -330,7 +293,7 @@ class CachedCompressor:
         key = self.key(text)
         try:
             if self.document_id(document) not in self.store.documents(key):
-                self._put(key, text, self.store[key], document)
+                self._put(self.store.put, key, text, self.store[key], document)
         except KeyError:
             return False
         return True
@@ -349,8 +312,9 @@ class CachedCompressor:
 
     def _look_up(
         self, texts: Sequence[str], ratios: Sequence[int | None] | None, may_compute: bool
-    ) -> _Lookup:
+    ) -> Lookup:
         """Reads what the store has of chunks; may decide against reading where computing may do."""
+        ended = self._in_flight.ended
         asked = [self.ratio_for(ratio) for ratio in ratios or [None] * len(texts)]
         keys = [self.key(text) for text in texts]
         lowest: dict[str, int] = {}
@@ -369,22 +333,62 @@ class CachedCompressor:
             for key, ratio in zip(keys, asked, strict=True)
         ]
         missing = {k: t for k, t, miss in zip(keys, texts, misses, strict=True) if miss is not None}
-        return _Lookup(keys, asked, misses, loaded, missing, lowest)
+        return Lookup(keys, asked, misses, loaded, missing, lowest, ended)
 
-    def _compute(self, lookup: _Lookup) -> dict[str, AnchorKV]:
-        """What is missing, by key, each at the ratio that it is stored at."""
-        started = time.perf_counter()
+    def _compute(
+        self, lookup: Lookup, documents: Sequence[str | None] | None
+    ) -> tuple[dict[str, AnchorKV], dict[str, AnchorKV], int]:
+        """Computes and stores what is missing, each chunk in one of the threads that miss it.
+
+        Returns:
+            What was computed here, by key, and what other threads have computed, each at the ratio
+            that it is stored at; and the number of failed writes.
+        """
         ratios = {key: self.kept_ratio(lookup.lowest[key]) for key in lookup.missing}
+        computed: dict[str, AnchorKV] = {}
+        failed = 0
+
+        def compute(wanted: list[tuple[str, int]]) -> dict[tuple[str, int], AnchorKV]:
+            nonlocal failed
+            stored = self._stored_since(lookup, wanted)
+            texts = {key: lookup.missing[key] for key, _ in wanted if key not in stored}
+            if texts:
+                computed.update(self._compress(texts, ratios))
+                # Before others cease to wait: a thread that comes later finds it in the store.
+                failed += self._put_all(lookup, computed, documents)
+            return {(key, ratio): (stored | computed)[key] for key, ratio in wanted}
+
+        mine, theirs = self._in_flight.compute(ratios.items(), compute)
+        received = {key: kv for (key, _), kv in (mine | theirs).items() if key not in computed}
+        if documents is not None:
+            failed += self._put_all(lookup, received, documents)
+        return computed, received, failed
+
+    def _stored_since(
+        self, lookup: Lookup, wanted: Sequence[tuple[str, int]]
+    ) -> dict[str, AnchorKV]:
+        """What other threads have stored since a lookup, if they have stored anything."""
+        if self._in_flight.ended == lookup.ended:
+            return {}
+        stored: dict[str, AnchorKV] = {}
+        for key, ratio in wanted:
+            entry = self._load(key, lookup.missing[key], ratio, may_compute=True)
+            if isinstance(entry, AnchorKV) and self._shortage(entry, ratio) is None:
+                stored[key] = entry
+        return stored
+
+    def _compress(self, texts: Mapping[str, str], ratios: Mapping[str, int]) -> dict[str, AnchorKV]:
+        started = self.clock()
         # All of them together at the lowest ratio: the encoder's work is the same at any.
-        kvs = self.at_ratio(min(ratios.values())).compress(list(lookup.missing.values()))
+        kvs = self.at_ratio(min(ratios[key] for key in texts)).compress(list(texts.values()))
         if self.guard is not None:
             tokens = sum(kv.num_tokens for kv in kvs)
-            self.guard.computed(tokens, time.perf_counter() - started)
-        return {key: self.cut(kv, ratios[key]) for key, kv in zip(lookup.missing, kvs, strict=True)}
+            self.guard.computed(tokens, self.clock() - started)
+        return {key: self.cut(kv, ratios[key]) for key, kv in zip(texts, kvs, strict=True)}
 
     def _put_all(
         self,
-        lookup: _Lookup,
+        lookup: Lookup,
         computed: Mapping[str, AnchorKV],
         documents: Sequence[str | None] | None,
     ) -> int:
@@ -394,7 +398,9 @@ class CachedCompressor:
         owners = zip(lookup.keys, documents or [None] * len(lookup.keys), strict=True)
         for key, document in dict.fromkeys(owners):
             if key in computed and key not in slow:
-                failed += not self._put(key, lookup.missing[key], computed[key], document)
+                text = lookup.missing[key]
+                # An answer waits a moment for others that write, and does without.
+                failed += not self._put(self.store.offer, key, text, computed[key], document)
         return failed
 
     def _load(self, key: str, text: str, ratio: int, may_compute: bool) -> AnchorKV | str:
@@ -403,11 +409,12 @@ class CachedCompressor:
         try:
             if guard is not None and guard.prefers_computing(len(text)) and key in self.store:
                 return "slow"
-            started = time.perf_counter()
+            started = self.clock()
             kv = self._read(key, ratio)
             if guard is not None:
-                guard.loaded(len(text), kv.num_tokens, kv.nbytes, time.perf_counter() - started)
-            return kv
+                guard.loaded(len(text), kv.num_tokens, kv.nbytes, self.clock() - started)
+            # Earlier versions stored infinities.
+            return kv if kv.is_finite else "corrupt: its keys or values are not finite"
         except KeyError as miss:
             # Stores name the reason (CorruptEntryError); a plain KeyError means it is not there.
             reason: str | None = getattr(miss, "reason", None)
@@ -448,12 +455,15 @@ class CachedCompressor:
         except OSError as error:
             log.warning("what made the chunks was not stored: %s", error)
 
-    def _put(self, key: str, text: str, kv: AnchorKV, document: str | None) -> bool:
+    def _put(
+        self, put: Callable[..., None], key: str, text: str, kv: AnchorKV, document: str | None
+    ) -> bool:
         """Stores a chunk that was computed for an answer; returns False if that failed."""
         if self.store.read_only:
             return True
+        ids = () if document is None else (self.document_id(document),)
         try:
-            self._write(key, text, kv, () if document is None else (self.document_id(document),))
+            self._write(put, key, text, kv, ids)
         except OSError as error:
             # The chunk is computed and the question can be answered; only the next one is slower.
             with self._counting:
@@ -462,6 +472,13 @@ class CachedCompressor:
             return False
         return True
 
-    def _write(self, key: str, text: str, kv: AnchorKV, documents: tuple[str, ...]) -> None:
+    def _write(
+        self,
+        put: Callable[..., None],
+        key: str,
+        text: str,
+        kv: AnchorKV,
+        documents: tuple[str, ...],
+    ) -> None:
         self._note()
-        self.store.put(key, kv, documents, text_id=self.text_id(text), fingerprint=self.fingerprint)
+        put(key, kv, documents, text_id=self.text_id(text), fingerprint=self.fingerprint)

@@ -22,6 +22,7 @@ class Chunk:
             compressor's.
 
     Raises:
+        TypeError: for a text that is no str, or an id or title that is neither a str nor None.
         ValueError: if the ratio is not an integer of at least 1.
     """
 
@@ -32,6 +33,9 @@ class Chunk:
     ratio: int | None = None
 
     def __post_init__(self) -> None:
+        for name, types in (("text", str), ("id", str | None), ("title", str | None)):
+            if not isinstance(value := getattr(self, name), types):
+                raise TypeError(f"a chunk's {name} must be a str, was: {value!r:.100}")
         require_ratio(self.ratio)
 
     @property

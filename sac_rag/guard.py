@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from dataclasses import dataclass
+
+from sac_rag import forks
 
 _WINDOW = 16  # loads and compressions remembered; older ones do not describe today's disk
 _ENOUGH_LOADS = 8
@@ -38,8 +39,8 @@ class Guard:
         self._computed: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._passed_over = 0
         self._probing = False
-        self._trying = False
-        self._lock = threading.Lock()
+        self._trial_in = 0  # chunks to load before a trial, which an interrupt may have ended
+        self._lock = forks.lock(self, "_lock")
 
     def loaded(self, chars: int, tokens: int, nbytes: int, seconds: float) -> None:
         """Records a load."""
@@ -54,7 +55,7 @@ class Guard:
     def computed(self, tokens: int, seconds: float) -> None:
         """Records a compression of chunks with this total of tokens."""
         with self._lock:
-            self._trying = False
+            self._trial_in = 0
             self._computed.append((tokens, seconds))
 
     def prefers_computing(self, chars: int) -> bool:
@@ -69,9 +70,10 @@ class Guard:
                 return False
             load_s = self._load_s(chars)
             if len(self._computed) < _ENOUGH_COMPUTING:
-                if self._trying or load_s < _WORTH_A_TRIAL:
+                self._trial_in = max(0, self._trial_in - 1)
+                if self._trial_in or load_s < _WORTH_A_TRIAL:
                     return False
-                self._trying = True
+                self._trial_in = _PROBE_EVERY
                 return True
             tokens = chars * sum(x.tokens for x in self._loads) / sum(x.chars for x in self._loads)
             if load_s <= _MARGIN * tokens * self._seconds_per_token():

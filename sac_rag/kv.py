@@ -134,6 +134,12 @@ class AnchorKV:
         """The floating dtype shared by keys and values."""
         return self.keys.dtype
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no key and no value is an infinity or NaN."""
+        numbers = (tensor for tensor in self.tensors().values() if tensor.is_floating_point())
+        return all(bool(tensor.isfinite().all()) for tensor in numbers)
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name; the first dimension of each is that of entries."""
         return {
@@ -372,12 +378,7 @@ def quantize(kv: AnchorKV) -> QuantizedKV:
     Raises:
         ValueError: if they hold an infinity or NaN.
     """
-    keys, values = kv.keys.detach().float(), kv.values.detach().float()
-    if not (keys.isfinite().all() and values.isfinite().all()):
-        raise ValueError(
-            "keys and values must be finite to be stored in int8, were not; the model overflows: "
-            "compute in bfloat16 or float32"
-        )
+    keys, values = require_finite(kv).keys.detach().float(), kv.values.detach().float()
     heads = kv.heads.long()
     highest, lowest = (_of_channels(keys, heads, kv, reduce) for reduce in ("amax", "amin"))
     # Halved before they are added: their sum may overflow.
@@ -396,6 +397,21 @@ def quantize(kv: AnchorKV) -> QuantizedKV:
         "heads": kv.heads,
     }
     return QuantizedKV(tensors, kv.num_tokens)
+
+
+def require_finite(kv: AnchorKV) -> AnchorKV:
+    """The AnchorKV itself.
+
+    Raises:
+        ValueError: if its keys or values hold an infinity or NaN: every answer from it would be
+            nonsense.
+    """
+    if not kv.is_finite:
+        raise ValueError(
+            f"keys and values must be finite to be kept, were not, in {kv.dtype}; the model "
+            "overflows, or its weights are damaged: compute and store in bfloat16 or float32"
+        )
+    return kv
 
 
 def as_stored(kv: AnchorKV, dtype: str) -> AnchorKV:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+
+# How the ids of a namespace's documents begin.
+_PREFIX = re.compile("[0-9a-f]{16}:")
 
 
 class Namespace:
@@ -27,9 +31,18 @@ class Namespace:
     def document_id(self, document: str) -> str:
         """A document's id in the store: unchanged in the namespace "", else with a prefix.
 
-        The caller's id stays readable in it, so that an operator can forget a document.
+        The caller's id stays readable in it, so that an operator can forget a document. In the
+        namespace "", one that looks like another namespace's gets a prefix too, and is not it.
         """
-        return document if self._is_open else f"{self._digest('document')[:16]}:{document}"
+        if self._is_open and _PREFIX.match(document) is None:
+            return document
+        return f"{self._digest('document')[:16]}:{document}"
+
+    def owns(self, document_id: str) -> bool:
+        """Whether an id in the store is of this namespace."""
+        if self._is_open and _PREFIX.match(document_id) is None:
+            return True
+        return document_id.startswith(f"{self._digest('document')[:16]}:")
 
     def _digest(self, purpose: str, *parts: str) -> str:
         digest = hashlib.blake2b(key=self._secret, person=purpose.encode(), digest_size=32)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from sac_rag import forks
 from sac_rag.compressors.full import read_plain
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
@@ -38,13 +38,20 @@ class Prefixes:
     Attributes:
         generator: The LM that reads the prefixes.
         capacity: Most prefixes kept; the least recently used is dropped first.
+        max_bytes: Most bytes of their KV; a longer prefix is read for each call.
     """
 
-    def __init__(self, generator: Generator, capacity: int = 8) -> None:
+    def __init__(self, generator: Generator, capacity: int = 8, max_bytes: int = 256 << 20) -> None:
         self.generator = generator
         self.capacity = capacity
+        self.max_bytes = max_bytes
         self._prefixes: OrderedDict[tuple[int, ...], AnchorKV] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forks.lock(self, "_lock")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV of all prefixes kept."""
+        return sum(kv.nbytes for kv in self._prefixes.values())
 
     def split(self, beginning: Sequence[int], rows: Sequence[Sequence[Part]]) -> Split:
         """Splits off the prefix that all prompts have in common.
@@ -75,7 +82,7 @@ class Prefixes:
                 self._prefixes.move_to_end(ids)
                 return cached, True
             kv = self._prefixes[ids] = read_plain(self.generator, ids)
-            while len(self._prefixes) > self.capacity:
+            while len(self._prefixes) > self.capacity or self.nbytes > self.max_bytes:
                 self._prefixes.popitem(last=False)
             return kv, False
 

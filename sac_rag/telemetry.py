@@ -6,7 +6,6 @@ and names defined in this package, never a text, a key or an id.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from sac_rag import forks
 from sac_rag.errors import name_of
 
 # In seconds; OpenTelemetry's defaults are made for milliseconds.
@@ -92,7 +92,7 @@ class Meter:
         self._misses: Counter[str] = Counter()
         self._longest = 0.0
         self._evictions_known = evictions
-        self._lock = threading.Lock()
+        self._lock = forks.lock(self, "_lock")
 
     def add(self, **numbers: float) -> None:
         """Adds to numbers of `Metrics`, by name."""

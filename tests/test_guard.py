@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.clock import Clock
 from support.models import PROSE, make_compressor, passes_of
 
 from sac_rag import SacRAG
@@ -31,16 +31,23 @@ def experienced(load_s: float, compute_s: float, loads: int = 8, computed: int =
 
 
 class Slow(dict[str, AnchorKV]):
-    """A store on a disk that takes its time for every read."""
+    """A store on a disk that takes its time, by a clock, for every read."""
 
-    seconds = 0.0
-    reads = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.seconds = 0.0
+        self.reads = 0
 
     def __getitem__(self, key: str) -> AnchorKV:
         kv = super().__getitem__(key)
         self.reads += 1
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         return kv
+
+
+def by_the_clock_of(store: Slow, sac: Compressor) -> CachedCompressor:
+    return CachedCompressor(sac, store, clock=store.clock)
 
 
 # --- the decision
@@ -110,6 +117,12 @@ def test_slow_loads_are_worth_a_trial_of_computing_one_at_a_time() -> None:
     assert [guard.prefers_computing(CHARS) for _ in range(3)] == [True, True, True]
 
 
+def test_a_trial_that_ended_without_a_measurement_is_repeated() -> None:
+    guard = experienced(load_s=2.0, compute_s=0.5, computed=0)
+    # Ctrl-C, or a chunk that cannot be computed: the guard is told nothing.
+    assert [guard.prefers_computing(CHARS) for _ in range(33)] == [True, *[False] * 15] * 2 + [True]
+
+
 def test_fast_loads_are_not_worth_a_trial() -> None:
     guard = experienced(0.09, 0.0001, computed=0)
     assert not any(guard.prefers_computing(CHARS) for _ in range(100))
@@ -172,7 +185,7 @@ def test_warm_slower_than_recomputing_is_recomputed_counted_and_answered_the_sam
     sac: Compressor,
 ) -> None:
     store = Slow()
-    rag = SacRAG(CachedCompressor(sac, store), decoding=Decoding(max_new_tokens=8))
+    rag = SacRAG(by_the_clock_of(store, sac), decoding=Decoding(max_new_tokens=8))
     for half in (PROSE[:4], PROSE[4:]):
         rag.precompress(half)
     fast = rag.answer("Who counted the ships?", PROSE)
@@ -195,12 +208,12 @@ def test_warm_slower_than_recomputing_is_recomputed_counted_and_answered_the_sam
 
 def test_a_store_that_has_recovered_is_read_again(sac: Compressor) -> None:
     store = Slow()
-    cached = CachedCompressor(sac, store)
+    cached = by_the_clock_of(store, sac)
     cached.fetch(PROSE)
     assert cached.guard is not None
     for _ in range(16):
         cached.guard.loaded(80, 30, 10_000, 5.0)
-    cached.guard.computed(1000, 0.5)
+        cached.guard.computed(1000, 0.5)  # slower than any load by this clock
     statuses = [miss for _ in range(5) for miss in cached.fetch(PROSE).misses]
     assert "slow" in statuses[:8]
     assert statuses[16:] == [None] * 24
@@ -217,7 +230,7 @@ def test_the_guard_can_be_switched_off(sac: Compressor) -> None:
 def test_only_who_wants_misses_computed_gets_stored_chunks_computed(
     sac: Compressor, on_miss: str
 ) -> None:
-    cached = CachedCompressor(sac, Slow())
+    cached = by_the_clock_of(Slow(), sac)
     cached.fetch(PROSE)
     assert cached.guard is not None
     for _ in range(16):
@@ -229,7 +242,7 @@ def test_only_who_wants_misses_computed_gets_stored_chunks_computed(
 
 
 def test_a_chunk_that_is_not_there_is_absent_and_not_slow(sac: Compressor) -> None:
-    cached = CachedCompressor(sac, Slow())
+    cached = by_the_clock_of(Slow(), sac)
     cached.fetch(PROSE[:4])
     assert cached.guard is not None
     for _ in range(16):

@@ -218,10 +218,10 @@ def test_counting_costs_next_to_nothing(make_rag: Callable[..., SacRAG]) -> None
 
     rag = make_rag()
     rag.answer(QUESTION, PROSE)
-    started = time.perf_counter()
+    started = time.thread_time()  # its own work, however busy the machine is
     for _ in range(1000):
         rag.metrics()
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_the_log_names_no_text(

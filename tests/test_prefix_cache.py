@@ -277,3 +277,19 @@ def test_a_prompt_that_begins_with_a_chunk_has_no_prefix(llama: Generator) -> No
 def test_no_beginning_and_no_prompts_are_no_prefix(llama: Generator, beginning: list[int]) -> None:
     assert Prefixes(llama).split(beginning, []).prefix is None
     assert Prefixes(llama).split(beginning, [[[9]]]).prefix is None
+
+
+def test_the_least_recently_used_leave_when_their_bytes_pass_the_cap(llama: Generator) -> None:
+    prefixes = Prefixes(llama)
+    rows = [[start, *BEGINNING] for start in range(5)]
+    prefixes.split(rows[0], [[[*rows[0], 7]]])
+    each = prefixes.nbytes
+    prefixes.max_bytes = 3 * each
+    for row in rows:
+        prefixes.split(row, [[[*row, 7]]])
+    assert prefixes.nbytes == 3 * each
+    assert prefixes.split(rows[4], [[[*rows[4], 7]]]).reused == len(rows[4])
+    assert prefixes.split(rows[0], [[[*rows[0], 7]]]).reused == 0
+    prefixes.max_bytes = each - 1
+    split = prefixes.split(rows[1], [[[*rows[1], 7]]])
+    assert (split.prefix is not None, prefixes.nbytes) == (True, 0)

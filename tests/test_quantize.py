@@ -127,7 +127,7 @@ def test_another_dtype_is_a_plain_value_and_another_device_is_not() -> None:
 def test_what_is_not_finite_is_refused(bad: float, name: str) -> None:
     kv = make_kv()
     getattr(kv, name)[0, 0] = bad
-    with pytest.raises(ValueError, match="must be finite to be stored in int8"):
+    with pytest.raises(ValueError, match="must be finite to be kept"):
         quantize(kv)
 
 

@@ -141,10 +141,10 @@ def attention_when_read_again(generator: Generator, sink: Sequence[int], tokens:
 
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
-    """Switches the model to eager attention, the only implementation that returns weights."""
+    """Switches a running model to eager attention, the only one that returns weights."""
     implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
     try:
+        model.set_attn_implementation("eager")
         yield
     finally:
         model.set_attn_implementation(implementation)

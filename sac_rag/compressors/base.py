@@ -22,7 +22,7 @@ from sac_rag.compressors.config import Budget, CompressorConfig, StoredDtype
 from sac_rag.compressors.layout import Layout, after_sink, collate
 from sac_rag.compressors.pretrained import Pretrained
 from sac_rag.errors import PromptTooLongError
-from sac_rag.kv import AnchorKV, quantize
+from sac_rag.kv import AnchorKV, quantize, require_finite
 from sac_rag.lm.digests import digest_json, tensors_digest
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import PromptFormat
@@ -221,9 +221,13 @@ class Compressor(Pretrained, ABC):
             One AnchorKV per text, in order, in the stored dtype of the config.
 
         Raises:
-            ValueError: for a text that is empty or only white space.
+            ValueError: for a text that is empty or only white space, or if its KV is not finite in
+                the stored dtype.
             PromptTooLongError: for a text longer than the model's context, before any work.
+            TypeError: for one str in place of several.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts must be several texts, was: one str; put it in a list")
         chunks = [self.tokenize(text) for text in texts]
         limit = self.generator.max_positions
         for number, ids in enumerate(chunks):
@@ -283,7 +287,7 @@ class Compressor(Pretrained, ABC):
                 if remaining[chunk]:
                     continue
                 parts = sorted(encoded.pop(chunk), key=lambda part: part[0])
-                whole = self.join([kv for _, kv in parts])
+                whole = require_finite(self.join([kv for _, kv in parts]))
                 if is_int8:
                     # Rounded now as it would be when read from a store.
                     whole = quantize(whole)

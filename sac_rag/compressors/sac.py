@@ -23,6 +23,7 @@ from sac_rag.compressors.budget import heads_together, joint_order, ranked_entri
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
 from sac_rag.kv import AnchorKV
+from sac_rag.lm.adapters import AdapterName
 from sac_rag.lm.generator import Generator
 
 # Added to a score per token of distance from the start. In the first layer equal tokens have equal
@@ -73,7 +74,7 @@ class SAC(Compressor):
         """Adds LoRA of a rank to the generator; returns the adapter's name and weights."""
         from peft import LoraConfig  # takes a second to import: only where LoRA is used
 
-        config, name = self.config, f"sac_{uuid4().hex}"
+        config, name = self.config, AdapterName(f"sac_{uuid4().hex}")
         lora = LoraConfig(
             r=rank,
             lora_alpha=config.lora_alpha * rank / config.lora_rank,

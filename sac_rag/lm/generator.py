@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sac_rag import default_models as models
+from sac_rag import forks
 from sac_rag.errors import UnsupportedModelError
-from sac_rag.lm import attention, rope
+from sac_rag.lm import attention, model_files, rope
+from sac_rag.lm.adapters import Adapters
 from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.lm.encoder import merged, without_last_mlp
+from sac_rag.lm.text_tokenizer import TextTokenizer, ordinary_tokenizer
 
 # Fields of a config that never change a key: names, versions, training settings, what comes after
 # the last layer. All others may (architectures have different multipliers) and are digested.
@@ -47,13 +50,15 @@ _NOT_IN_A_KEY = {
 class Generator:
     """A loaded causal LM, frozen, that encodes chunks and generates answers.
 
-    The weights are hashed once, at construction; later changes of them are not detected.
+    The weights are hashed once, at construction; later changes of them are not detected. That
+    includes changes of a file that a model given here is mapped from: `from_pretrained` reads the
+    weights into memory.
 
     Attributes:
         model: The HF causal LM, in evaluation mode, with no trainable parameter. Its attention is
             that of `sac_rag.lm.attention`, which without entry masks calls transformers'.
         encoder: Its decoder stack without what keys and values do not need; weights are shared.
-        tokenizer: Its HF tokenizer.
+        tokenizer: Its HF tokenizer; changes of it after construction have no effect on `tokenize`.
         frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
         identity: Digests of everything in the model that determines a KV, by name.
 
@@ -63,6 +68,7 @@ class Generator:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
+        _require_no_adapters(model)
         usual = model.config._attn_implementation
         if usual in attention.NAMES:
             model.set_attn_implementation(attention.NAMES[usual])
@@ -71,13 +77,14 @@ class Generator:
                 "attention must accept a mask over single entries: load the model with "
                 f"attn_implementation='sdpa' or 'eager', was: {usual!r}"
             )
+        self._attention: str = model.config._attn_implementation
         self.frequencies = rope.frequencies_of(model)
         self.model = model.eval().requires_grad_(False)
         self.encoder = without_last_mlp(model.base_model)
         self.kv_shape = _kv_shape(model)
         self.tokenizer = tokenizer
-        # Whether special tokens are special is state of the shared tokenizer, set by each call.
-        self._tokenizing = threading.Lock()
+        self._template_tokenizer = TextTokenizer(tokenizer, control=True)
+        self._ordinary_tokenizer = ordinary_tokenizer(tokenizer)
         self.identity = {
             "weights": weights_digest(model),
             "tokenizer": tokenizer_digest(tokenizer),
@@ -88,8 +95,9 @@ class Generator:
             "frequencies": digest_json(self.frequencies.double().tolist()),
         }
         # Whether LoRA is on is state of the shared model, so only one thread may run it at a time.
-        self._lock = threading.RLock()
-        self._adapters: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        self._lock = forks.lock(self, "_lock", threading.RLock)
+        forks.in_child(self, _compute_in_one_thread)
+        self._adapters = Adapters(model)
 
     @classmethod
     def from_pretrained(
@@ -119,7 +127,8 @@ class Generator:
                 `device_map`, in place of `device`, all weights must be on one device.
 
         Raises:
-            ValueError: for an unknown name or dtype, or with trust_remote_code=True.
+            ValueError: for an unknown name or dtype, for files that are missing, cut short or
+                git-lfs pointers, or with trust_remote_code=True.
             TypeError: for an argument that transformers does not know.
             ModelUnavailableError: if a default model cannot be fetched.
             UnsupportedModelError: before any weights are read, if its keys cannot be moved.
@@ -127,6 +136,7 @@ class Generator:
         _require_usable(model_kwargs, device)
         source = models.resolve(model)
         hub = {"revision": revision or "main", "token": token, "cache_dir": cache_dir}
+        model_files.require_loadable(source, hub)
         try:
             config = AutoConfig.from_pretrained(source, **hub)
         except (OSError, ValueError) as error:
@@ -134,16 +144,22 @@ class Generator:
                 f"{source!r} is not a causal LM that transformers can load: {error}"
             ) from error
         rope.require_movable(config)
+        tokenizer = _load_tokenizer(source, hub)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
-        network = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype, device), **hub, **model_kwargs
-        )
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_dtype(dtype, device), **hub, **model_kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"weights of {source!r} could not be read: {error}") from error
         if model_kwargs.get("device_map") is None:
             network = network.to(device)
         _require_one_device(network)
-        return cls(network, AutoTokenizer.from_pretrained(source, **hub))
+        # The identity is that of the bytes that are computed with, whatever becomes of the file.
+        model_files.read_into_memory(network)
+        return cls(network, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -184,15 +200,10 @@ class Generator:
         Args:
             text: Any text.
             special: Whether "<|im_end|>" in the text is that special token (in a template) or ten
-                ordinary characters (in a chunk or a question, which must not end their turn).
+                ordinary characters (in a chunk or a question, which must not end their turn). So
+                are all added tokens that are not words or white space, such as "<tool_call>".
         """
-        # Tokenizers reject half a surrogate pair, which a truncated JSON escape may leave.
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        with self._tokenizing:
-            ids: list[int] = self.tokenizer(
-                whole, add_special_tokens=False, split_special_tokens=not special, verbose=False
-            ).input_ids
-        return ids
+        return (self._template_tokenizer if special else self._ordinary_tokenizer).ids(text)
 
     def attention_mask(self, attends_to: Tensor) -> Tensor:
         """The additive mask of the model's attention scores; see `attention.additive`.
@@ -212,31 +223,15 @@ class Generator:
         """Adds LoRA weights to the model, switched off.
 
         Args:
-            name: A name that no adapter has.
+            name: A name that no adapter has. The weights of an AdapterName are deleted some time
+                after the last reference to it.
             config: A peft.LoraConfig.
 
         Returns:
             Parameters with their names, without the adapter's name, in the model's order.
         """
-        with self._lock, warnings.catch_warnings():
-            # peft warns of a second adapter; here each compressor has one.
-            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            try:
-                self.model.add_adapter(config, adapter_name=name)
-            except ValueError:
-                # transformers sets this flag before peft has refused the adapter.
-                self.model._hf_peft_config_loaded = bool(self._adapters)
-                raise
-            self._adapters[name] = [
-                (path.replace(f".{name}.", "."), parameter)
-                for path, parameter in self.model.named_parameters()
-                if f".{name}." in path
-            ]
-            for _, parameter in self._adapters[name]:
-                # In bfloat16 small training steps would be lost.
-                parameter.data = parameter.data.float()
-            self._switch_off()
-        return self._adapters[name]
+        with self._lock:
+            return self._adapters.add(name, config)
 
     def merged_encoder(self, adapter: str) -> Any:
         """The encoder with an adapter merged into copies of its weights, to run with adapters off.
@@ -252,23 +247,23 @@ class Generator:
 
         It must not be held across a `yield` to a caller, which would block all other threads.
         """
+        is_nested = self._lock._is_owned()
         with self._lock:
-            if adapter is None:
-                yield self.model
-                return
-            self.model.set_adapter(adapter)
-            self.model.enable_adapters()
+            if not is_nested:
+                self._restore()
+            outer = self._adapters.on if is_nested else None
             try:
+                self._adapters.switch(adapter)
                 yield self.model
             finally:
-                self._switch_off()
+                self._adapters.switch(outer)
 
-    def _switch_off(self) -> None:
-        self.model.disable_adapters()
-        # peft stops their gradients too, even those of a pass before its backward pass.
-        for parameters in self._adapters.values():
-            for _, parameter in parameters:
-                parameter.requires_grad_(True)
+    def _restore(self) -> None:
+        """Undoes what an interrupt has left behind, and what is no longer used."""
+        if self.model.config._attn_implementation != self._attention:
+            self.model.set_attn_implementation(self._attention)
+        self._adapters.switch(None)
+        self._adapters.delete_unused()
 
 
 @torch.no_grad()
@@ -288,6 +283,30 @@ def _kv_shape(model: Any) -> tuple[int, int, int]:
         )
     ((_, heads, _, head_dim),) = shapes
     return len(layers), heads, head_dim
+
+
+def _compute_in_one_thread(generator: Generator) -> None:
+    """In a forked child: torch's own threads are not there, and it would wait for them forever."""
+    torch.set_num_threads(1)
+
+
+def _load_tokenizer(source: str, hub: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, **hub)
+    except Exception as error:  # transformers raises any, by what is missing
+        raise ValueError(
+            f"{source!r} must have a tokenizer, none could be loaded: {error}; save the model's "
+            "beside its weights (tokenizer.save_pretrained)"
+        ) from error
+
+
+def _require_no_adapters(model: Any) -> None:
+    """Refuses a model with an adapter: its digest and the frozen model are without."""
+    if names := sorted(getattr(model, "peft_config", None) or {}):
+        raise UnsupportedModelError(
+            f"the model must have no adapters, has: {', '.join(names)}; merge them into the "
+            "weights (peft's merge_and_unload), or share the Generator that has added them"
+        )
 
 
 def _require_usable(model_kwargs: dict[str, Any], device: str | torch.device | None) -> None:

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from sac_rag.chunk import Chunk
 
+_ROLE = re.compile(r"[\w .-]+")
+
 
 @dataclass(frozen=True)
 class Message:
@@ -18,12 +20,22 @@ class Message:
     Attributes:
         role: "system", "user", "assistant", or another role of the model's chat template.
         content: Text and chunks in reading order.
+
+    Raises:
+        TypeError: if the content is a str.
+        ValueError: for a role of other characters than letters, digits, spaces, ".", "_" and "-":
+            the template puts it among its own words, where control tokens are recognised.
     """
 
     role: str
     content: tuple[str | Chunk, ...]
 
     def __post_init__(self) -> None:
+        if not _ROLE.fullmatch(self.role):
+            raise ValueError(
+                "a message's role must be made of letters, digits, spaces, '.', '_' and '-', "
+                f"was: {self.role!r:.100}"
+            )
         if isinstance(self.content, str):
             raise TypeError(
                 f"a message's content must be a tuple of texts and chunks, was one str: "
@@ -46,7 +58,8 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     """Renders messages with the tokenizer's chat template, up to the assistant's next turn.
 
     The template gets a placeholder for each content, so that nothing in a text or a chunk can be
-    taken for the template's markup, and chunks need not be text.
+    taken for the template's markup, and chunks need not be text. A template that has no system role
+    gets the system prompt at the start of the first user's turn.
 
     Args:
         tokenizer: An HF tokenizer. Without a chat template, the contents become plain paragraphs
@@ -61,6 +74,20 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     """
     if not messages:
         raise ValueError("expected at least one message, got none")
+    try:
+        return _rendered(tokenizer, messages)
+    except ValueError as refused:
+        if [message.role for message in messages[:2]] != ["system", "user"]:
+            raise
+        system, user, *others = messages
+        first = Message("user", joined((*system.content, "\n\n", *user.content)))
+        try:
+            return _rendered(tokenizer, [first, *others])
+        except ValueError:
+            raise refused from None
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     if not getattr(tokenizer, "chat_template", None):
         paragraphs = [part for message in messages for part in (*message.content, "\n\n")]
         return _behind_bos(tokenizer, paragraphs)

@@ -151,6 +151,8 @@ class PromptFormat:
 
     def passages(self, chunks: Sequence[Chunk]) -> list[str | Chunk]:
         """The chunks with the text around them: what replaces {chunks} in a prompt."""
+        if isinstance(chunks, str):
+            raise TypeError("chunks must be several Chunks, was: one str; put a Chunk in a list")
         passages: list[str | Chunk] = []
         for number, chunk in enumerate(chunks, start=1):
             passages += [self.separator] if passages else []

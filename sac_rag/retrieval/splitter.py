@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from sac_rag.chunk import Chunk
+from sac_rag.lm.text_tokenizer import TextTokenizer, is_fast, ordinary_tokenizer
 
 
 def split(document: Chunk, tokenizer: Any, *, max_tokens: int = 256) -> list[Chunk]:
@@ -27,7 +28,8 @@ def split(document: Chunk, tokenizer: Any, *, max_tokens: int = 256) -> list[Chu
 
     Returns:
         The pieces in order, without white space around them, each with the document's id, title
-        and metadata and, if there are several, "part" (from 1) and "parts" in the metadata. Only
+        and metadata and, if there are several, "part" (from 1) and "parts" in the metadata, unless
+        it has its own. Only
         white space is lost; a document of white space has no pieces.
 
     Raises:
@@ -36,19 +38,19 @@ def split(document: Chunk, tokenizer: Any, *, max_tokens: int = 256) -> list[Chu
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, was: {max_tokens}")
-    if not getattr(tokenizer, "is_fast", False):
+    if not is_fast(tokenizer):
         raise TypeError(
             "tokenizer must be a fast HF tokenizer, one that has the offsets of its tokens in the "
             f"text, was: {type(tokenizer).__name__}; load it with AutoTokenizer"
         )
-    texts = list(_Cutter(document.text, tokenizer, max_tokens).pieces())
+    texts = list(_Cutter(document.text, ordinary_tokenizer(tokenizer), max_tokens).pieces())
     if len(texts) == 1:
         return [replace(document, text=texts[0])]
     return [
         replace(
             document,
             text=text,
-            metadata={**document.metadata, "part": part, "parts": len(texts)},
+            metadata={"part": part, "parts": len(texts), **document.metadata},
         )
         for part, text in enumerate(texts, 1)
     ]
@@ -92,7 +94,7 @@ class _Cutter:
     too long, cut earlier.
     """
 
-    def __init__(self, text: str, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, text: str, tokenizer: TextTokenizer, max_tokens: int) -> None:
         self._text = text
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -180,24 +182,14 @@ class _Cutter:
             if self._read_to == len(self._text):
                 return self._read_to
             self._read_to = min(start + size, len(self._text))
-            offsets = self._tokenize(start, self._read_to, return_offsets_mapping=True)
-            self._token_starts = [start + first for first, _ in offsets["offset_mapping"]]
+            offsets = self._tokenizer.offsets(self._text[start : self._read_to])
+            self._token_starts = [start + first for first, _ in offsets]
             size *= 2
 
     def _excess(self, start: int, end: int) -> int:
         """Tokens by which a piece, tokenized alone, is too long; 0 or less if it fits."""
         end = start + len(self._text[start:end].rstrip())
-        return len(self._tokenize(start, end).input_ids) - self._max_tokens
-
-    def _tokenize(self, start: int, end: int, **options: Any) -> Any:
-        return self._tokenizer(
-            self._text[start:end],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-            **options,
-        )
+        return len(self._tokenizer.ids(self._text[start:end])) - self._max_tokens
 
 
 def _is_inside_character(text: str, start: int, position: int) -> bool:

@@ -21,7 +21,7 @@ WITHOUT_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_TEMPLATE
 )
-DROPPING = CHAT_TEMPLATE.replace("in messages %}", "in messages[-1:] %}")
+DROPPING = CHAT_TEMPLATE.replace("in messages %}", "in messages if message.role != 'system' %}")
 DOUBLING = CHAT_TEMPLATE.replace("<|im_end|>", "{{ message['content'] }}<|im_end|>")
 SHOUTING = CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper")
 TOKENIZER = make_tokenizer()
@@ -448,9 +448,23 @@ def test_an_empty_message_keeps_its_markup(role: str) -> None:
 
 
 def test_a_refused_role_is_a_value_error_that_names_the_roles() -> None:
-    messages = [Message("system", ("a",)), Message("user", ("b",))]
-    with pytest.raises(ValueError, match=r"\['system', 'user'\]: System role not supported"):
+    messages = [Message("system", ("a",)), Message("assistant", ("b",))]
+    with pytest.raises(ValueError, match=r"\['system', 'assistant'\]: System role not supported"):
         render(make_tokenizer(WITHOUT_SYSTEM), messages)
+
+
+@pytest.mark.parametrize("template", [WITHOUT_SYSTEM, DROPPING])
+def test_a_template_without_a_system_role_has_the_system_prompt_in_the_first_turn(
+    template: str,
+) -> None:
+    tokenizer = make_tokenizer(template)
+    chunk = Chunk("c")
+    turns = [Message("user", (chunk, "b")), Message("assistant", ("d",)), Message("user", ("e",))]
+    folded = [Message("user", ("a\n\n", chunk, "b")), *turns[1:]]
+    assert render(tokenizer, [Message("system", ("a",)), *turns]) == render(tokenizer, folded)
+    asked = PromptFormat().pieces(tokenizer, "Why?", [chunk])
+    assert PromptFormat().system in str(asked[1])
+    assert PromptFormat().beginning(tokenizer)[0] == asked[0]
 
 
 def test_a_template_that_cannot_be_read_is_a_value_error() -> None:
@@ -461,7 +475,6 @@ def test_a_template_that_cannot_be_read_is_a_value_error() -> None:
 @pytest.mark.parametrize(
     ("template", "rendered"),
     [
-        (DROPPING, r"\['1'\]"),
         (DOUBLING, r"\['0', '0', '1', '1'\]"),
         (SHOUTING, r"\[\]"),
     ],

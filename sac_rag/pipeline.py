@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
+from inspect import signature
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class SacRAG:
             ModelUnavailableError: if a default model cannot be downloaded.
             UnsupportedModelError: if the model's keys cannot be moved.
         """
+        signature(cls).bind_partial(**options)  # refuses unknown names before anything is loaded
         loaded, prompt_format = load_compressor(
             model,
             compressor,
@@ -171,6 +173,7 @@ class SacRAG:
                 or for a ratio that the chunks do not have.
             ModelUnavailableError: if a default model cannot be downloaded.
         """
+        signature(cls).bind_partial(**options)  # refuses unknown names before anything is loaded
         opened = Archive(archive)
         stored = load_stored(model, opened.origin, device, **(model_kwargs or {}))
         if ratio not in (None, stored.config.ratio):
@@ -188,6 +191,22 @@ class SacRAG:
     def generator(self) -> Generator:
         """The frozen LM and its tokenizer."""
         return self.compressor.generator
+
+    def __copy__(self) -> SacRAG:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SacRAG:
+        """The same pipeline: copies of what holds it share the model and the store."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Raises a TypeError that says what to pickle in its place."""
+        raise TypeError(
+            "a SacRAG holds a loaded model and cannot be pickled; send the names that it was "
+            "loaded from, and load it there, as in SacRAG.from_pretrained(model, store=store)"
+        )
 
     def self_check(self) -> float:
         """Tests on the loaded model that moved chunks give the logits of plain text.

@@ -14,7 +14,18 @@ except ImportError as error:
 
 from langchain_sac.chat import ChatSAC
 from langchain_sac.compressor import SACCompressor
+from langchain_sac.documents import sync, unmark
+from langchain_sac.embeddings import SACEmbeddings
 from langchain_sac.prompts import format_docs, prompt_template
 from langchain_sac.retriever import SACRetriever
 
-__all__ = ["ChatSAC", "SACCompressor", "SACRetriever", "format_docs", "prompt_template"]
+__all__ = [
+    "ChatSAC",
+    "SACCompressor",
+    "SACEmbeddings",
+    "SACRetriever",
+    "format_docs",
+    "prompt_template",
+    "sync",
+    "unmark",
+]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,13 @@ from langchain_core.callbacks import (
     CallbackManagerForLLMRun,
 )
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream
+from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
-from pydantic import Field, model_validator
+from langchain_core.tools import BaseTool
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from langchain_sac.messages import conversation, metadata_of, plain_prompt, usage_of
@@ -34,9 +36,17 @@ _DECODING = {
     "top_p": "top_p",
     "top_k": "top_k",
     "seed": "seed",
+    "stop": "stop",
+}
+# Other names of fields, in LangChain and in transformers.
+_ALIASES = {
+    "model_name": "model",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "stop_sequences": "stop",
 }
 # Arguments for models behind a network, without a meaning here.
-_IGNORED = {"stream", "stream_usage", "timeout", "max_retries"}
+_IGNORED = {"api_key", "stream", "stream_usage", "timeout", "max_retries"}
 
 
 class _Row(NamedTuple):
@@ -92,10 +102,18 @@ class ChatSAC(BaseChatModel):
             None for that of the compressor.
         batch_size: Most inputs of a `batch` that are answered in one padded batch; lowered by
             `max_concurrency` of the config.
+        streaming: Whether `invoke` and `ainvoke` stream too, for callbacks that take tokens.
+        profile: What LangChain's agents and middleware ask of a model: the longest prompt and
+            answer, and that it reads text and calls no tools.
 
-    Other fields that are None default to `rag.decoding`. All except the first three and the last
-    can be given in a call or by `bind`; other arguments, such as tools, are refused.
+    Other fields that are None default to `rag.decoding`. From `max_tokens` to `ratio` they can be
+    given in a call or by `bind`. `max_new_tokens`, `stop_sequences` and `model_name` are other
+    names of max_tokens, stop and model; `model_kwargs` is a dict of any of these. `timeout`,
+    `max_retries` and `api_key`, which every chat model of LangChain takes, have no effect on a
+    local one. Unknown arguments are refused.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     rag: SacRAG = Field(repr=False, exclude=True)
     model: str
@@ -105,13 +123,16 @@ class ChatSAC(BaseChatModel):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: list[str] | None = None
+    stop: list[str] | str | None = None
     ratio: int | None = Field(default=None, strict=True)
     batch_size: int = Field(default=8, ge=1)
+    streaming: bool = False
 
     def __init__(self, rag: SacRAG, **fields: Any) -> None:
-        config = rag.generator.model.config
-        fields.setdefault("model", _short(config.name_or_path) or config.model_type)
+        fields = _renamed({**(fields.pop("model_kwargs", None) or {}), **fields})
+        if isinstance(rag, SacRAG):
+            config = rag.generator.model.config
+            fields.setdefault("model", _short(config.name_or_path) or config.model_type)
         super().__init__(rag=rag, **fields)  # type: ignore[call-arg]  # pydantic takes it
 
     @classmethod
@@ -122,19 +143,30 @@ class ChatSAC(BaseChatModel):
 
         Args:
             model: A default model's name, a local folder or a hub id.
-            **options: Fields of this class and arguments of `SacRAG.from_pretrained`; `ratio` is
-                the latter's.
+            **options: Fields of this class and arguments of `SacRAG.from_pretrained`; `ratio` and
+                `model_kwargs` are the latter's.
 
         Raises as `SacRAG.from_pretrained` does.
         """
-        names = cls.model_fields.keys() - {"ratio"}
+        names = (cls.model_fields.keys() | _ALIASES.keys() | _IGNORED) - {"ratio"}
         fields = {name: options.pop(name) for name in [*options] if name in names}
         return cls(SacRAG.from_pretrained(model, **options), model=_short(model), **fields)
 
     @model_validator(mode="after")
-    def _decoding_is_possible(self) -> Self:
-        self._decoding(None, {})
+    def _settings_are_possible(self) -> Self:
+        longest = self._decoding({}).max_new_tokens
         self.rag.compressor.ratio_for(self.ratio)
+        if self.profile is None:
+            self.profile = {
+                "max_input_tokens": self.rag.generator.max_positions - longest,
+                "max_output_tokens": longest,
+                "image_inputs": False,
+                "audio_inputs": False,
+                "video_inputs": False,
+                "reasoning_output": False,
+                "tool_calling": False,
+                "structured_output": False,
+            }
         return self
 
     @property
@@ -163,8 +195,28 @@ class ChatSAC(BaseChatModel):
             "template": _digest(template),
             "format": _digest(rule),
             # Not named "stop", which LangChain overwrites with that of the call.
-            "decoding": asdict(self._decoding(None, {})),
+            "decoding": asdict(self._decoding({})),
         }
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """This model with arguments bound, if there are no tools: it calls none.
+
+        Raises:
+            NotImplementedError: for tools.
+        """
+        if tools:
+            raise NotImplementedError(
+                f"ChatSAC calls no tools and follows no schema, got {len(tools)} tools; retrieve "
+                "in a step of its own before it answers (docs/langchain.md, Graphs and agents), or "
+                "give the tools to another model"
+            )
+        return self.bind(**kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text in the tokenizer of the model."""
@@ -235,12 +287,12 @@ class ChatSAC(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        place = Place.find(self)
-        if place is None:
-            # Token by token, so that cancelling this ends the work.
-            return await agenerate_from_stream(self._astream(messages, stop=stop, **kwargs))
         row = self._row(messages, stop, kwargs)
-        return self._result(await asyncio.wrap_future(place.ask(row)))
+        place = Place.find(self)
+        # Cancelling this cancels the future, which ends the work.
+        return self._result(
+            await asyncio.wrap_future(place.ask(row) if place else self._submitted(row))
+        )
 
     def _stream(
         self,
@@ -270,8 +322,9 @@ class ChatSAC(BaseChatModel):
     def _row(
         self, messages: list[BaseMessage], stop: list[str] | None, asked: dict[str, Any]
     ) -> _Row:
+        asked = _renamed(asked if stop is None else {"stop": stop, **asked})
         ratio = self.ratio if asked.get("ratio") is None else asked["ratio"]
-        decoding, key_of = self._decoding(stop, asked), self.rag.compressor.key
+        decoding, key_of = self._decoding(asked), self.rag.compressor.key
         if self.plain:
             return _Row((), plain_prompt(messages, key_of), decoding, ratio)
         turns = conversation(messages, key_of)
@@ -280,6 +333,12 @@ class ChatSAC(BaseChatModel):
             if self.rag.prompt_format.matches(content):
                 return _Row((), content, decoding, ratio)
         return _Row(turns, None, decoding, ratio)
+
+    def _submitted(self, row: _Row) -> Future[Answer]:
+        """The answer to a row, in a batch with others that are asked for meanwhile."""
+        if row.text is None:
+            return self.rag.submit_chat(row.turns, row.decoding, ratio=row.ratio)
+        return self.rag.submit_complete(row.text, row.decoding, ratio=row.ratio)
 
     def _answers(self, rows: Sequence[_Row]) -> list[Answer]:
         """Answers chats in one padded batch and plain prompts in one.
@@ -301,25 +360,23 @@ class ChatSAC(BaseChatModel):
         info = {"finish_reason": metadata["finish_reason"]}
         return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)])
 
-    def _decoding(self, stop: list[str] | None, asked: dict[str, Any]) -> Decoding:
+    def _decoding(self, asked: Mapping[str, Any]) -> Decoding:
         if asked.get("model", self.model) != self.model:
             raise ValueError(
                 f"this ChatSAC has {self.model!r} loaded, was asked for {asked['model']!r}; "
                 "make another one for another model"
             )
-        unknown = sorted(asked.keys() - _DECODING.keys() - _IGNORED - {"model", "ratio"})
+        unknown = sorted(asked.keys() - _DECODING.keys() - {"model", "ratio"})
         if unknown:
             raise TypeError(
-                f"ChatSAC takes stop, {', '.join(_DECODING)}, ratio in a call, "
+                f"ChatSAC takes {', '.join(_DECODING)}, ratio in a call, "
                 f"got: {', '.join(unknown)}; it calls no tools and follows no schema"
             )
         changes: dict[str, Any] = {}
-        for name, ours in _DECODING.items():
+        for name, field in _DECODING.items():
             value = getattr(self, name) if asked.get(name) is None else asked[name]
             if value is not None:
-                changes[ours] = value
-        if (ends := self.stop if stop is None else stop) is not None:
-            changes["stop"] = ends
+                changes[field] = value
         return replace(self.rag.decoding, **changes)
 
     def _groups(
@@ -327,6 +384,8 @@ class ChatSAC(BaseChatModel):
         inputs: list[LanguageModelInput],
         config: RunnableConfig | list[RunnableConfig] | None,
     ) -> Iterator[tuple[list[LanguageModelInput], list[RunnableConfig], Together[_Row, Answer]]]:
+        if isinstance(inputs, str):
+            raise TypeError("expected a list of inputs, got one str; put it in a list")
         configs = get_config_list(config, len(inputs))
         size = self.batch_size
         if configs:
@@ -334,6 +393,22 @@ class ChatSAC(BaseChatModel):
         for start in range(0, len(inputs), size):
             rows = inputs[start : start + size]
             yield rows, configs[start : start + size], Together(len(rows), self._answers)
+
+
+def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under the names of ChatSAC's fields, without those of models behind a network.
+
+    Raises:
+        TypeError: if one is given under two names.
+    """
+    renamed: dict[str, Any] = {}
+    for name, value in arguments.items():
+        field = _ALIASES.get(name, name)
+        if field in renamed:
+            raise TypeError(f"{field} was given twice, the second time as {name}; give it once")
+        if name not in _IGNORED:
+            renamed[field] = value
+    return renamed
 
 
 def _short(name: str | os.PathLike[str]) -> str:

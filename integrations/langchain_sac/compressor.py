@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,10 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from langchain_sac.documents import chunk_of, require_documents
-from langchain_sac.marker import find, mark
+from langchain_sac.documents import chunk_of, log_bad, require_documents
+from langchain_sac.marker import mark, whole
 from sac_rag import Chunk, SacRAG
+from sac_rag.reports import BadRecord
 
 
 class SACCompressor(
@@ -36,8 +37,8 @@ class SACCompressor(
         >>> compressor.transform_documents(splits) == splits  # ahead of time: compressed, unchanged
         True
         >>> (marked,) = compressor.invoke(splits)  # at question time
-        >>> marked.page_content.replace(marked.metadata["sac_key"], "…")
-        '<sac:chunk key="…">The lighthouse was built in 1889.</sac:chunk>'
+        >>> marked.page_content[:16], marked.page_content[80:]
+        ('<sac:chunk key="', '" source="tower">The lighthouse was built in 1889.</sac:chunk>')
 
     Attributes:
         rag: Gives the keys of markers; that of ChatSAC must have the same model, compressor and
@@ -49,7 +50,7 @@ class SACCompressor(
     rag: SacRAG = Field(repr=False, exclude=True)
     ratio: int | None = Field(default=None, strict=True)
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     def __init__(self, rag: SacRAG, **fields: Any) -> None:
         super().__init__(rag=rag, **fields)  # type: ignore[call-arg]  # pydantic takes it
@@ -60,7 +61,7 @@ class SACCompressor(
         return self
 
     def compress_documents(
-        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+        self, documents: Sequence[Document], query: str = "", callbacks: Callbacks | None = None
     ) -> list[Document]:
         """Marks documents; documents that are already marked stay as they are.
 
@@ -70,14 +71,22 @@ class SACCompressor(
             callbacks: Not called: nothing runs.
 
         Returns:
-            Copies of the documents in the same order, with `metadata["sac_key"]` added.
+            Copies of the documents in the same order, with their id and metadata. `unmark` takes
+            the tags off again.
 
         Raises:
             TypeError: for anything else than Documents.
         """
         return [self._marked(document) for document in require_documents(documents)]
 
-    def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> list[Document]:
+    def transform_documents(  # type: ignore[override]  # names what LangChain leaves open
+        self,
+        documents: Sequence[Document],
+        *,
+        whole_documents: bool = False,
+        on_bad: Callable[[BadRecord], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Document]:
         """Compresses documents ahead of questions and stores their anchors.
 
         Stored chunks are not computed again. The documents do not change, so that an index of them
@@ -86,40 +95,48 @@ class SACCompressor(
 
         Args:
             documents: As they will be retrieved: splits, not the documents they are cut from.
-            **kwargs: Arguments of `SacRAG.precompress`: on_progress, on_bad, whole_documents.
+            whole_documents: Whether these are all splits of each source: the anchors of its former
+                splits are deleted.
+            on_bad: Called with each document that is longer than the model's context, which is
+                left out. Default: log a warning.
+            on_progress: Called with the number of documents processed since the last call.
 
         Returns:
             The same documents.
 
         Raises:
             TypeError: for anything else than Documents.
-            PromptTooLongError: for a document longer than the model's context, without on_bad.
             OSError: if the store cannot be written.
         """
         checked = require_documents(documents)
-        chunks = (replace(chunk_of(document), ratio=self.ratio) for document in checked)
-        self.rag.precompress(chunks, **kwargs)
+        self.rag.precompress(
+            (self._chunk_of(document) for document in checked),
+            on_progress=on_progress,
+            on_bad=on_bad or log_bad,
+            whole_documents=whole_documents,
+        )
         return checked
 
     def invoke(
         self, input: Sequence[Document], config: RunnableConfig | None = None, **kwargs: Any
     ) -> list[Document]:
-        """Marks documents: `retriever | compressor`. See `compress_documents`."""
-        return self._call_with_config(
-            lambda documents: self.compress_documents(documents, ""), input, config
-        )
+        """Marks documents: `retriever | compressor`. See `compress_documents`.
+
+        Raises:
+            TypeError: for any other argument.
+        """
+        if kwargs:
+            raise TypeError(f"SACCompressor takes documents only, got: {', '.join(sorted(kwargs))}")
+        return self._call_with_config(self.compress_documents, input, config)
+
+    def _chunk_of(self, document: Document) -> Chunk:
+        chunk = chunk_of(document, self.rag.compressor.key)
+        return chunk if self.ratio is None else replace(chunk, ratio=self.ratio)
 
     def _marked(self, document: Document) -> Document:
         key_of = self.rag.compressor.key
-        text = document.page_content
-        if "sac_key" in document.metadata:
-            pieces = find(text, key_of)
-            if len(pieces) == 1 and isinstance(pieces[0], Chunk):
-                return document
-        key = key_of(text)
-        return document.model_copy(
-            update={
-                "page_content": mark(text, key, self.ratio),
-                "metadata": {**document.metadata, "sac_key": key},
-            }
-        )
+        if whole(document.page_content, key_of) is not None:
+            return document
+        chunk = self._chunk_of(document)
+        marked = mark(chunk.text, key_of(chunk.text), chunk.ratio, chunk.id)
+        return document.model_copy(update={"page_content": marked})

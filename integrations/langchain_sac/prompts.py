@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate
 
-from langchain_sac.documents import chunk_of, require_documents
+from langchain_sac.documents import chunk_of, require_documents, require_pipeline
 from sac_rag import SacRAG
 
 
@@ -27,8 +28,9 @@ def prompt_template(rag: SacRAG) -> ChatPromptTemplate:
 
     Raises:
         ValueError: for a raw format: its special tokens would be plain text in a message.
+        TypeError: for anything else than a SacRAG.
     """
-    form = rag.prompt_format
+    form = require_pipeline(rag, "prompt_template").prompt_format
     if form.raw:
         raise ValueError(
             "a raw prompt format cannot be a message, whose special tokens are plain text; use "
@@ -52,10 +54,19 @@ def format_docs(rag: SacRAG) -> Callable[[Sequence[Document]], str]:
         <BLANKLINE>
         Text:
         Painted red.
+
+    Raises:
+        TypeError: for anything else than a SacRAG, such as the documents that a chain hands to
+            `format_docs` where `format_docs(rag)` is meant.
     """
+    key_of = require_pipeline(rag, "format_docs").compressor.key
 
     def joined(documents: Sequence[Document]) -> str:
-        chunks = [chunk_of(document) for document in require_documents(documents)]
+        # The page content as it is: marked, if the documents are.
+        chunks = [
+            replace(chunk_of(document, key_of), text=document.page_content, ratio=None)
+            for document in require_documents(documents)
+        ]
         pieces = rag.prompt_format.passages(chunks)
         return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)
 

@@ -11,7 +11,7 @@ from langchain_core.callbacks import (
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import RunnableConfig
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from langchain_sac.compressor import SACCompressor
 
@@ -30,13 +30,17 @@ class SACRetriever(BaseRetriever):
     Attributes:
         base_retriever: Retrieves documents.
         compressor: Marks them.
-        k: Most documents, the first ones; passed to the base retriever too, which may ignore it.
-            Default: all that it retrieves.
+        k: Most documents, the first ones of those that the base retriever returns. Default: all.
+            How many that retrieves is its own setting: a reranker must see more than it returns.
+
+    `k` can be given in a call too; other arguments of a call are the base retriever's.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     base_retriever: RetrieverLike
     compressor: SACCompressor
-    k: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1, strict=True)
 
     def _get_relevant_documents(
         self,
@@ -46,10 +50,9 @@ class SACRetriever(BaseRetriever):
         k: int | None = None,
         **kwargs: Any,
     ) -> list[Document]:
-        limit = self._limit(k)
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
-        documents = self.base_retriever.invoke(query, config, **limit, **kwargs)
-        return self.compressor.compress_documents(documents[: limit.get("k")], query)
+        documents = self.base_retriever.invoke(query, config, **kwargs)
+        return self.compressor.compress_documents(self._first(documents, k), query)
 
     async def _aget_relevant_documents(
         self,
@@ -59,11 +62,12 @@ class SACRetriever(BaseRetriever):
         k: int | None = None,
         **kwargs: Any,
     ) -> list[Document]:
-        limit = self._limit(k)
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
-        documents = await self.base_retriever.ainvoke(query, config, **limit, **kwargs)
-        return self.compressor.compress_documents(documents[: limit.get("k")], query)
+        documents = await self.base_retriever.ainvoke(query, config, **kwargs)
+        return self.compressor.compress_documents(self._first(documents, k), query)
 
-    def _limit(self, k: int | None) -> dict[str, int]:
+    def _first(self, documents: list[Document], k: int | None) -> list[Document]:
         limit = self.k if k is None else k
-        return {} if limit is None else {"k": limit}
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"k must be an integer of at least 1, was: {limit!r}")
+        return documents[:limit]

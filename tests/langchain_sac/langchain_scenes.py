@@ -8,11 +8,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from support.models import PROSE, make_compressor
+from support.models import PROSE, make_compressor, make_tokenizer
+from transformers import BertConfig, BertModel
 
-from sac_rag import SacRAG
+from sac_rag import Embedder, SacRAG
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
 from sac_rag.lm.generator import Generator
@@ -51,6 +53,19 @@ def home_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAC_RAG_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+def make_embedder() -> Embedder:
+    """An embedder of a tiny encoder with random weights."""
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    torch.manual_seed(0)
+    return Embedder(BertModel(config), make_tokenizer())
 
 
 class Words(Embeddings):

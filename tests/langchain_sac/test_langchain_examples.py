@@ -14,21 +14,34 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_scenes import DOCUMENTS, Words, home_of_module, make_rag  # noqa: F401
+from langchain_scenes import (  # noqa: F401
+    DOCUMENTS,
+    Words,
+    home_of_module,
+    make_embedder,
+    make_rag,
+)
 
-from sac_rag import SacRAG
+from sac_rag import DiskStore, SacRAG
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import SPANS
 
 
 @pytest.mark.parametrize("name", langchain_sac.__all__)
-def test_the_example_of_every_public_name_runs(llama: Generator, name: str) -> None:
+def test_the_example_of_every_public_name_runs(llama: Generator, name: str, tmp_path: Path) -> None:
     class Tiny(SacRAG):
         """Loads a tiny model whatever is asked for."""
 
         @classmethod
-        def from_pretrained(cls, *names: Any, **options: Any) -> SacRAG:
-            return make_rag(llama, prompt_format=SPANS)
+        def from_pretrained(cls, *names: Any, store: Any = None, **options: Any) -> SacRAG:
+            return make_rag(llama, prompt_format=SPANS, store=store)
+
+    class TinyEmbeddings(langchain_sac.SACEmbeddings):
+        """Loads a tiny model too."""
+
+        @classmethod
+        def from_pretrained(cls, *names: Any) -> langchain_sac.SACEmbeddings:
+            return cls(make_embedder())
 
     vectors = InMemoryVectorStore(Words())
     vectors.add_documents(DOCUMENTS)
@@ -36,6 +49,9 @@ def test_the_example_of_every_public_name_runs(llama: Generator, name: str) -> N
     names = {
         **public,
         "SacRAG": Tiny,
+        "SACEmbeddings": TinyEmbeddings,
+        "DiskStore": DiskStore,
+        "folder": tmp_path,
         "Document": Document,
         "RunnablePassthrough": RunnablePassthrough,
         "vector_store": vectors,

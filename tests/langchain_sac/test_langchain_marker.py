@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import html
+import json
 import logging
+from collections.abc import Callable
 
+import markupsafe
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from langchain_sac.marker import find, mark
+from jinja2.utils import htmlsafe_json_dumps
+from langchain_core.documents import Document
+from langchain_sac.marker import find, mark, without_tags
 
 from sac_rag.chunk import Chunk
 
@@ -126,13 +132,94 @@ def test_html_that_a_page_talks_about_is_text() -> None:
     assert texts(find(marked(page), key_of)) == [(page,)]
 
 
-def test_what_is_ignored_is_told_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="langchain_sac"):
-        find(marked("secret words").replace("words", "word"), key_of)
-    assert "1 marked chunks do not have the keys" in caplog.text
-    assert "secret" not in caplog.text
-
-
 def test_a_long_prompt_of_opened_tags_is_read_in_no_time() -> None:
     prompt = f'<sac:chunk key="{"0" * 64}">' * 20_000
     assert find(prompt, key_of) == [prompt]
+
+
+# --- what happens to a string on its way
+
+ESCAPES: dict[str, Callable[[str], str]] = {
+    "HTML": lambda text: html.escape(text),
+    "HTML of jinja2": lambda text: str(markupsafe.escape(text)),
+    "JSON": lambda text: json.dumps({"context": text}),
+    "JSON in UTF-8": lambda text: json.dumps({"context": text}, ensure_ascii=False),
+    "JSON of jinja2": lambda text: str(htmlsafe_json_dumps({"context": text})),
+    "JSON in JSON": lambda text: json.dumps({"result": json.dumps([text])}),
+    "a repr": lambda text: repr({"context": text}),
+    "a document's repr": lambda text: repr([Document(text)]),
+}
+ODD = [
+    "<sac:chunk",
+    "</sac:chunk>",
+    '"',
+    "'",
+    "<",
+    "&lt;",
+    "&",
+    "\\",
+    "\n",
+    "\x00",
+    "é",
+    "😀",
+    "a ",
+]
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.lists(st.sampled_from(ODD), max_size=8).map("".join),
+    source=st.none() | st.text(min_size=1, max_size=6),
+)
+def test_a_marker_is_found_whatever_escaped_it(escape: str, text: str, source: str | None) -> None:
+    one, two = mark(text, key_of(text), 7, source), marked("next")
+    if escape == "JSON of jinja2" and text.endswith("\\"):
+        return  # the next tag's own backslash cannot be told from the text's
+    chunks = [p for p in find(ESCAPES[escape](f"{one}\n{two}"), key_of) if isinstance(p, Chunk)]
+    assert [(c.text, c.ratio, c.id) for c in chunks] == [(text, 7, source), ("next", None, None)]
+
+
+def test_json_of_a_tool_stays_json_around_its_chunks() -> None:
+    said = json.dumps({"found": [marked('He said "seven"\n'), marked("two")], "k": 2})
+    assert texts(find(said, key_of)) == [
+        '{"found": ["',
+        ('He said "seven"\n',),
+        '", "',
+        ("two",),
+        '"], "k": 2}',
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        marked("secret words").replace("words", "word"),
+        marked("secret words")[:-1],
+        marked("secret words")[:40],
+        marked("secret words")[3:],
+        json.dumps(marked("secret words").replace("words", "word")),
+        html.escape(marked("secret words"))[:-4],
+        f"{marked('one')} {marked('secret words')[:-20]}",
+    ],
+)
+def test_a_marker_that_is_changed_or_cut_is_told_once_without_its_text(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="langchain_sac"):
+        find(text, key_of)
+    assert caplog.text.count("a marked chunk is read as plain text") == 1
+    assert "secret" not in caplog.text
+
+
+def test_what_is_whole_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    find(f"{marked('see <sac:chunk key=')} sac:chunk <sack>", key_of)
+    assert caplog.text == ""
+
+
+@given(st.lists(st.sampled_from([*TAGS, *ODD]), max_size=8).map("".join))
+def test_unmarking_gives_the_text_back(text: str) -> None:
+    assert (
+        without_tags(f"before {marked(text)}{marked('next')} after") == f"before {text}next after"
+    )
+    assert json.loads(without_tags(json.dumps([marked(text)]))) == [text]

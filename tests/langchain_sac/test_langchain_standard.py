@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from langchain_core.embeddings import Embeddings
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_sac import ChatSAC, SACCompressor, SACRetriever
+from langchain_sac import ChatSAC, SACCompressor, SACEmbeddings, SACRetriever
 from langchain_sac.marker import mark
-from langchain_scenes import DOCUMENTS, QUESTION, Words, home_of_module, make_rag  # noqa: F401
-from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
+from langchain_scenes import (  # noqa: F401
+    DOCUMENTS,
+    QUESTION,
+    Words,
+    home_of_module,
+    make_embedder,
+    make_rag,
+)
+from langchain_tests.integration_tests import (
+    ChatModelIntegrationTests,
+    EmbeddingsIntegrationTests,
+    RetrieversIntegrationTests,
+)
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from sac_rag import SacRAG
@@ -55,6 +67,14 @@ class Model:
     def supports_model_override(self) -> bool:
         return False  # the weights are loaded
 
+    @property
+    def has_tool_calling(self) -> bool:
+        return False  # bind_tools says what to do instead
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False
+
 
 class TestChatSACUnit(Model, ChatModelUnitTests):
     pass
@@ -84,6 +104,16 @@ class TestChatSACIntegration(Model, ChatModelIntegrationTests):
         said = sum(rest, start=first)
         assert isinstance(said, AIMessageChunk)
         return said
+
+
+class TestSACEmbeddings(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return SACEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"embedder": make_embedder()}
 
 
 class TestSACRetriever(RetrieversIntegrationTests):

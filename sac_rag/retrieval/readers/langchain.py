@@ -44,16 +44,17 @@ def plain_record(record: dict[str, Any]) -> dict[str, Any]:
     name, metadata = record.get("id"), _unescaped(record.get("metadata"))
     if not isinstance(metadata, dict):
         return {"text": text, "id": name, "metadata": metadata}
-    source = metadata.get("source")
-    if isinstance(source, str) and name is not None:
-        metadata = {**metadata, "id": name}
-    title = metadata.get("title")
-    return {
-        "text": text,
-        "id": source if isinstance(source, str) else name,
-        "title": title if isinstance(title, str) else None,
-        "metadata": metadata,
-    }
+    source, title = _named(metadata, "source"), _named(metadata, "title")
+    if source is not None and name is not None:
+        metadata = {"id": name, **metadata}
+    document = name if source is None else source
+    return {"text": text, "id": document, "title": title, "metadata": metadata}
+
+
+def _named(metadata: dict[str, Any], field: str) -> str | None:
+    """A field as a str, as langchain_sac reads it: a number too; null, NaN and "" are none."""
+    value = metadata.get(field)
+    return None if value is None or value != value else str(value) or None
 
 
 def _is_object(record: dict[str, Any]) -> bool:

@@ -16,19 +16,26 @@ except ModuleNotFoundError as error:
         "llama_index_sac needs the 'llama-index' extra: pip install 'sac-rag[llama-index]'"
     ) from error
 
+from llama_index_sac.citation import SACCitationQueryEngine
 from llama_index_sac.llm import SACLLM
-from llama_index_sac.markers import UnanswerableError, escape
+from llama_index_sac.markers import UnanswerableError, escape, unmark
 from llama_index_sac.node import SACNode
 from llama_index_sac.postprocessor import SACPostprocessor
 from llama_index_sac.precompress import SACPrecompress
-from llama_index_sac.prompts import text_qa_template
+from llama_index_sac.prompts import context_template, refine_template, text_qa_template
+from llama_index_sac.sync import sync
 
 __all__ = [
+    "SACCitationQueryEngine",
     "SACLLM",
     "SACNode",
     "SACPostprocessor",
     "SACPrecompress",
     "UnanswerableError",
+    "context_template",
     "escape",
+    "refine_template",
+    "sync",
     "text_qa_template",
+    "unmark",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -24,12 +25,19 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from llama_index_sac.markers import Markers, UnanswerableError, escape, markers_of
-from llama_index_sac.responses import Step, completion, growing, turn
-from sac_rag import Chunk, Message
+from llama_index_sac.markers import (
+    UnanswerableError,
+    escape,
+    pieces,
+    require_known,
+    require_rag,
+    tokenize,
+)
+from llama_index_sac.responses import Step, completion, growing, turn, whole
+from sac_rag import Chunk, Decoding, Message, PromptTooLongError
 
 if TYPE_CHECKING:
-    from sac_rag import Decoding, SacRAG
+    from sac_rag import SacRAG
 
 ResponseT = TypeVar("ResponseT")
 
@@ -38,6 +46,7 @@ _Prompt: TypeAlias = list[Message] | tuple[str | Chunk, ...]
 
 # Names that LlamaIndex's own LLMs have for fields of Decoding.
 _ALIASES = {"max_tokens": "max_new_tokens"}
+_DECODING = {*_ALIASES, *(field.name for field in fields(Decoding))}
 
 
 class SACLLM(CustomLLM):
@@ -65,15 +74,16 @@ class SACLLM(CustomLLM):
             those completed with `formatted=True`, are plain text; all others are chats. True: all
             are plain text: no template, no roles, messages joined by blank lines. False: all are
             chats.
-        decoding: How answers are generated. Default: that of the SacRAG. Each call can change its
-            fields, as in `llm.complete(prompt, temperature=0.7, seed=1)`. Without a `stop`, answers
+        decoding: How answers are generated. Default: that of the SacRAG. Without a `stop`, answers
             to prompts in the plain format end at its stop texts.
         ratio: Source tokens per KV entry of marked chunks, unless a SACPostprocessor gave them one;
             also an option of each call. Default: that of the compressor.
-        **settings: Fields of LlamaIndex's LLM.
+        **settings: Fields of Decoding, of which `max_tokens` is another name of `max_new_tokens`;
+            each call can change them, as in `llm.complete(prompt, temperature=0.7, seed=1)`. And
+            fields of LlamaIndex's LLM.
 
     Raises:
-        TypeError: if rag is not a SacRAG.
+        TypeError: if rag is not a SacRAG, or for an unknown setting.
         ValueError: if answers could be as long as the context of the model, or for a ratio that
             the compressor does not have.
     """
@@ -87,7 +97,6 @@ class SACLLM(CustomLLM):
 
     _rag: SacRAG = PrivateAttr()
     _decoding: Decoding = PrivateAttr()
-    _markers: Markers = PrivateAttr()
 
     def __init__(
         self,
@@ -98,13 +107,15 @@ class SACLLM(CustomLLM):
         ratio: int | None = None,
         **settings: Any,
     ) -> None:
-        markers = markers_of(rag)
+        require_rag(rag)
         rag.compressor.ratio_for(ratio)
+        changes = {name: settings.pop(name) for name in _DECODING & settings.keys()}
+        require_known(settings, {*type(self).model_fields, *_DECODING}, type(self).__name__, "")
         if plain:
             settings.setdefault("messages_to_prompt", _paragraphs)
         super().__init__(plain=plain, ratio=ratio, **settings)
-        self._rag, self._markers = rag, markers
-        self._decoding = decoding or rag.decoding
+        self._rag = rag
+        self._decoding = _changed(decoding or rag.decoding, changes)
         metadata = self.metadata
         if metadata.num_output >= metadata.context_window:
             raise ValueError(
@@ -116,13 +127,20 @@ class SACLLM(CustomLLM):
     def from_pretrained(
         cls, model: str | Path = "smollm2-135m", *, plain: bool | None = None, **options: Any
     ) -> SACLLM:
-        """Loads a model with its compressor; see `SacRAG.from_pretrained` for options and errors.
+        """Loads a model with its compressor; the SacRAG for the postprocessor is `llm.rag`.
 
-        The SacRAG for the postprocessor is `llm.rag`.
+        Args:
+            model: A default model's name, a local folder or a hub id.
+            plain: How prompts are read.
+            **options: Settings of this class; all others are those of `SacRAG.from_pretrained`,
+                whose errors are raised.
         """
         from sac_rag import SacRAG
 
-        return cls(SacRAG.from_pretrained(model, **options), plain=plain)
+        # A ratio is the compressor's, which one that is not nested must be made for.
+        ours = (_DECODING | cls.model_fields.keys()) - {"ratio"}
+        settings = {name: options.pop(name) for name in ours & options.keys()}
+        return cls(SacRAG.from_pretrained(model, **options), plain=plain, **settings)
 
     @classmethod
     def class_name(cls) -> str:
@@ -146,21 +164,18 @@ class SACLLM(CustomLLM):
             model_name=Path(config.name_or_path or config.model_type).name,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a SACLLM cannot be pickled, since it holds a loaded model; load it in the other "
+            "process, as in SACLLM.from_pretrained('smollm2-135m')"
+        )
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; those of a marker are those of its chunk.
 
         With `Settings.tokenizer = llm.tokenize`, LlamaIndex builds prompts by their actual lengths.
         """
-        compressor, generator = self._rag.compressor, self._rag.generator
-        return [
-            token
-            for piece in self._markers.known(text)
-            for token in (
-                compressor.tokenize(piece.text)
-                if isinstance(piece, Chunk)
-                else generator.tokenize(piece)
-            )
-        ]
+        return tokenize(text, self._rag)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
@@ -173,7 +188,7 @@ class SACLLM(CustomLLM):
             **options: Fields of Decoding, and ratio.
 
         Raises:
-            UnanswerableError: if it is too long, or contains a marker of unknown origin.
+            UnanswerableError: if it is too long.
             ChunkMissError: with the SacRAG's on_miss="raise", if the store has lost a chunk.
             TypeError: for an option that is neither a field of Decoding nor ratio.
         """
@@ -202,9 +217,8 @@ class SACLLM(CustomLLM):
     async def acomplete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponse:
-        """As `complete`, in threads; cancelling it ends the work."""
-        stream = await self._aeach(self._completion(prompt, formatted), options, completion)
-        return [response async for response in stream][-1]
+        """As `complete`, in a batch with others asked for meanwhile; cancelling ends the work."""
+        return completion(await self._answer(self._completion(prompt, formatted), options))
 
     @llm_completion_callback()
     async def astream_complete(
@@ -215,9 +229,8 @@ class SACLLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-        """As `chat`, in threads; cancelling it ends the work."""
-        stream = await self._aeach(self._conversation(messages), options, turn)
-        return [response async for response in stream][-1]
+        """As `chat`, in a batch with others asked for meanwhile; cancelling ends the work."""
+        return turn(await self._answer(self._conversation(messages), options))
 
     @llm_chat_callback()
     async def astream_chat(
@@ -228,17 +241,16 @@ class SACLLM(CustomLLM):
 
     def _completion(self, prompt: str, formatted: bool) -> _Prompt:
         text = prompt if formatted else (self.completion_to_prompt or str)(prompt)
-        pieces = self._markers.pieces(text)
+        content = pieces(text, self._rag)
         if self.plain or (formatted and self.plain is None):
-            return pieces
-        return self._recognized([Message(MessageRole.USER.value, pieces)])
+            return content
+        return self._recognized([Message(MessageRole.USER.value, content)])
 
     def _conversation(self, messages: Sequence[ChatMessage]) -> _Prompt:
         if self.plain:
-            return self._markers.pieces((self.messages_to_prompt or _paragraphs)(messages))
+            return pieces((self.messages_to_prompt or _paragraphs)(messages), self._rag)
         turns = [
-            Message(message.role.value, self._markers.pieces(_text(message)))
-            for message in messages
+            Message(message.role.value, pieces(_text(message), self._rag)) for message in messages
         ]
         return self._recognized(turns)
 
@@ -250,19 +262,31 @@ class SACLLM(CustomLLM):
                 return content
         return turns
 
-    def _steps(self, prompt: _Prompt, options: dict[str, Any]) -> Iterator[Step]:
-        """The answer as it is generated; started here, so that a bad prompt raises at once."""
+    def _asked(self, options: dict[str, Any]) -> tuple[Decoding, int | None]:
+        """Decoding and ratio of a call."""
         ratio = self.ratio if options.get("ratio") is None else options["ratio"]
         changes = {name: value for name, value in options.items() if name != "ratio"}
-        decoding = _changed(self._decoding, changes)
-        try:
+        return _changed(self._decoding, changes), ratio
+
+    def _steps(self, prompt: _Prompt, options: dict[str, Any]) -> Iterator[Step]:
+        """The answer as it is generated; started here, so that a bad prompt raises at once."""
+        decoding, ratio = self._asked(options)
+        with _unanswerable():
             if isinstance(prompt, tuple):
                 stream = self._rag.stream_complete(prompt, decoding, ratio=ratio)
             else:
                 stream = self._rag.stream_chat(prompt, decoding, ratio=ratio)
-        except ValueError as error:
-            raise UnanswerableError(str(error)) from error
         return growing(stream)
+
+    async def _answer(self, prompt: _Prompt, options: dict[str, Any]) -> Step:
+        decoding, ratio = self._asked(options)
+        with _unanswerable():
+            if isinstance(prompt, tuple):
+                answer = self._rag.submit_complete(prompt, decoding, ratio=ratio)
+            else:
+                answer = self._rag.submit_chat(prompt, decoding, ratio=ratio)
+            # Cancelling this cancels the future, which ends the work.
+            return whole(await asyncio.wrap_future(answer))
 
     async def _aeach(
         self,
@@ -280,15 +304,22 @@ class SACLLM(CustomLLM):
         return responses()
 
 
+@contextmanager
+def _unanswerable() -> Iterator[None]:
+    """Raises UnanswerableError in place of ValueError, which LlamaIndex swallows."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        raise UnanswerableError(
+            f"{error}; with Settings.tokenizer = llm.tokenize LlamaIndex makes several prompts"
+        ) from error
+    except ValueError as error:
+        raise UnanswerableError(str(error)) from error
+
+
 def _changed(decoding: Decoding, options: dict[str, Any]) -> Decoding:
-    changes = {_ALIASES.get(name, name): value for name, value in options.items()}
-    known = [field.name for field in fields(decoding)]
-    unknown = sorted(changes.keys() - set(known))
-    if unknown:
-        raise TypeError(
-            f"options of a call must be among {', '.join(known)}, ratio, were: {', '.join(unknown)}"
-        )
-    return replace(decoding, **changes)
+    require_known(options, {*_DECODING, "ratio"}, "a call of a SACLLM", "")
+    return replace(decoding, **{_ALIASES.get(name, name): v for name, v in options.items()})
 
 
 def _text(message: ChatMessage) -> str:

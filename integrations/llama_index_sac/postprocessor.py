@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,13 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from llama_index_sac.markers import Markers, markers_of, require_no_marker
-from llama_index_sac.node import can_be_compressed, chunk_of, marked
+from llama_index_sac.markers import require_known, require_rag, require_several, withdraw
+from llama_index_sac.marking import mark
+from llama_index_sac.node import can_be_compressed, chunk_of, marked_copy
+from llama_index_sac.watch import watch_other_llms
 
 if TYPE_CHECKING:
-    from sac_rag import Chunk, SacRAG
+    from sac_rag import SacRAG
 
 
 class SACPostprocessor(BaseNodePostprocessor):
@@ -22,7 +25,8 @@ class SACPostprocessor(BaseNodePostprocessor):
     Must be the last postprocessor. Returns copies of the nodes with the same ids, scores, metadata,
     relationships and order. Texts that are not in the store are handled as `on_miss` of the SacRAG
     defines. Nodes with more than text (images, references to other indices) are passed through and
-    read as usual.
+    read as usual; so are texts that do not fit into the model's context with a question and an
+    answer, which LlamaIndex then splits.
 
     >>> from llama_index.core import SummaryIndex
     >>> from llama_index.core.schema import TextNode
@@ -32,8 +36,9 @@ class SACPostprocessor(BaseNodePostprocessor):
     ...     llm=SACLLM(rag), node_postprocessors=[SACPostprocessor(rag)]
     ... )
     >>> response = engine.query("How many ships did the keeper count?")
-    >>> response.source_nodes[0].node_id
-    'log, page 4'
+    >>> source = response.source_nodes[0]
+    >>> source.node_id, source.node.sac["read_as"]
+    ('log, page 4', 'anchors')
 
     Args:
         rag: Compresses the texts and resolves the markers.
@@ -42,7 +47,7 @@ class SACPostprocessor(BaseNodePostprocessor):
         **settings: Fields of BaseNodePostprocessor.
 
     Raises:
-        TypeError: if rag is not a SacRAG.
+        TypeError: if rag is not a SacRAG, or for an unknown setting.
         ValueError: for a ratio that the compressor does not have.
     """
 
@@ -51,13 +56,19 @@ class SACPostprocessor(BaseNodePostprocessor):
     )
 
     _rag: SacRAG = PrivateAttr()
-    _markers: Markers = PrivateAttr()
 
     def __init__(self, rag: SacRAG, *, ratio: int | None = None, **settings: Any) -> None:
-        markers = markers_of(rag)
+        require_rag(rag)
+        require_known(
+            settings,
+            type(self).model_fields,
+            type(self).__name__,
+            "it marks all nodes that it gets, so put what selects them before it; ",
+        )
         rag.compressor.ratio_for(ratio)
         super().__init__(ratio=ratio, **settings)  # type: ignore[call-arg]  # pydantic takes it
-        self._rag, self._markers = rag, markers
+        self._rag = rag
+        watch_other_llms()
 
     @classmethod
     def class_name(cls) -> str:
@@ -67,46 +78,36 @@ class SACPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """Marks the nodes; LlamaIndex's async version runs it in a thread.
+        """Marks the nodes. Markers in the question are text.
 
         Raises:
-            UnanswerableError: if the question has a text that could be taken for a marker.
             ChunkMissError: with on_miss="raise", if a text is not in the store.
-            PromptTooLongError: for a text longer than the model's context that must be compressed.
+            TypeError: if nodes is a str.
         """
+        require_several(nodes, "nodes")
         if query_bundle is not None:
-            require_no_marker(query_bundle.query_str)
+            withdraw(query_bundle.query_str)
         texts = [scored.node for scored in nodes if can_be_compressed(scored.node)]
-        chunks = self._fetched([replace(chunk_of(node), ratio=self.ratio) for node in texts])
-        sac = {
-            id(node): marked(node, self._markers.issue(chunk))
-            for node, chunk in zip(texts, chunks, strict=True)
+        chunks = [replace(chunk_of(node), ratio=self.ratio) for node in texts]
+        copies = {
+            id(node): marked_copy(node, marked)
+            for node, marked in zip(texts, mark(self._rag, chunks), strict=True)
         }
         return [
-            NodeWithScore(node=sac.get(id(scored.node), scored.node), score=scored.score)
+            NodeWithScore(node=copies.get(id(scored.node), scored.node), score=scored.score)
             for scored in nodes
         ]
 
-    def _fetched(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks; those that are compressed now have the miss reason in their metadata."""
-        rag = self._rag
-        missing = [i for i, chunk in enumerate(chunks) if self._is_missing(chunk)]
-        if not missing or rag.on_miss == "text":
-            return chunks
-        fetched = rag.compressor.fetch(
-            [chunks[i].text for i in missing],
-            ratios=[chunks[i].ratio for i in missing],
-            on_miss=rag.on_miss,
-            documents=[chunks[i].id for i in missing],
-        )
-        annotated = list(chunks)
-        for i, reason in zip(missing, fetched.misses, strict=True):
-            annotated[i] = replace(chunks[i], metadata={**chunks[i].metadata, "miss": reason})
-        return annotated
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """The same, in a thread."""
+        if query_bundle is not None:
+            withdraw(query_bundle.query_str)  # here, since a thread has a context of its own
+        return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)
 
-    def _is_missing(self, chunk: Chunk) -> bool:
-        try:
-            compressor = self._rag.compressor
-            return not chunk.is_empty and not compressor.is_stored(chunk.text, chunk.ratio)
-        except OSError:
-            return True  # `fetch` meets the same error, logs it, and computes without the store
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a SACPostprocessor cannot be pickled, since it holds a loaded model; "
+            "make one in the other process, over a SacRAG opened there"
+        )

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from functools import cache
+import inspect
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
 
-from llama_index_sac.markers import markers_of
+from llama_index_sac.markers import require_known, require_rag, require_several
 from llama_index_sac.node import can_be_compressed, chunk_of
+from sac_rag import DiskStore, SacRAG
 
 if TYPE_CHECKING:
-    from sac_rag import SacRAG
+    from sac_rag import BadRecord, Chunk
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = {
+    name
+    for name, parameter in inspect.signature(SacRAG.from_pretrained).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
 
 
 class SACPrecompress(TransformComponent):
@@ -38,20 +49,26 @@ class SACPrecompress(TransformComponent):
     Attributes:
         model: A default model's name, a local folder or a hub id.
         store: The folder of a DiskStore.
-        compressor: Name, folder or hub id of a compressor; see `SacRAG.from_pretrained`.
-        ratio: Source tokens per anchor; see there. With a SacRAG, that of its compressor.
-        namespace: See there. Part of the hash and pickle of this component, not of its repr.
+        options: Further arguments of `SacRAG.from_pretrained`, given by name: compressor, ratio,
+            namespace, stored_dtype, prompt_format, device and others. Part of the hash and pickle
+            of this component, not of its repr.
+        text_key: Name of metadata whose text is compressed in place of the node's own where a node
+            has it: "window" of a SentenceWindowNodeParser.
+        whole_documents: Whether each call gets all nodes of each of its documents, as those of a
+            pipeline over documents do: entries of their former versions are deleted.
+        skip_bad: Whether a text longer than the model's context is logged and skipped, or raises.
         fingerprint: With a SacRAG, that of its compressor, so that another one changes the hash.
 
     Raises:
-        TypeError: unless exactly one of SacRAG and store is given.
+        TypeError: unless exactly one of SacRAG and store is given, and for an unknown setting.
     """
 
     model: str = "smollm2-135m"
     store: str = ""
-    compressor: str | None = None
-    ratio: int | None = None
-    namespace: str = Field(default="", repr=False)
+    options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    text_key: str | None = None
+    whole_documents: bool = False
+    skip_bad: bool = True
     fingerprint: str = ""
 
     _rag: SacRAG | None = PrivateAttr(default=None)
@@ -62,12 +79,20 @@ class SACPrecompress(TransformComponent):
                 "SACPrecompress needs either a SacRAG or the folder of a store, as in "
                 "SACPrecompress(model='smollm2-135m', store='anchors/')"
             )
+        fields = type(self).model_fields.keys()
+        require_known(settings, fields | _OPTIONS, type(self).__name__, "")
+        options = {name: settings.pop(name) for name in settings.keys() - fields}
         if rag is not None:
-            markers_of(rag)
+            require_rag(rag)
+            if options:
+                raise TypeError(
+                    f"{', '.join(sorted(options))} of a loaded SacRAG cannot be changed; "
+                    "give them to SacRAG.from_pretrained"
+                )
             settings["fingerprint"] = rag.compressor.fingerprint
             # Where ratios are nested, the fingerprint does not include the ratio.
-            settings["ratio"] = rag.compressor.config.ratio
-        super().__init__(**settings)
+            options = {"ratio": rag.compressor.config.ratio}
+        super().__init__(**{"options": options, **settings})
         self._rag = rag
 
     @classmethod
@@ -79,13 +104,17 @@ class SACPrecompress(TransformComponent):
         """Compresses texts that the store does not have.
 
         Raises:
-            PromptTooLongError: for a text longer than the model's context.
+            PromptTooLongError: for a text longer than the model's context, with skip_bad=False.
+            TypeError: if nodes is a str.
             OSError: if the store cannot be written.
         """
-        rag = self._rag or _opened(
-            self.model, self.store, self.compressor, self.ratio, self.namespace
+        require_several(nodes, "nodes")
+        rag = self._rag or _opened(self.model, self.store, self.options)
+        rag.precompress(
+            chunks_of(nodes, self.text_key),
+            on_bad=log_bad if self.skip_bad else None,
+            whole_documents=self.whole_documents,
         )
-        rag.precompress(chunk_of(node) for node in nodes if can_be_compressed(node))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **options: Any) -> Sequence[BaseNode]:
@@ -107,13 +136,26 @@ class SACPrecompress(TransformComponent):
         return super().__getstate__()
 
 
-@cache
-def _opened(
-    model: str, store: str, compressor: str | None, ratio: int | None, namespace: str
-) -> SacRAG:
-    """A pipeline, opened once per process."""
-    from sac_rag import DiskStore, SacRAG
+def chunks_of(nodes: Iterable[BaseNode], text_key: str | None = None) -> Iterator[Chunk]:
+    """The texts of nodes that can be compressed, each with its document."""
+    for node in nodes:
+        if can_be_compressed(node):
+            yield chunk_of(node, text_key)
 
-    return SacRAG.from_pretrained(
-        model, store=DiskStore(store), compressor=compressor, ratio=ratio, namespace=namespace
-    )
+
+def log_bad(record: BadRecord) -> None:
+    """Logs a text that was skipped, without its content."""
+    log.warning("not compressed: %s: %s", record.place, record.problem)
+
+
+_pipelines: dict[str, SacRAG] = {}
+_opening = threading.Lock()
+
+
+def _opened(model: str, store: str, options: dict[str, Any]) -> SacRAG:
+    """A pipeline, opened once per process."""
+    name = repr((model, store, sorted(options.items())))
+    with _opening:
+        if name not in _pipelines:
+            _pipelines[name] = SacRAG.from_pretrained(model, store=DiskStore(store), **options)
+        return _pipelines[name]

@@ -1,15 +1,16 @@
-"""The prompt format of a SacRAG as a prompt template of LlamaIndex."""
+"""The prompt format of a SacRAG as prompt templates of LlamaIndex."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
 
-from llama_index_sac.markers import MARKER, markers_of
-from sac_rag import Chunk
+from llama_index_sac.markers import MARKER, require_rag
+from sac_rag import Chunk, Message, PromptFormat
 
 if TYPE_CHECKING:
     from sac_rag import SacRAG
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
     """The template with which a query engine asks in the prompt of `rag.answer`.
 
-    The answers are equal if the nodes have no metadata for the LLM: the text between two chunks is
-    then the separator of the format. SACLLM recognizes a plain prompt by the first and last words
-    of the format; a format whose prompts have neither in common needs `SACLLM(rag, plain=True)`.
+    It is a `summary_template` too. The answers are equal if the nodes have no metadata for the LLM:
+    the text between two chunks is then the separator of the format. SACLLM recognizes a plain
+    prompt by the first and last words of the format; a format whose prompts have neither in common
+    needs `SACLLM(rag, plain=True)`.
 
     >>> from llama_index.core import SummaryIndex
     >>> from llama_index.core.schema import TextNode
@@ -38,45 +40,108 @@ def text_qa_template(rag: SacRAG) -> BasePromptTemplate:
         TypeError: if rag is not a SacRAG.
         ValueError: for a raw format: its special tokens would be plain text in a template.
     """
-    markers_of(rag)
-    format, tokenizer = rag.prompt_format, rag.generator.tokenizer
-    if format.raw:
+    return _template(_format_of(rag), ["{context_str}"], "context_str")
+
+
+def refine_template(rag: SacRAG) -> BasePromptTemplate:
+    """The `refine_template` in the prompt of `rag.answer`: the answer so far is its first passage.
+
+    >>> template = refine_template(rag)
+    >>> prompt = template.format(query_str="Tall?", existing_answer="41 m", context_msg="A tower.")
+    >>> "41 m" in prompt and "A tower." in prompt
+    True
+
+    Raises as `text_qa_template` does.
+    """
+    return _template(_format_of(rag), ["{existing_answer}", "{context_msg}"], "context_msg")
+
+
+def context_template(rag: SacRAG) -> PromptTemplate:
+    """The system prompt of a chat engine with passages as `rag.answer` writes them.
+
+    It is the `context_template` of ContextChatEngine and the `context_prompt` of
+    CondensePlusContextChatEngine.
+
+    >>> "A tower." in context_template(rag).format(context_str="A tower.")
+    True
+
+    Raises as `text_qa_template` does.
+    """
+    format = _format_of(rag)
+    before, after = _texts(format.passages([Chunk("?")]))
+    system = format.system if format.chat else format.prefix.rstrip()
+    heading, _, rest = system.partition(
+        "{chunks}"
+    )  # a system prompt may have its own place for them
+    start = heading if rest or not heading else f"{heading}\n\n"
+    return PromptTemplate(
+        f"{start}{before}{{context_str}}{after}{rest}\n\n",
+        function_mappings={"context_str": _Joined(format, "context_str")},
+    )
+
+
+def _format_of(rag: SacRAG) -> PromptFormat:
+    require_rag(rag)
+    if rag.prompt_format.raw:
         raise ValueError(
             "a template of LlamaIndex is plain text, and a raw format is not; ask with rag.answer"
         )
+    return rag.prompt_format
 
-    def around(chunks: int) -> list[str]:
-        """The text of the user before, between and behind n chunks."""
-        placeholders = [Chunk("?")] * chunks
-        if format.chat:
-            return _texts(format.messages("{query_str}", placeholders)[-1].content)
-        return _texts(format.pieces(tokenizer, "{query_str}", placeholders))
 
-    def context_str(context_str: str | Sequence[str] = "", **others: Any) -> str:
-        # "simple_summarize" gives a list.
-        context = context_str if isinstance(context_str, str) else "\n".join(context_str)
-        parts = MARKER.split(context)
-        for i, between in enumerate(around(len(parts) // 2)[1:-1], start=1):
-            if not parts[2 * i].strip():
-                parts[2 * i] = between
-        return "".join(parts)
-
-    before, after = around(1)
-    user = before + "{context_str}" + after
-    mappings = {"context_str": context_str}
+def _template(format: PromptFormat, passages: Sequence[str], context: str) -> BasePromptTemplate:
+    """The format's prompt with variables as its passages; those in the context are joined."""
+    turns = []
+    for message in _messages(format, len(passages)):
+        first, *texts = _texts(message.content)
+        filled = first + "".join(
+            passage + text for passage, text in zip(passages, texts, strict=False)
+        )
+        turns.append(ChatMessage(filled, role=MessageRole(message.role)))
+    mappings: dict[str, Callable[..., Any]] = {context: _Joined(format, context)}
     if not format.chat:
-        return PromptTemplate(user, function_mappings=mappings)
-    system = [ChatMessage(format.system, role=MessageRole.SYSTEM)] if format.system else []
-    turns = [*system, ChatMessage(user, role=MessageRole.USER)]
+        return PromptTemplate(turns[0].content or "", function_mappings=mappings)
     return ChatPromptTemplate(turns, function_mappings=mappings)
 
 
-def _texts(content: Sequence[object]) -> list[str]:
+@dataclass(frozen=True)
+class _Joined:
+    """Joins the chunks of a context as the format does, in place of LlamaIndex's blank lines.
+
+    Picklable, and so are the templates.
+    """
+
+    format: PromptFormat
+    name: str
+
+    def __call__(self, **values: Any) -> str:
+        context = values.get(self.name, "")
+        # "simple_summarize" gives a list.
+        parts = MARKER.split(context if isinstance(context, str) else "\n".join(context))
+        joints = _texts(self.format.passages([Chunk("?")] * (len(parts) // 2)))[1:-1]
+        for i, joint in enumerate(joints, start=1):
+            if not parts[2 * i].strip():
+                parts[2 * i] = joint
+        return "".join(parts)
+
+
+def _messages(format: PromptFormat, chunks: int) -> list[Message]:
+    """The turns of a prompt about n chunks; a plain prompt is one turn of the user."""
+    placeholders = [Chunk("?")] * chunks
+    if format.chat:
+        return format.messages("{query_str}", placeholders)
+    words = format.user.replace("{question}", "{query_str}")
+    before, after = words.split("{chunks}")
+    content = (format.prefix + before, *format.passages(placeholders), after)
+    return [Message(MessageRole.USER.value, content)]
+
+
+def _texts(content: Sequence[str | Chunk]) -> list[str]:
     """The texts before, between and behind chunks."""
     texts = [""]
     for piece in content:
         if isinstance(piece, Chunk):
             texts.append("")
-        elif isinstance(piece, str):  # the rest is the tokenizer's BOS, which SacRAG adds
+        else:
             texts[-1] += piece
     return texts

@@ -17,6 +17,7 @@ from llama_index_sac.markers import escape
 
 if TYPE_CHECKING:
     from sac_rag import Answer, AnswerStream
+    from sac_rag.reports import ChunkReport
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,27 @@ def growing(stream: AnswerStream) -> Iterator[Step]:
         # Answers end up in later prompts, where they must not look like markers.
         before, shown = shown, escape(written)
         yield Step(shown, shown[len(before) :])
-    yield Step(shown, "", stream.answer)
+    yield whole(stream.answer, shown)
+
+
+def whole(answer: Answer, text: str | None = None) -> Step:
+    """The last step: an answer that has ended; the nodes that it read report it."""
+    for report in answer.chunks:
+        report.chunk.metadata["report"].update(_entry(report))
+    return Step(escape(answer.text) if text is None else text, "", answer)
+
+
+def _entry(report: ChunkReport) -> dict[str, Any]:
+    """How a chunk was read, as JSON values."""
+    metadata = report.chunk.metadata
+    return {
+        "node_id": metadata["node_id"],
+        # A chunk that was compressed on retrieval is a hit by now; its reason is recorded.
+        "status": metadata["miss"] or report.status,
+        "read_as": report.read_as,
+        "num_tokens": report.num_tokens,
+        "num_anchors": report.num_anchors,
+    }
 
 
 def _account(step: Step) -> dict[str, Any]:
@@ -45,17 +66,7 @@ def _account(step: Step) -> dict[str, Any]:
     if answer is None:
         return {}
     usage = answer.usage
-    chunks = [
-        {
-            "node_id": report.chunk.metadata.get("node_id"),
-            # A chunk that was compressed on retrieval is a hit by now; its reason is recorded.
-            "status": report.chunk.metadata.get("miss") or report.status,
-            "read_as": report.read_as,
-            "num_tokens": report.num_tokens,
-            "num_anchors": report.num_anchors,
-        }
-        for report in answer.chunks
-    ]
+    chunks = [_entry(report) for report in answer.chunks]
     return {
         "raw": {
             "usage": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from llama_index.core.memory import ChatMemoryBuffer
 from llama_index_sac import SACLLM, SACPostprocessor
 from tiny_index import QUESTION, SHORT, compressor_of, home_of_module, make_nodes, no_loop_is_left  # noqa: F401
 
-from sac_rag import CachedCompressor, Chunk, Message, SacRAG
+from sac_rag import Answer, CachedCompressor, Chunk, Message, SacRAG
 from sac_rag.answering import AnswerStream
 from sac_rag.lm.generator import Generator
 
@@ -52,6 +53,18 @@ class RecordingRAG(SacRAG):
     ) -> AnswerStream:
         self.asked.append(list(prompt))
         return super().stream_complete(prompt, *options, **more)
+
+    def submit_chat(
+        self, conversation: Sequence[Message], *options: Any, **more: Any
+    ) -> Future[Answer]:
+        self.asked.append([piece for message in conversation for piece in message.content])
+        return super().submit_chat(conversation, *options, **more)
+
+    def submit_complete(
+        self, prompt: Sequence[str | Chunk], *options: Any, **more: Any
+    ) -> Future[Answer]:
+        self.asked.append(list(prompt))
+        return super().submit_complete(prompt, *options, **more)
 
 
 class Events(BaseEventHandler):
@@ -174,6 +187,7 @@ async def test_contract(llm: SACLLM, witness: Witness, ask: Any, name: str, way:
     for source, node in zip(sources, nodes, strict=True):
         assert (source.node_id, source.node.ref_doc_id) == (node.node_id, node.ref_doc_id)
         assert (source.metadata, source.node.hash) == (node.metadata, node.hash)
+        assert (source.node.sac["status"], source.node.sac["read_as"]) == ("absent", "anchors")
     assert [node.to_dict() for node in nodes] == before
 
     # Every call is an event and a span; tokens are what was attended to and written.

@@ -14,12 +14,21 @@ import llama_index_sac
 import pytest
 from tiny_index import home_of_module, make_rag, no_loop_is_left  # noqa: F401
 
-from sac_rag import Decoding
+from sac_rag import Decoding, DiskStore
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import SPANS
 
 PAGE = Path(__file__).parents[2] / "docs" / "llama_index.md"
-MODULES = ("llm", "markers", "node", "postprocessor", "precompress", "prompts")
+MODULES = (
+    "citation",
+    "llm",
+    "markers",
+    "node",
+    "postprocessor",
+    "precompress",
+    "prompts",
+    "sync",
+)
 
 
 @pytest.mark.parametrize("absent", ["llama_index", "llama_index.core"])
@@ -42,12 +51,14 @@ def test_public_names_are_there_in_order_and_described() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_examples_run(llama: Generator, module: str) -> None:
+def test_the_examples_run(llama: Generator, disk: DiskStore, module: str) -> None:
+    # The package has functions of the same names as modules.
     found = import_module(f"llama_index_sac.{module}")
     rag = make_rag(
         llama, prompt_format=replace(SPANS, stop=("zz",)), decoding=Decoding(max_new_tokens=8)
     )
-    result = doctest.testmod(found, extraglobs={"rag": rag})
+    names = {"rag": rag, "disk_rag": make_rag(llama, store=disk)}
+    result = doctest.testmod(found, extraglobs=names)
     assert result.failed == 0
     examples = [test for test in doctest.DocTestFinder().find(found) if test.examples]
     public = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llama_index_sac import SACPostprocessor, SACPrecompress
 from support.models import PROSE, make_model, make_tokenizer
 from tiny_index import compressor_of, home_of_module, make_nodes, make_rag, no_loop_is_left, scored  # noqa: F401
 
-from sac_rag import CachedCompressor, DiskStore, SacRAG
+from sac_rag import CachedCompressor, DiskStore, PromptTooLongError, SacRAG
 from sac_rag.compressors import checkpoint
 from sac_rag.lm.generator import Generator
 
@@ -101,6 +102,21 @@ def test_names_go_to_another_process_and_a_loaded_model_does_not(llama: Generato
     assert "hers" not in repr(named)
     with pytest.raises(TypeError, match=r"cannot be pickled for another process; give a model"):
         pickle.dumps(SACPrecompress(make_rag(llama)))
+
+
+def test_a_text_beyond_the_context_is_skipped_and_logged(
+    make_generator: Callable[..., Generator], caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = make_generator()
+    generator.model.config.max_position_embeddings = 256
+    rag, nodes = make_rag(generator), make_nodes(3)
+    nodes[1].text *= 40
+    assert SACPrecompress(rag)(nodes) == nodes
+    assert [node.text in rag.compressor for node in nodes] == [True, False, True]
+    assert "not compressed: document 1" in caplog.text
+    assert nodes[1].text[:40] not in caplog.text
+    with pytest.raises(PromptTooLongError):
+        SACPrecompress(rag, skip_bad=False)(nodes)
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import pytest
 from llama_index.core import Settings, SummaryIndex
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index_sac import SACLLM, SACPostprocessor, UnanswerableError, text_qa_template
-from llama_index_sac.markers import markers_of
-from support.models import PROSE, make_model, make_tokenizer
+from llama_index_sac.markers import pieces
+from support.models import PROSE, make_model, make_tokenizer, passes_of
 from tiny_index import (  # noqa: F401
     QUESTION,
     SHORT,
@@ -28,7 +28,6 @@ from tiny_index import (  # noqa: F401
 )
 
 from sac_rag import Chunk, ChunkMissError, Decoding, Message, SacRAG
-from sac_rag.answering import AnswerStream
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import SPANS
 
@@ -115,7 +114,7 @@ def test_a_call_may_change_how_it_is_answered(llm: SACLLM) -> None:
     assert llm.complete(prompt, max_tokens=3).text == expected(llm, max_new_tokens=3)
     sampled = llm.complete(prompt, temperature=2.0, seed=3).text
     assert sampled == expected(llm, temperature=2.0, seed=3)
-    with pytest.raises(TypeError, match=r"among max_new_tokens, .*seed, ratio, were: tempo"):
+    with pytest.raises(TypeError, match=r"no argument tempo; its arguments are .*temperature"):
         llm.complete(prompt, tempo=1)
 
 
@@ -231,7 +230,7 @@ async def test_a_formatted_prompt_gets_no_template(spans: SacRAG, ask: Ask) -> N
 
 def test_how_prompts_are_read_can_be_fixed(spans: SacRAG) -> None:
     prompt = own_prompt(spans)
-    turn = Message("user", tuple(markers_of(spans).pieces(prompt)))
+    turn = Message("user", pieces(prompt, spans))
     assert SACLLM(spans, plain=False).complete(prompt).text == spans.chat([[turn]])[0].text
     assert SACLLM(spans, plain=True).complete(prompt).text == SACLLM(spans).complete(prompt).text
     assert SACLLM(spans, plain=True).complete(QUESTION).text == spans.complete([[QUESTION]])[0].text
@@ -311,6 +310,16 @@ async def test_answers_at_the_same_time_are_those_one_at_a_time(llama: Generator
     assert together == [llm.complete(prompt).text for prompt in prompts]
 
 
+async def test_answers_at_the_same_time_are_computed_together(llama: Generator) -> None:
+    llm = SACLLM(make_rag(llama))
+    prompts = [f"{QUESTION} {i}" for i in range(4)]
+    expected = [llm.complete(prompt).text for prompt in prompts]
+    with passes_of(llama) as passes:
+        answers = await asyncio.gather(*(llm.acomplete(prompt) for prompt in prompts))
+    assert [answer.text for answer in answers] == expected
+    assert max(passes) > 1
+
+
 LONG = {"max_tokens": 4000}
 
 
@@ -372,26 +381,19 @@ async def test_a_chunk_that_has_left_the_store_is_missed_by_the_caller(
         await ask(SACLLM(rag), prompt)
 
 
-class Failing(SacRAG):
-    """A pipeline whose model breaks in the middle of an answer."""
-
-    def stream_chat(self, *asked: Any, **options: Any) -> AnswerStream:
-        stream = super().stream_chat(*asked, **options)
-        pieces = iter(stream)
-
-        def broken() -> Iterator[str]:
-            yield next(pieces)
-            raise OSError("the device is lost")
-
-        stream._pieces = broken()  # type: ignore[assignment]
-        return stream
-
-
 @pytest.mark.parametrize("ask", SYNC + ASYNC)
 async def test_what_breaks_in_the_middle_of_an_answer_reaches_the_caller(
-    llama: Generator, ask: Ask
+    make_generator: Callable[..., Generator], ask: Ask
 ) -> None:
-    rag = Failing(make_rag(llama).compressor, decoding=SHORT)
+    generator = make_generator()
+    rag = make_rag(generator)
+    passes = iter(range(3))
+
+    def broken(*_: Any) -> None:
+        if next(passes, None) is None:
+            raise OSError("the device is lost")
+
+    generator.model.base_model.register_forward_hook(broken)
     with pytest.raises(OSError, match="the device is lost"):
         await ask(SACLLM(rag), QUESTION)
 
@@ -436,6 +438,24 @@ def test_with_the_models_own_tokenizer_too_much_is_several_prompts(narrow: Gener
     assert engine.query(QUESTION).response
     assert rag.metrics().questions > 1
     assert rag.metrics().hits >= 8
+
+
+@pytest.mark.usefixtures("llama_indexs_own_tokenizer")
+def test_what_simple_summarize_leaves_out_is_said(
+    narrow: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = make_nodes(4)
+    for node in nodes:
+        node.text = f"{node.text} " * 17
+    rag = make_rag(narrow)
+    Settings.tokenizer = SACLLM(rag).tokenize
+    response = query_engine(rag, nodes, response_mode="simple_summarize").query(QUESTION)
+    reports = [source.node.sac["read_as"] for source in response.source_nodes]
+    assert reports == ["anchors", "anchors", "nothing", "nothing"]
+    assert "simple_summarize left out 2 of 4 retrieved texts" in caplog.text
+    caplog.clear()
+    assert query_engine(rag, nodes, response_mode="tree_summarize").query(QUESTION).response
+    assert caplog.text == ""
 
 
 def test_a_marker_is_as_long_as_what_it_stands_for(llama: Generator) -> None:

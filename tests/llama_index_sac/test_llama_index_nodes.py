@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 from llama_index.core import StorageContext, VectorStoreIndex, load_index_from_storage
@@ -34,12 +37,11 @@ from tiny_index import (  # noqa: F401
     scored,
 )
 
-from sac_rag import ChunkMissError, DiskStore, PromptTooLongError
+from sac_rag import ChunkMissError, DiskStore
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 
 METADATA = {"file": "log {content}.txt", "page": 4, "author": "Ingrid", "secret": None}
-MARKER = f"<|sac:{'0' * 32}|>"
 
 
 @pytest.fixture
@@ -76,14 +78,16 @@ def test_the_llm_gets_the_metadata_as_it_is_and_a_marker(
     llama: Generator, node: TextNode, template: str
 ) -> None:
     node.text_template = template
-    sac = as_sac(node, make_rag(llama))
+    rag = make_rag(llama)
+    sac = as_sac(node, rag)
     shown = sac.get_content(MetadataMode.LLM)
     assert shown == node.get_content(MetadataMode.LLM).replace(node.text, sac.marker)
     assert sac.get_metadata_str(MetadataMode.LLM) == node.get_metadata_str(MetadataMode.LLM)
 
 
 def test_without_metadata_the_llm_gets_a_marker_alone(llama: Generator) -> None:
-    sac = as_sac(make_nodes(1)[0], make_rag(llama))
+    rag = make_rag(llama)
+    sac = as_sac(make_nodes(1)[0], rag)
     assert sac.get_content(MetadataMode.LLM) == sac.marker
 
 
@@ -98,16 +102,20 @@ def test_nothing_of_a_node_is_lost_and_the_one_given_stays(
     assert node.metadata == METADATA
 
 
-def test_a_stored_node_shows_its_text_again(tmp_path: Path, node: TextNode) -> None:
-    sac = SACNode(**{**node.__dict__, "marker": MARKER})
+def test_a_stored_node_shows_its_text_again(
+    llama: Generator, tmp_path: Path, node: TextNode
+) -> None:
+    rag = make_rag(llama)
+    sac = as_sac(node, rag)
     store = SimpleDocumentStore()
     store.add_documents([sac])
     store.persist(str(tmp_path / "docstore.json"))
     read = SimpleDocumentStore.from_persist_path(str(tmp_path / "docstore.json"))
     from_docstore = read.get_document(node.node_id)
     from_vectors = metadata_dict_to_node(node_to_metadata_dict(sac))
-    assert MARKER not in (tmp_path / "docstore.json").read_text()
-    for back in (from_docstore, from_vectors, SACNode.from_dict(sac.to_dict())):
+    assert sac.marker not in (tmp_path / "docstore.json").read_text()
+    pickled = pickle.loads(pickle.dumps(sac))
+    for back in (from_docstore, from_vectors, SACNode.from_dict(sac.to_dict()), pickled):
         assert isinstance(back, TextNode)
         assert back.get_content(MetadataMode.LLM) == node.get_content(MetadataMode.LLM)
         assert (back.node_id, back.hash, back.ref_doc_id) == (
@@ -117,10 +125,22 @@ def test_a_stored_node_shows_its_text_again(tmp_path: Path, node: TextNode) -> N
         )
 
 
-def test_a_copied_node_keeps_its_marker(node: TextNode) -> None:
-    sac = SACNode(**{**node.__dict__, "marker": MARKER})
-    for copy in (sac.model_copy(deep=True), pickle.loads(pickle.dumps(sac))):
-        assert copy.get_content(MetadataMode.LLM).endswith(f"\n\n{MARKER}")
+def test_a_copied_node_keeps_its_marker(llama: Generator, node: TextNode) -> None:
+    rag = make_rag(llama)
+    sac = as_sac(node, rag)
+    for copy in (sac.model_copy(), sac.model_copy(deep=True), deepcopy(sac)):
+        assert copy.get_content(MetadataMode.LLM).endswith(f"\n\n{sac.marker}")
+
+
+def test_a_node_does_not_keep_its_pipeline_alive(llama: Generator, node: TextNode) -> None:
+    rag = make_rag(llama)
+    sac = as_sac(node, rag)
+    shown = sac.get_content(MetadataMode.LLM)
+    gone = ref(rag)
+    del rag
+    gc.collect()
+    assert gone() is None
+    assert sac.get_content(MetadataMode.LLM) == node.get_content(MetadataMode.LLM) != shown
 
 
 # --- the postprocessor
@@ -224,13 +244,23 @@ def test_a_store_that_fails_costs_time_and_no_answer(
     assert statuses(make_rag(llama, store=store), make_nodes(1)) == [(reason, "anchors")]
 
 
-def test_a_text_beyond_the_context_is_refused(make_generator: Callable[..., Generator]) -> None:
+@pytest.mark.parametrize("on_miss", ["compress", "text", "raise"])
+async def test_a_text_beyond_the_context_is_left_to_llama_index_which_splits_it(
+    make_generator: Callable[..., Generator], on_miss: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     generator = make_generator()
-    generator.model.config.max_position_embeddings = 512
-    (node,) = make_nodes(1)
-    node.text *= 40
-    with pytest.raises(PromptTooLongError):
-        SACPostprocessor(make_rag(generator)).postprocess_nodes(scored([node]))
+    generator.model.config.max_position_embeddings = 1024
+    rag, nodes = make_rag(generator, on_miss=on_miss), make_nodes(2)
+    rag.precompress([nodes[0].text])
+    nodes[1].text = f"{nodes[1].text} " * 200
+    engine = query_engine(rag, nodes)
+    for response in (engine.query(QUESTION), await engine.aquery(QUESTION)):
+        assert response.response != "Empty Response"
+        reports = [source.node.sac for source in response.source_nodes]
+        assert [report["read_as"] for report in reports] == ["anchors", "text"]
+        assert reports[1] == {"node_id": "node 1", "status": "too long", "read_as": "text"}
+    assert rag.metrics().questions > 4
+    assert "1 retrieved texts do not fit into the model's context of 1024 tokens" in caplog.text
 
 
 # --- stores of LlamaIndex
@@ -248,6 +278,8 @@ class Letters(BaseEmbedding):
         return self._get_text_embedding(query)
 
 
+# LlamaIndex imports langchain-community where it is installed.
+@pytest.mark.filterwarnings("ignore:.*langchain-community:DeprecationWarning")
 def test_a_persisted_index_is_asked_and_its_answers_indexed_again(
     llama: Generator, tmp_path: Path
 ) -> None:

@@ -98,6 +98,12 @@ def test_a_vector_store_that_langchain_dumped_is_read_without_its_vectors(tmp_pa
     ]
 
 
+def test_what_a_document_itself_has_as_its_id_is_kept(tmp_path: Path) -> None:
+    metadata = {"source": "owls.md", "id": "own", "node_id": "n", "part": 3}
+    record = {"page_content": "Owls hear.", "id": "owl-1", "metadata": metadata}
+    assert read(saved(tmp_path / "docs.json", [record]))[0][0].metadata == metadata
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -170,6 +176,48 @@ def test_a_docstore_gives_nodes_by_document_and_documents_that_have_none(
     ]
 
 
+def test_a_docstore_of_another_namespace_is_read(tmp_path: Path) -> None:
+    data = {"n1": node("n1", "Owls hear.", "owls.md")}
+    info = {"owls.md": {"node_ids": ["n1"], "metadata": {}}}
+    store = {"mine/data": data, "mine/metadata": {"n1": {}}, "mine/ref_doc_info": info}
+    documents, bad = read(saved(tmp_path / "docstore.json", store))
+    assert [(d.text, d.id) for d in documents] == [("Owls hear.", "owls.md")]
+    assert bad == []
+
+
+@pytest.mark.parametrize("store", [{}, {"docstore/data": {}}, {"docstore/metadata": {"a": {}}}])
+def test_a_docstore_whose_nodes_are_in_a_vector_store_says_so(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    path = saved(tmp_path / "docstore.json", store)
+    documents, ((place, problem),) = read(path)
+    assert (documents, place) == ([], str(path))
+    assert "a vector store that keeps the text itself" in problem
+    assert "store_nodes_override=True" in problem
+
+
+def test_a_sentence_with_a_window_is_the_window(tmp_path: Path) -> None:
+    window = {"window": "It rained. Owls hear. Fog fell.", "original_text": "Owls hear."}
+    data = {
+        "n1": node("n1", "Owls hear.", "owls.md", metadata=window),
+        "n2": node("n2", "A view.", "owls.md", metadata={"window": "to the south"}),
+    }
+    documents, bad = read(saved(tmp_path / "docstore.json", {"docstore/data": data}))
+    assert [document.text for document in documents] == [window["window"], "A view."]
+    assert bad == []
+
+
+def test_parents_of_nodes_are_read_with_them(tmp_path: Path) -> None:
+    data = {
+        "p": node("p", "Owls hear. They never miss.", "owls.md"),
+        "n1": node("n1", "Owls hear.", "owls.md"),
+        "n2": node("n2", "They never miss.", "owls.md"),
+    }
+    documents, _ = read(saved(tmp_path / "docstore.json", {"docstore/data": data}))
+    assert {document.id for document in documents} == {"owls.md"}
+    assert len(documents) == 3
+
+
 def test_a_bad_node_is_reported_by_its_name(tmp_path: Path) -> None:
     data = {
         "a": node("a", None),
@@ -236,6 +284,39 @@ def test_a_parquet_row_is_a_document_and_its_other_columns_are_metadata(tmp_path
     }  # fmt: skip
     assert json.loads(json.dumps(first.metadata)) == first.metadata
     assert (second.text, second.id, second.title) == ("Copper conducts.", f"{path}:2", None)
+
+
+def test_texts_and_ids_of_bytes_are_read_and_a_uuid_is_its_digits(tmp_path: Path) -> None:
+    path = table(
+        tmp_path / "a.parquet",
+        {"text": "Owls hear\u2026".encode(), "id": b"doc-1", "title": b"Owls"},
+        {"text": b"Copper.", "id": bytes(range(16)), "title": None},
+        {"text": b"caf\xe9", "id": b"\xff", "title": None},
+    )
+    documents, ((place, why),) = read(path)
+    assert documents == [
+        Chunk("Owls hear\u2026", id="doc-1", title="Owls"),
+        Chunk("Copper.", id="000102030405060708090a0b0c0d0e0f"),
+    ]
+    assert place == f"{path}:3"
+    assert '"text" must be text' in why and "cast the column to string" in why
+
+
+def test_numbers_that_pandas_made_floats_are_what_they_were(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "id": 1.0, "title": float("nan")},
+        {"text": "b", "id": None, "title": 2.5},
+    ]
+    path = table(tmp_path / "a.parquet", *rows)
+    assert read(path) == ([Chunk("a", id="1"), Chunk("b", id=f"{path}:2", title="2.5")], [])
+
+
+def test_a_row_that_is_too_long_is_left_out_with_its_place(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", {"text": "one"}, {"text": "x" * 1001}, {"text": "three"})
+    bad: Bad = []
+    found = read_documents([path], on_bad=lambda *what: bad.append(what), max_document_bytes=1000)
+    assert [document.text for document in found] == ["one", "three"]
+    assert [(place, "at most 1,000 bytes" in why) for place, why in bad] == [(f"{path}:2", True)]
 
 
 def test_row_groups_are_read_as_they_are_needed(tmp_path: Path) -> None:

@@ -8,22 +8,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_DATA = "docstore/data"
+# Collections of a document store: the namespace, by default "docstore", and the kind.
+_DATA = "/data"
+_KINDS = (_DATA, "/metadata", "/ref_doc_info")
 _SOURCE = "1"  # NodeRelationship.SOURCE: the document that a node was cut from
+# Written by SentenceWindowNodeParser, whose windows replace the sentences when they are retrieved.
+_WINDOW = ("window", "original_text")
 
 
 def is_store(value: Any) -> bool:
-    """Whether a JSON value is a persisted document store."""
-    return isinstance(value, dict) and isinstance(value.get(_DATA), dict)
+    """Whether a JSON value is a persisted document store, of any namespace."""
+    return isinstance(value, dict) and all(
+        name.endswith(_KINDS) and isinstance(records, dict) for name, records in value.items()
+    )
 
 
 def nodes(store: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The records of a store with their names, those of one document together.
 
     A document whose nodes are in the store as well is left out: its text would be there twice.
+
+    Raises:
+        ValueError: if it has no nodes.
     """
+    data = [
+        item for name, records in store.items() if name.endswith(_DATA) for item in records.items()
+    ]
+    if not data:
+        raise ValueError(
+            "a LlamaIndex docstore must have nodes, has none: a vector store that keeps the text "
+            "itself, as Chroma does, leaves it empty; build the index with "
+            "store_nodes_override=True, or compress at ingestion with "
+            "llama_index_sac.SACPrecompress"
+        )
+    return _by_document(data)
+
+
+def _by_document(data: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     together: dict[str, list[tuple[str, Any]]] = {}
-    for name, record in store[_DATA].items():
+    for name, record in data:
         source = _source(record)
         if source is None:
             together.setdefault(name, []).insert(0, (name, record))
@@ -42,6 +65,8 @@ def is_node(record: dict[str, Any]) -> bool:
 def plain_record(record: dict[str, Any]) -> dict[str, Any]:
     """A plain record of a serialised node; its id is that of the document it was cut from.
 
+    The text of a sentence with a window is the window, which takes its place when it is retrieved.
+
     Raises:
         ValueError: if it does not hold a node's fields.
     """
@@ -56,6 +81,8 @@ def plain_record(record: dict[str, Any]) -> dict[str, Any]:
     title = None
     if isinstance(metadata, dict):
         title = metadata.get("title")
+        if all(isinstance(metadata.get(key), str) for key in _WINDOW):
+            text = metadata[_WINDOW[0]]
         if source is not None:
             metadata = {**metadata, "node_id": name}
     return {

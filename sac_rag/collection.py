@@ -10,30 +10,37 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from sac_rag import forks
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
+from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import StoredDtype
 from sac_rag.loading import default_compressor, load_compressor
 from sac_rag.pipeline import SacRAG
 from sac_rag.precompress.estimate import Estimate, estimate
 from sac_rag.precompress.job import compress_documents
+from sac_rag.prompts.format import PromptFormat
 from sac_rag.reports import PrecompressReport
 from sac_rag.retrieval.embedder import Embedder
-from sac_rag.retrieval.index import ChunkIndex, Hit
+from sac_rag.retrieval.index import ChunkIndex, Hit, require_json
 from sac_rag.retrieval.splitter import split
+from sac_rag.stores.base import strings
 from sac_rag.stores.disk import DiskStore
-from sac_rag.whole_file import DRAFT_SUFFIX, whole_file
+from sac_rag.whole_file import DRAFT_SUFFIX, one_writer, whole_file
 
 FORMAT = 1
 
 _SETTINGS = "collection.json"
+_INDEX = "index"
 _ANCHORS = "anchors"
+_LOCK = ".lock"  # of the one process that makes the collection
 
 _EMBEDDED_AT_A_TIME = 4096  # chunks
 _SAVED_EVERY_S = 60.0  # each time the whole index is written
@@ -64,13 +71,16 @@ class CollectionSettings:
 class Collection:
     """Chunks that can be searched and asked about, in a folder.
 
+    Several processes may add to one collection: each waits while another saves, and builds on what
+    is there. What others have added is found from the next `add` on, or when it is opened again.
+
     Args:
         folder: Created owner-only (0700) if it does not exist.
         settings: Of a new collection. Default: those saved in the folder, or the defaults.
 
     Raises:
         ValueError: if the folder holds something else, another format, or a collection made with
-            other settings.
+            other settings. Its index is read, and may raise so, when it is first used.
         OSError: if the folder cannot be created or read.
     """
 
@@ -78,19 +88,21 @@ class Collection:
         self, folder: str | os.PathLike[str], settings: CollectionSettings | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.settings = _open_settings(self.folder, settings)
-        self._embedder = Embedder.from_pretrained(self.settings.embedder)
-        if (self.folder / "index").exists():
-            self.index = ChunkIndex.load(self.folder / "index", self._embedder)
-        else:
-            self.index = ChunkIndex.build([], self._embedder)
-        self.rag = SacRAG.from_pretrained(
-            self.settings.model,
-            compressor=self.settings.compressor,
-            ratio=self.settings.ratio,
-            stored_dtype=self.settings.stored_dtype,
-            store=DiskStore(self.folder / _ANCHORS),
-        )
+        self._adding = forks.lock(self, "_adding")
+        self.settings = _find_settings(self.folder, settings)
+        # First, so that a model that cannot be loaded leaves no collection behind.
+        compressor, prompt_format = _load(self.settings)
+        _save_settings(self.folder, self.settings)
+        cached = CachedCompressor(compressor, DiskStore(self.folder / _ANCHORS))
+        self.rag = SacRAG(cached, prompt_format=prompt_format)
+
+    @cached_property
+    def index(self) -> ChunkIndex:
+        """The searchable chunks. Who only stores anchors never loads them, nor the embedder."""
+        embedder = Embedder.from_pretrained(self.settings.embedder)
+        if (self.folder / _INDEX).exists():
+            return ChunkIndex.load(self.folder / _INDEX, embedder)
+        return ChunkIndex(embedder)
 
     def close(self) -> None:
         """Closes the store, which then saves its recent hits and misses."""
@@ -104,7 +116,8 @@ class Collection:
     def split(self, documents: Iterable[Chunk]) -> list[Chunk]:
         """Cuts documents into chunks of this collection's length."""
         tokenizer, longest = self.rag.generator.tokenizer, self.settings.chunk_tokens
-        return [chunk for d in documents for chunk in split(d, tokenizer, max_tokens=longest)]
+        several = _several(documents)
+        return [chunk for d in several for chunk in split(d, tokenizer, max_tokens=longest)]
 
     def add(
         self,
@@ -115,7 +128,8 @@ class Collection:
     ) -> int:
         """Makes new chunks searchable and saves the index.
 
-        A killed run can be repeated and resumes where the index was saved last.
+        A killed run can be repeated and resumes where the index was saved last. What other
+        processes have added meanwhile is kept.
 
         Args:
             chunks: Chunks with text.
@@ -125,28 +139,42 @@ class Collection:
 
         Returns:
             Number of chunks that were new.
+
+        Raises:
+            TypeError: if metadata is not what JSON can hold; nothing is embedded then.
+            ValueError: if a chunk is empty, or the saved index is damaged.
+            OSError: if the index cannot be written.
         """
-        new = {(chunk.id, chunk.text): chunk for chunk in chunks}
-        changed = False
-        if whole_documents:
-            documents = {chunk.id for chunk in new.values()} - {None}
-            changed = bool(
-                self.index.discard(
-                    lambda chunk: chunk.id in documents and (chunk.id, chunk.text) not in new
-                )
-            )
-        known = {(chunk.id, chunk.text) for chunk in self.index.chunks}
-        added = [chunk for place, chunk in new.items() if place not in known]
-        saved = time.monotonic()
-        for start in range(0, len(added), _EMBEDDED_AT_A_TIME):
-            self.index.add(added[start : start + _EMBEDDED_AT_A_TIME], on_progress=on_progress)
-            changed = True
-            if time.monotonic() - saved > _SAVED_EVERY_S:
-                self.index.save(self.folder / "index")
-                changed, saved = False, time.monotonic()
-        if changed:
-            self.index.save(self.folder / "index")
-        return len(added)
+        new = {(chunk.id, chunk.text): chunk for chunk in _several(chunks)}
+        documents = {name for name, _ in new if name is not None} if whole_documents else set()
+
+        def is_outdated(chunk: Chunk) -> bool:
+            return chunk.id in documents and (chunk.id, chunk.text) not in new
+
+        with self._adding:
+            self.index.refresh(self.folder / _INDEX)
+            known = _places(self.index)
+            unknown = [chunk for place, chunk in new.items() if place not in known]
+            require_json(unknown)
+            added, saved = 0, time.monotonic()
+            embedded = ChunkIndex(self.index.embedder)
+            for start in range(0, len(unknown), _EMBEDDED_AT_A_TIME):
+                embedded.add(unknown[start : start + _EMBEDDED_AT_A_TIME], on_progress)
+                if time.monotonic() - saved > _SAVED_EVERY_S:
+                    added += self._merge(embedded, lambda chunk: False)
+                    embedded, saved = ChunkIndex(self.index.embedder), time.monotonic()
+            if len(embedded) or any(map(is_outdated, self.index.chunks)):
+                added += self._merge(embedded, is_outdated)
+            return added
+
+    def _merge(self, embedded: ChunkIndex, is_outdated: Callable[[Chunk], bool]) -> int:
+        """Saves embedded chunks with what is there by now; returns how many are new to it."""
+        with self.index.changing(self.folder / _INDEX):
+            self.index.discard(is_outdated)
+            known = _places(self.index)
+            embedded.discard(lambda chunk: (chunk.id, chunk.text) in known)
+            self.index.extend(embedded)
+        return len(embedded)
 
     def estimate(
         self, documents: Iterable[Chunk], split: Callable[[Chunk], Sequence[Chunk]]
@@ -175,13 +203,13 @@ class Collection:
         """
         return compress_documents(
             self.rag.compressor,
-            chunks,
+            _several(chunks),
             workers=workers,
             open_compressor=partial(open_compressor, self.folder),
         )
 
     def search(self, question: str, k: int = 4) -> list[Hit]:
-        """The k chunks most similar to the question, best first.
+        """The k different texts most similar to the question, best first.
 
         Raises:
             ValueError: if the question is empty, k is below 1, or the index has no chunks.
@@ -205,8 +233,12 @@ def in_reading_order(hits: Sequence[Hit]) -> list[Chunk]:
 
 def open_compressor(folder: Path) -> CachedCompressor:
     """A collection's compressor and store, without index, embedder and pipeline."""
-    settings = read_settings(folder)
-    compressor, _ = load_compressor(
+    compressor, _ = _load(read_settings(folder))
+    return CachedCompressor(compressor, DiskStore(folder / _ANCHORS))
+
+
+def _load(settings: CollectionSettings) -> tuple[Compressor, PromptFormat | None]:
+    return load_compressor(
         settings.model,
         settings.compressor,
         ratio=settings.ratio,
@@ -215,49 +247,52 @@ def open_compressor(folder: Path) -> CachedCompressor:
         device=None,
         dtype=None,
     )
-    return CachedCompressor(compressor, DiskStore(folder / _ANCHORS))
 
 
-def forget_texts(folder: str | os.PathLike[str], documents: Iterable[str]) -> int:
+def forget_texts(folder: str | os.PathLike[str], documents: Iterable[str]) -> dict[str, int]:
     """Removes the chunks of documents from the index; their KV stays in the store.
 
     No trace of them is left in the index's files. No generator is loaded.
 
     Returns:
-        Number of chunks removed.
+        Number of chunks removed of each document that had any.
 
     Raises:
         ValueError: if the collection or its index is damaged.
         OSError: if the index cannot be written.
     """
-    place = Path(folder) / "index"
+    place = Path(folder) / _INDEX
+    forgotten = set(strings(documents, "documents"))
     if not place.exists():
-        return 0
-    forgotten = set(documents)
+        return {}
+    counts: Counter[str] = Counter()
+
+    def is_forgotten(chunk: Chunk) -> bool:
+        if chunk.id is None or chunk.id not in forgotten:
+            return False
+        counts[chunk.id] += 1
+        return True
+
     index = ChunkIndex.load(place, Embedder.from_pretrained(read_settings(folder).embedder))
-    gone = index.discard(lambda chunk: chunk.id in forgotten)
-    if gone:
-        index.save(place)
-    return gone
+    with index.changing(place):
+        index.discard(is_forgotten)
+    return dict(counts)
 
 
-def _open_settings(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
-    path = folder / _SETTINGS
-    if path.is_file():
-        saved = read_settings(folder)
-        if wanted is None:
-            return saved
-        mismatches = {
-            name: (getattr(saved, name), value)
-            for name, value in asdict(wanted).items()
-            if value != getattr(saved, name) and (name, value) != ("compressor", None)
-        }
-        if mismatches:
-            raise ValueError(
-                f"{folder} was made with other settings, (saved, asked for): {mismatches}; "
-                "give another folder, or leave them out to use the saved ones"
-            )
-        return saved
+def _several(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+    if isinstance(chunks, str | Chunk):
+        raise TypeError(f"chunks must be several Chunks, was: {chunks!r:.80}; put it in a list")
+    return chunks
+
+
+def _places(index: ChunkIndex) -> set[tuple[str | None, str]]:
+    return {(chunk.id, chunk.text) for chunk in index.chunks}
+
+
+def _find_settings(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
+    """The saved settings, or those of a new collection; raises ValueError where neither can be."""
+    if (folder / _SETTINGS).is_file():
+        return _saved_settings(folder, wanted)
     if folder.exists() and not (folder.is_dir() and _is_free(folder)):
         raise ValueError(
             f"{folder} holds something else (no {_SETTINGS}); give a new or an empty folder"
@@ -266,15 +301,43 @@ def _open_settings(folder: Path, wanted: CollectionSettings | None) -> Collectio
     if settings.compressor is None:
         # Recorded, so that the collection keeps it when a later version ships another one.
         settings = replace(settings, compressor=default_compressor(settings.model))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with whole_file(path) as draft:
-        draft.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")
     return settings
 
 
+def _save_settings(folder: Path, settings: CollectionSettings) -> None:
+    """Makes a collection of these settings; raises ValueError if there is one of others by now."""
+    path = folder / _SETTINGS
+    if path.is_file():
+        _saved_settings(folder, settings)
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with one_writer(folder / _LOCK):
+        if path.is_file():
+            _saved_settings(folder, settings)
+            return
+        with whole_file(path) as draft:
+            draft.write_text(json.dumps({"format": FORMAT, **asdict(settings)}, indent=2) + "\n")
+
+
+def _saved_settings(folder: Path, wanted: CollectionSettings | None) -> CollectionSettings:
+    """The saved settings; raises ValueError if others are wanted."""
+    saved = read_settings(folder)
+    mismatches = {
+        name: (getattr(saved, name), value)
+        for name, value in ({} if wanted is None else asdict(wanted)).items()
+        if value != getattr(saved, name) and (name, value) != ("compressor", None)
+    }
+    if mismatches:
+        raise ValueError(
+            f"{folder} was made with other settings, (saved, asked for): {mismatches}; "
+            "give another folder, or leave them out to use the saved ones"
+        )
+    return saved
+
+
 def _is_free(folder: Path) -> bool:
-    """Whether a folder holds nothing, except drafts of settings that a killed process left."""
-    return all(path.suffix == DRAFT_SUFFIX for path in folder.iterdir())
+    """Whether a folder holds nothing but a lock, and drafts that a killed process left."""
+    return all(path.suffix == DRAFT_SUFFIX or path.name == _LOCK for path in folder.iterdir())
 
 
 def read_settings(folder: str | os.PathLike[str]) -> CollectionSettings:

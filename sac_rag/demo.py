@@ -84,7 +84,10 @@ def wikipedia_leads(topics: Sequence[str] | None = None) -> list[Chunk]:
 
     Raises:
         ModelUnavailableError: if they cannot be downloaded.
+        TypeError: if `topics` is one str.
     """
+    if isinstance(topics, str):
+        raise TypeError(f"topics must be several topics, was: {topics!r}; put it in a list")
     path = models.pull(LEADS) / "summaries_en-us.json"
     articles = json.loads(path.read_text(encoding="utf-8"))
     return [

@@ -1,11 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and one writer at a time."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Of drafts that a killed process may leave behind.
 DRAFT_SUFFIX = ".part"
@@ -25,6 +30,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_writer(lock: Path) -> Iterator[None]:
+    """Waits until no other thread or process is in such a block with the same lock file.
+
+    The lock ends with its process; the file stays. Where files cannot be locked (Windows, some
+    network file systems), nothing is waited for.
+    """
+    with open(lock, "ab", opener=owner_only) as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def owner_only(path: str, flags: int) -> int:

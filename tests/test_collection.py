@@ -107,7 +107,7 @@ def test_a_document_that_is_forgotten_is_neither_found_nor_on_the_disk(
     assert json.dumps(other.text).encode() in on_disk
     index = ChunkIndex.load(folder / "index", collection.index.embedder)
     assert len(index) == len(collection.index) - len(of_it)
-    assert forget_texts(folder, [str(unwanted.id)]) == 0
+    assert forget_texts(folder, [str(unwanted.id)]) == {}
 
 
 def test_other_settings_for_a_collection_that_is_there_are_refused(collection: Collection) -> None:

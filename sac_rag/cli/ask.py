@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sac_rag.cli.console import open_collection, pull_missing
+from sac_rag.cli.console import open_collection, pull_if_default
 from sac_rag.cli.options import AsJson, MaxNewTokens, NumChunks, Store
 from sac_rag.cli.progress import progress
 from sac_rag.cli.render import (
@@ -33,8 +33,8 @@ def demo(
     from sac_rag.demo import LEADS, ask_questions, index_leads
 
     folder = store or models.home() / "leads"
-    pull_missing()
     collection = open_collection(folder)
+    pull_if_default(LEADS)
     with progress("embedding leads, once", show=not as_json) as advance:
         index_leads(collection, advance)
     if not as_json:
@@ -51,7 +51,7 @@ def demo(
         return
     out.print(f"Text: {models.SOURCES[LEADS].attribution}", style="dim")
     out.print("\nYour own question, from the same leads:")
-    out.print(f'  sac-rag ask "Why is the sky blue?" --store {folder}', style="bold", markup=False)
+    out.print(f'  sac-rag ask "Why is the sky blue?" --store {folder}', style="bold")
 
 
 def ask(
@@ -72,7 +72,7 @@ def ask(
     )
     for piece in stream:
         if not as_json:
-            out.print(piece, end="", markup=False, soft_wrap=True)
+            out.print(piece, end="")
     answer = stream.answer
     collection.close()
     write(

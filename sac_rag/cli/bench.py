@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sac_rag.cli.console import loading, pull_if_default, pull_missing
+from sac_rag.cli.console import loading, pull_if_default
 from sac_rag.cli.options import (
     AsJson,
     BatchSize,
@@ -37,6 +37,7 @@ from sac_rag.cli.render import (
     out,
     print_dropin,
     print_dtypes,
+    print_load,
     print_lookups,
     print_reads,
     print_speed,
@@ -46,6 +47,8 @@ from sac_rag.cli.render import (
 
 if TYPE_CHECKING:
     from sac_rag.evaluation.sample import Sample
+
+_TEXT = "wikipedia-leads"  # what speed is measured on
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -67,7 +70,7 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Times the first token: cached anchors against reading the text, in one process."""
-    pull_missing()
+    pull_if_default(model, _TEXT)
     with loading():
         from sac_rag.benchmarks.first_token import measure
         from sac_rag.compressors import checkpoint
@@ -129,11 +132,10 @@ def quality(
             f"{result.system}, ratio {result.ratio or 'none'}, {result.budget or 'no'} budget, "
             f"k={result.k}: F1 {result.f1:.3f}, "
             f"{result.seconds:.0f} s",
-            markup=False,
         )
     write(
         {"model": model, "rows": results},
-        lambda: out.print(comparison.to_markdown(results), markup=False),
+        lambda: out.print(comparison.to_markdown(results)),
         as_json=as_json,
     )
 
@@ -202,7 +204,7 @@ def dropin(
             advance(1)
             rows.append(row)
             # Printed at once: whatever ends a long run, these rows are not lost.
-            notes.print(json.dumps(row.to_dict()), markup=False, soft_wrap=True)
+            notes.print(json.dumps(row.to_dict()))
     write(
         {"model": model, "rows": rows},
         lambda: print_dropin(model, rag.generator.dtype_name, rows),
@@ -223,7 +225,7 @@ def precompress(
     as_json: AsJson = False,
 ) -> None:
     """Times compressing into a store, in turn with a plain prefill of the same tokens."""
-    pull_missing()
+    pull_if_default(model, _TEXT)
     with loading():
         from sac_rag.benchmarks.throughput import measure
         from sac_rag.demo import wikipedia_leads
@@ -260,7 +262,7 @@ def dtypes(
 ) -> None:
     """Compares stored dtypes: bytes, logits, greedy answers and their F1."""
     (sample,) = _samples(data, (k,), limit, seed)
-    pull_missing()
+    pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
         from sac_rag.benchmarks.dtypes import measure
@@ -306,6 +308,29 @@ def store(
         print_lookups(lookups)
 
     write({"reads": rows, "lookups": lookups}, show, as_json=as_json)
+
+
+@app.command()
+def load(
+    folder: Annotated[Path, typer.Argument(help="An empty folder, on the disk to try.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that read and write.")] = 6,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Reads, writes, forgets and re-encrypts in one store while processes are killed and stopped.
+
+    Exit code 1 if a value is wrong, an acknowledged entry is lost, or a process hangs.
+    """
+    with loading():
+        from sac_rag.benchmarks.load import measure_load
+    with progress("operations", show=not as_json) as advance:
+        report = measure_load(
+            folder, seconds=60 * minutes, processes=processes, seed=seed, on_progress=advance
+        )
+    write(report, lambda: print_load(report), as_json=as_json)
+    if not report.is_in_order:
+        raise typer.Exit(1)
 
 
 def _samples(data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int) -> list[Sample]:

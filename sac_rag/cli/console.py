@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +21,18 @@ def all_models() -> list[str]:
     return list(models.names())
 
 
-def pull_missing(names: list[str] | None = None) -> None:
-    """Downloads default models that are not there yet. Default: all of them."""
+def pull_missing(names: Iterable[str]) -> None:
+    """Downloads default models, or the demo's text, that are not there yet."""
     from sac_rag import default_models as models
 
-    for name in names or all_models():
+    for name in names:
         with notes.status(name) as status:
             models.pull(name, on_step=lambda step: status.update(step))
 
 
-def pull_if_default(model: str) -> None:
-    """Downloads a model if it is a default one that is not there yet."""
-    if model in all_models():
-        pull_missing([model])
+def pull_if_default(*used: str) -> None:
+    """Downloads those of some models or texts that are default ones and not there yet."""
+    pull_missing(name for name in used if name in all_models())
 
 
 @contextmanager
@@ -53,14 +52,24 @@ def loading() -> Iterator[None]:
             gc.enable()
 
 
-def open_collection(folder: Path, must_exist: bool = False, **settings: Any) -> Collection:
-    """The collection in a folder, made with some settings if it is not there."""
-    with loading():
-        from sac_rag.collection import Collection, CollectionSettings
+def open_collection(
+    folder: Path, *, must_exist: bool = False, searchable: bool = True, **settings: Any
+) -> Collection:
+    """The collection in a folder, made with some settings if it is not there.
 
-        if must_exist and not Collection.exists(folder):
-            raise ValueError(
-                f"{folder} is no collection yet; make one: sac-rag precompress PATH "
-                f"--store {folder}"
-            )
-        return Collection(folder, CollectionSettings(**settings) if settings else None)
+    Only the models that are used are downloaded and loaded: no embedder unless it is searchable.
+    """
+    with loading():
+        from sac_rag.collection import Collection, CollectionSettings, read_settings
+    exists = Collection.exists(folder)
+    if must_exist and not exists:
+        raise ValueError(
+            f"{folder} is no collection yet; make one: sac-rag precompress PATH --store {folder}"
+        )
+    used = read_settings(folder) if exists else CollectionSettings(**settings)
+    pull_if_default(used.model, *([used.embedder] if searchable else []))
+    with loading():
+        collection = Collection(folder, CollectionSettings(**settings) if settings else None)
+        if searchable:
+            len(collection.index)
+        return collection

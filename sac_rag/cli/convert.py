@@ -33,10 +33,8 @@ def convert(
     if as_json:
         print_json({"compressor": str(folder), "ratio": config.ratio, "rank": config.lora_rank})
         return
-    out.print(f"compressor: {folder}, {config.ratio}x, LoRA rank {config.lora_rank}", markup=False)
+    out.print(f"compressor: {folder}, {config.ratio}x, LoRA rank {config.lora_rank}")
     out.print(
         f"Use it: SacRAG.from_pretrained({base!r}, compressor={str(folder)!r})",
         style="dim",
-        markup=False,
-        soft_wrap=True,
     )

@@ -120,7 +120,6 @@ def evaluate(
             f"interrupted; run it again to resume, the answers so far are in {out}"
             if out
             else "interrupted; with --out FILE.jsonl the answers so far would have been kept",
-            markup=False,
         )
         raise typer.Exit(130) from None
     write(
@@ -140,7 +139,7 @@ def _read(data: Sequence[Path], *, show: bool) -> tuple[list[QAExample], list[st
 
     def report(place: str, problem: str) -> None:
         bad.append(f"{place}: {problem}")
-        notes.print(f"skipped {place}: {problem}", style="yellow", markup=False)
+        notes.print(f"skipped {place}: {problem}", style="yellow")
 
     examples = []
     with progress("reading questions", show=show) as advance:

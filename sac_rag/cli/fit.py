@@ -79,7 +79,6 @@ def fit(
         f"{model}, fitted on {fitted.passages} passages in {human_time(fitted.seconds)}, measured "
         f"on {fitted.held_out} others; {human_bytes(round(fitted.bytes_per_token))} per source "
         f"token at {ratio}x\n",
-        markup=False,
     )
     print_fit(fitted.figures)
     # "fitted" alone would name the one that comes with the package.
@@ -87,5 +86,4 @@ def fit(
     out.print(
         f'\nrag = SacRAG.from_pretrained("{model}", compressor="{place}")\n'
         'answer = rag.answer("Who …?", chunks)',
-        markup=False,
     )

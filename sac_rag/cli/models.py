@@ -40,8 +40,9 @@ def pull(
     names: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None,
 ) -> None:
     """Downloads, verifies and converts default models, once."""
-    pull_missing(names)
-    for name in names or all_models():
+    wanted = names or all_models()
+    pull_missing(wanted)
+    for name in wanted:
         out.print(f"{name} is ready")
 
 
@@ -57,6 +58,6 @@ def verify(
         problems = models.verify(name)
         has_changed = has_changed or bool(problems)
         for line in problems or [f"{name} is as it was pulled"]:
-            out.print(line, markup=False)
+            out.print(line)
     if has_changed:
         raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from enum import Enum
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sac_rag.cli.console import loading, open_collection, pull_missing
+from sac_rag.cli.console import loading, open_collection
 from sac_rag.cli.options import (
     AsJson,
     CompressorOrDefault,
@@ -83,13 +83,18 @@ def precompress(
     deleted; documents that are no longer among the paths stay.
 
     Exit codes: 0 finished; 3 finished except for bad records, which are reported with their places;
-    1 failed; 130 interrupted.
+    1 failed, or no document could be read; 130 interrupted.
     """
-    pull_missing()
+    from sac_rag.retrieval.readers.files import left_out, read_documents
+
+    read_documents(paths)  # what is wrong with them is told before anything is loaded or made
+    others = left_out(paths)
+    if others:
+        listed = ", ".join(f"{count} {ending}" for ending, count in others.items())
+        notes.print(f"left out of folders, not read: {listed}", style="yellow")
     with loading():
         from sac_rag.collection import open_compressor
         from sac_rag.precompress.job import PrecompressJob
-        from sac_rag.retrieval.readers import read_documents
     options: dict[str, Any] = {
         "model": model,
         "compressor": compressor,
@@ -98,7 +103,7 @@ def precompress(
         "chunk_tokens": chunk_tokens,
     }
     settings = {name: value for name, value in options.items() if value is not None}
-    with _collection(store, dry_run, **settings) as collection:
+    with _collection(store, dry_run, searchable=index, **settings) as collection:
         cached = collection.rag.compressor
         if "-" in paths and not index and not dry_run:
             notes.print("Standard input can be read only once: there is no estimate of it.")
@@ -115,12 +120,16 @@ def precompress(
             estimate = job.estimate() if dry_run else None
             report = None if dry_run else job.run(workers)
     if report is not None:
-        write(report, partial(print_precompressed, report), as_json=as_json)
+        result = {**report.to_dict(), "left_out": others}
+        write(result, partial(print_precompressed, report), as_json=as_json)
     elif as_json and estimate is not None:
         bad = [asdict(record) for record in job.bad]
-        print_json({"documents": job.documents, "estimate": asdict(estimate), "bad": bad})
+        result = {"documents": job.documents, "estimate": asdict(estimate), "bad": bad}
+        print_json({**result, "left_out": others})
+    if not job.documents:
+        raise ValueError(f"no document was read: there is none in {', '.join(paths)} that can be")
     if report is not None and index and not as_json:
-        out.print(f'Ask: sac-rag ask "…" --store {store}', style="dim", markup=False)
+        out.print(f'Ask: sac-rag ask "…" --store {store}', style="dim")
     if job.bad:
         raise typer.Exit(_SOME_WERE_BAD)
 
@@ -129,7 +138,11 @@ def precompress(
 def _collection(folder: Path, dry_run: bool, **settings: Any) -> Iterator[Collection]:
     """The collection in a folder; for a dry run, one that leaves no trace where there is none."""
     if dry_run and (not folder.exists() or not any(folder.iterdir())):
-        with tempfile.TemporaryDirectory() as elsewhere:
-            yield open_collection(Path(elsewhere) / folder.name, **settings)
+        with (
+            tempfile.TemporaryDirectory() as elsewhere,
+            closing(open_collection(Path(elsewhere) / folder.name, **settings)) as collection,
+        ):
+            yield collection
     else:
-        yield open_collection(folder, **settings)
+        with closing(open_collection(folder, **settings)) as collection:
+            yield collection

@@ -81,7 +81,7 @@ def compress_progress(
             in_log = show and not notes.is_terminal
             if in_log and time.monotonic() - printed >= _LINE_EVERY_S:
                 printed = time.monotonic()
-                notes.print(f"compressing: {figures}{_left(task)}", markup=False, soft_wrap=True)
+                notes.print(f"compressing: {figures}{_left(task)}")
 
         yield advance
 
@@ -147,7 +147,7 @@ class JobDisplay(JobCallback):
 
     def on_bad(self, record: BadRecord) -> None:
         """Prints the place and the problem."""
-        notes.print(f"skipped {record.place}: {record.problem}", style="yellow", markup=False)
+        notes.print(f"skipped {record.place}: {record.problem}", style="yellow")
 
 
 def _ignore(_: object) -> None:

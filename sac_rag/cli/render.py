@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from sac_rag.benchmarks.dtypes import DtypeRow
     from sac_rag.benchmarks.first_token import SpeedRow
+    from sac_rag.benchmarks.load import LoadReport
     from sac_rag.benchmarks.store import LookupSpeed, ReadSpeed
     from sac_rag.benchmarks.throughput import ThroughputRow
     from sac_rag.collection import Collection
@@ -30,8 +31,16 @@ if TYPE_CHECKING:
     from sac_rag.training.fit import FitFigure
     from sac_rag.training.step_speed import StepSpeed
 
-out = Console(highlight=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False)
+
+def _literal(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console for any text: a title may have [brackets] or :colons:, no path is ever broken."""
+    return Console(
+        stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
+
+
+out = _literal()
+notes = _literal(stderr=True)
 
 
 def write(value: object, show: Callable[[], None], *, as_json: bool) -> None:
@@ -52,6 +61,10 @@ def write(value: object, show: Callable[[], None], *, as_json: bool) -> None:
 def print_json(value: object) -> None:
     """One JSON value on standard output."""
     text = json.dumps(value, ensure_ascii=False, indent=2, default=_as_json)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # the same value in ASCII
+        text = json.dumps(value, indent=2, default=_as_json)
     sys.stdout.write(text + "\n")
 
 
@@ -65,6 +78,11 @@ def _as_json(value: Any) -> Any:
 
 def _table(*columns: str, show_header: bool = True) -> Table:
     return Table(*columns, box=None, pad_edge=False, show_header=show_header)
+
+
+def _print_table(table: Table) -> None:
+    """A table, as wide as its cells unless it is on a terminal."""
+    (out if out.is_terminal else _literal(width=10_000)).print(table)
 
 
 def human_bytes(count: int) -> str:
@@ -91,7 +109,6 @@ def print_introduction(collection: Collection, folder: Path) -> None:
     out.print(
         f"{len(collection.index)} chunks of Wikipedia leads, {collection.settings.model} in "
         f"{collection.rag.generator.dtype_name}, in {folder}",
-        markup=False,
     )
     method = (
         "full: every token's KV is kept"
@@ -99,18 +116,17 @@ def print_introduction(collection: Collection, folder: Path) -> None:
         else f"{compressor.method} at {compressor.config.ratio}x: one token's KV in "
         f"{compressor.config.ratio} is kept"
     )
-    out.print(f"Compressor: {method}", markup=False)
+    out.print(f"Compressor: {method}")
 
 
 def print_demo(number: int, result: DemoResult) -> None:
     """One question of the demo."""
-    out.print(f"\n[bold]{number}. {result.question}[/bold]")
-    out.print(f"   {result.answer}", style="green", markup=False)
+    out.print(f"\n{number}. {result.question}", style="bold")
+    out.print(f"   {result.answer}", style="green")
     for source in result.sources:
         out.print(
             f"   [{source.number}] {source.title} (score {source.score:.2f})",
             style="dim",
-            markup=False,
         )
     out.print(
         f"   {result.hits} of {len(result.sources)} chunks were cached before; "
@@ -130,6 +146,7 @@ def answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str, 
             "number": number,
             "title": hit.chunk.title,
             "id": hit.chunk.id,
+            "documents": list(hit.documents),
             "score": hit.score,
             "status": report.status,
         }
@@ -154,13 +171,11 @@ def print_estimate(expected: Estimate, folder: Path) -> None:
     )
     rest = f"{expected.hits:,} are there, {expected.empty:,} empty, {expected.bad:,} too long"
     line = f"{expected.chunks:,} chunks, {rest}; {expected.source_tokens:,} tokens to compress"
-    notes.print(f"{line} ({counted})", soft_wrap=True)
+    notes.print(f"{line} ({counted})")
     if expected.tokens_per_s is not None:
         notes.print(
             f"about {human_time(expected.seconds)} at the {expected.tokens_per_s:,.0f} tokens/s "
             f"just measured, {human_bytes(expected.nbytes)} of anchors, into {folder}",
-            markup=False,
-            soft_wrap=True,
         )
 
 
@@ -196,11 +211,11 @@ def print_account(answer: Answer, hits: list[Hit]) -> None:
     for number, (hit, report) in enumerate(
         zip(hits, reversed(answer.chunks), strict=True), start=1
     ):
+        others = "".join(f", also in {name}" for name in hit.documents[1:])
         out.print(
-            f"[{number}] {hit.chunk.title or hit.chunk.id or 'untitled'}  "
+            f"[{number}] {hit.chunk.title or hit.chunk.id or 'untitled'}{others}  "
             f"(score {hit.score:.2f}, {report.status})",
             style="dim",
-            markup=False,
         )
     usage = answer.usage
     out.print(
@@ -217,8 +232,8 @@ def print_models(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     for row in rows:
         size = "not pulled" if row["bytes"] is None else human_bytes(row["bytes"])
         table.add_row(row["name"], row["kind"], row["package"], row["licence"], size)
-    out.print(table)
-    out.print(f"in {folder}", style="dim", markup=False)
+    _print_table(table)
+    out.print(f"in {folder}", style="dim")
 
 
 def print_store(folder: Path, stats: StoreStats) -> None:
@@ -243,14 +258,14 @@ def print_store(folder: Path, stats: StoreStats) -> None:
     table.add_row(
         "bad ever", f"{stats.total_quarantined}; in quarantine {stats.quarantined}, {aside}"
     )
-    out.print(table)
+    _print_table(table)
     for made_by in stats.fingerprints:
         size = f"{made_by.entries} entries, {human_bytes(made_by.nbytes)}"
         size += "" if made_by.ratio is None else f", {made_by.ratio:.1f}x"
-        out.print(f"\nfingerprint {made_by.fingerprint or 'not recorded'}: {size}", markup=False)
+        out.print(f"\nfingerprint {made_by.fingerprint or 'not recorded'}: {size}")
         for name, value in sorted((made_by.fields or {}).items()):
-            out.print(f"  {name} = {value}", style="dim", markup=False)
-    out.print(f"\nin {folder}", style="dim", markup=False)
+            out.print(f"  {name} = {value}", style="dim")
+    out.print(f"\nin {folder}", style="dim")
 
 
 def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
@@ -272,7 +287,7 @@ def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
             f"{row.full_text_s / row.ttft_s:.1f}x",
         )
     out.print(f"{model}, {rows[0].dtype}, chunks of 510 tokens; TTFT = time to first token\n")
-    out.print(table)
+    _print_table(table)
 
 
 def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
@@ -292,7 +307,7 @@ def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:
             "" if stored[1] is None else f"{stored[1]:.2f}",
         )
     out.print(f"{model}, {rows[0].dtype}, passes of at most {rows[0].batch_tokens} tokens\n")
-    out.print(table)
+    _print_table(table)
 
 
 def print_quality(model: str, result: QualityResult) -> None:
@@ -315,7 +330,7 @@ def print_quality(model: str, result: QualityResult) -> None:
         *(f"rank {result.generator_adapter}" for _ in adapted),
     )
     out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")
-    out.print(table)
+    _print_table(table)
 
 
 def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
@@ -334,7 +349,7 @@ def print_dtypes(model: str, dtype: str, rows: Sequence[DtypeRow]) -> None:
             f"{row.f1_change:+.3f}",
         )
     out.print(f"{model}, {dtype}, {rows[0].n} questions; logits: root mean square of errors\n")
-    out.print(table)
+    _print_table(table)
 
 
 def print_dropin(model: str, dtype: str, rows: Sequence[DropinResult]) -> None:
@@ -342,7 +357,6 @@ def print_dropin(model: str, dtype: str, rows: Sequence[DropinResult]) -> None:
     columns = ("framework", "prompt", "n", "F1", "gold", "words", "ended", "empty", "repeated")
     out.print(
         f"{model}, {dtype}; gold: contained in the answer; words: median; repeated: word bigrams",
-        markup=False,
     )
     groups: dict[tuple[int, int], list[DropinResult]] = {}
     for row in rows:
@@ -360,7 +374,7 @@ def print_dropin(model: str, dtype: str, rows: Sequence[DropinResult]) -> None:
                 *(f"{share:.2f}" for share in (row.ended, row.empty, row.repeated)),
             )
         out.print(f"\nk={k}, {f'anchors, {ratio}x' if ratio else 'text'}\n")
-        out.print(table)
+        _print_table(table)
 
 
 def print_reads(rows: Sequence[ReadSpeed]) -> None:
@@ -373,7 +387,7 @@ def print_reads(rows: Sequence[ReadSpeed]) -> None:
         size = human_bytes(row.nbytes)
         name = f"{row.stored_dtype}, encrypted" if row.encrypted else row.stored_dtype
         table.add_row(name, size, store, half, safetensors, f"{row.ratio:.2f}", read, mapped)
-    out.print(table)
+    _print_table(table)
 
 
 def print_lookups(speed: LookupSpeed) -> None:
@@ -386,6 +400,19 @@ def print_lookups(speed: LookupSpeed) -> None:
     )
 
 
+def print_load(report: LoadReport) -> None:
+    """What came of a store under load."""
+    out.print(
+        f"{report.operations} operations in {report.seconds:.0f} s: {report.hits} right reads, "
+        f"{report.writes} writes, {report.forgotten} documents forgotten, {report.rekeys} changes "
+        f"of the key, {report.refused} refused; {report.kills} kills, {report.stops} stops, "
+        f"{report.moves} moves of the folder"
+    )
+    out.print(f"{report.wrong} wrong, {report.lost} lost, {report.hung} hung")
+    for problem in report.problems:
+        out.print(problem, style="yellow")
+
+
 def print_anchors(rows: Sequence[AnchorChoice]) -> None:
     """Selections of anchors from the same KV, best first at each ratio."""
     columns = ("ratio", "chosen by", "attention kept", "loss", "accuracy")
@@ -393,7 +420,7 @@ def print_anchors(rows: Sequence[AnchorChoice]) -> None:
     for row in sorted(rows, key=lambda row: (row.ratio, row.loss)):
         figures = (f"{row.attention_kept:.1%}", f"{row.loss:.3f}", f"{row.accuracy:.3f}")
         table.add_row(f"{row.ratio}x", row.anchors, *figures)
-    out.print(table)
+    _print_table(table)
 
 
 def print_fit(figures: Sequence[FitFigure]) -> None:
@@ -412,7 +439,7 @@ def print_fit(figures: Sequence[FitFigure]) -> None:
             for cell in (f"{of.attention_kept:.1%}", f"{of.loss:.3f}", f"{of.accuracy:.3f}")
         ]
         table.add_row(row.prompt, "all kept" if row.ratio == 1 else f"{row.ratio}x", *cells)
-    out.print(table)
+    _print_table(table)
 
 
 def print_steps(rows: Sequence[StepSpeed]) -> None:
@@ -421,4 +448,4 @@ def print_steps(rows: Sequence[StepSpeed]) -> None:
     for row in rows:
         figures = (f"{row.tokens:,}", f"{row.seconds:.2f}", f"{row.tokens_per_s:,.0f}")
         table.add_row(row.what, *figures)
-    out.print(table)
+    _print_table(table)

@@ -11,7 +11,7 @@ import typer
 from sac_rag.cli.console import loading
 from sac_rag.cli.options import AsJson, Folder, KeyEnv, KeyFile
 from sac_rag.cli.progress import progress
-from sac_rag.cli.render import human_bytes, out, print_store, write
+from sac_rag.cli.render import human_bytes, notes, out, print_store, write
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
@@ -108,24 +108,42 @@ def forget(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Deletes entries that only these documents have, to the last byte, and their texts."""
+    """Deletes entries that only these documents have, to the last byte, and their texts.
+
+    Exit code 1 if a document is not known; the others are deleted.
+    """
     from sac_rag.namespace import Namespace
 
-    ids = [Namespace(namespace).document_id(document) for document in documents]
     with open_store(folder, key_env, key_file) as store:
-        deleted = store.forget(*ids)
-    chunks = 0
+
+        def id_of(name: str) -> str:
+            stored_as = Namespace(namespace).document_id(name)
+            # Without a namespace, an id may be given as it stands in the store.
+            return stored_as if namespace or store.keys_of(stored_as) else name
+
+        # Whatever reads files names ./a.txt a.txt.
+        names = {
+            name: name if store.keys_of(id_of(name)) else Path(name).as_posix()
+            for name in documents
+        }
+        stored = {name for name in names.values() if store.keys_of(id_of(name))}
+        deleted = store.forget(*map(id_of, names.values()))
+    searched: dict[str, int] = {}
     if (folder / "collection.json").is_file():
         with loading():
             from sac_rag.collection import forget_texts
 
-            chunks = forget_texts(folder, documents)
-    searched = f", {chunks} chunks no longer searchable" if chunks else ""
-    write(
-        {"deleted": deleted, "chunks": chunks},
-        lambda: out.print(f"{deleted} entries deleted{searched}"),
-        as_json=as_json,
-    )
+            searched = forget_texts(folder, names.values())
+    chunks = sum(searched.values())
+    unknown = [asked for asked, name in names.items() if name not in {*stored, *searched}]
+    line = f"{deleted} entries deleted"
+    line += f", {chunks} chunks no longer searchable" if chunks else ""
+    result = {"deleted": deleted, "chunks": chunks, "unknown": unknown}
+    write(result, lambda: out.print(line), as_json=as_json)
+    for asked in unknown:
+        notes.print(f"no document has the id {asked!r}", style="yellow")
+    if unknown:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -174,6 +192,46 @@ def rekey(
     write({"encrypted": count}, lambda: out.print(line), as_json=as_json)
 
 
+@app.command()
+def rebuild(
+    folder: Folder,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes to keep there.")] = 64 * 2**30,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Makes a lost or damaged index again from the entries; documents must be added again."""
+    from sac_rag.stores.disk import DiskStore
+
+    within = store_in(folder)
+    cipher = cipher_of(key_env, key_file)
+    with progress("reading", total=None, show=not as_json) as advance:
+        rebuilt = DiskStore.rebuild(within, max_bytes, cipher=cipher, on_progress=advance)
+
+    def show() -> None:
+        _print_problems(
+            [f"left out {problem}" for problem in rebuilt.left_out], "Nothing left out."
+        )
+        out.print(f"{rebuilt.entries} entries, {human_bytes(rebuilt.nbytes)}")
+        out.print("Their documents are not known until they are precompressed again.", style="dim")
+
+    write(rebuilt, show, as_json=as_json)
+
+
+def store_in(folder: Path) -> Path:
+    """The folder of the store that a folder is or has in it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for within in (folder, folder / "anchors"):
+        if (within / "store.json").is_file():
+            return within
+    raise ValueError(
+        f"{folder} is no store: there is no store.json in it, nor in {folder / 'anchors'}"
+    )
+
+
 def open_store(
     folder: Path, key_env: str | None = None, key_file: Path | None = None, **options: Any
 ) -> DiskStore:
@@ -184,11 +242,7 @@ def open_store(
     """
     from sac_rag.stores.disk import DiskStore
 
-    within = next((f for f in (folder, folder / "anchors") if (f / "store.json").is_file()), None)
-    if within is None:
-        raise ValueError(
-            f"{folder} is no store: there is no store.json in it, nor in {folder / 'anchors'}"
-        )
+    within = store_in(folder)
     return DiskStore(within, cipher=cipher_of(key_env, key_file), **options)
 
 

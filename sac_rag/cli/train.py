@@ -44,8 +44,8 @@ def train(
     if as_json:
         print_json({"out": str(folder), "compressor": str(compressor)})
         return
-    out.print(f"compressor: {compressor}", markup=False)
-    out.print(f"losses: {folder / trainer.CURVES}, {folder / trainer.HISTORY}", markup=False)
+    out.print(f"compressor: {compressor}")
+    out.print(f"losses: {folder / trainer.CURVES}, {folder / trainer.HISTORY}")
 
 
 def train_instructions(
@@ -86,6 +86,6 @@ def train_instructions(
         )
     write(
         {"out": str(file)},
-        lambda: out.print(f"answers: {file}", markup=False),
+        lambda: out.print(f"answers: {file}"),
         as_json=as_json,
     )

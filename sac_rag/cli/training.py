@@ -54,11 +54,10 @@ def choices(
         notes.print(
             f"{outcome.choice}, seed {outcome.seed}: loss {outcome.loss:.3f}, accuracy "
             f"{outcome.accuracy:.3f}, content {outcome.content:.3f} after {outcome.steps} steps",
-            markup=False,
         )
     write(
         {"rows": outcomes},
-        lambda: out.print(to_markdown(outcomes), markup=False),
+        lambda: out.print(to_markdown(outcomes)),
         as_json=as_json,
     )
 

@@ -27,6 +27,8 @@ def precompress(
     whole_documents: bool = False,
 ) -> PrecompressReport:
     """Compresses and stores what the store does not have; see `SacRAG.precompress`."""
+    if isinstance(chunks, str):
+        raise TypeError("chunks must be several chunks, was: one str; put it in a list")
     started = time.perf_counter()
     total = PrecompressReport()
     for more in increments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,13 +105,13 @@ def _compute(compressor: CachedCompressor, plan: _Window) -> Iterator[Precompres
     if not texts:
         return
     inner = compressor.at_ratio(min(plan.ratios.values()))
-    seconds, started = 0.0, time.perf_counter()
+    seconds, started = 0.0, compressor.clock()
     writes: deque[tuple[AnchorKV, Future[None]]] = deque()
     waiting = 0
     # One pass is written while the next is computed; no more, or a slow disk would fill the memory.
     with ThreadPoolExecutor(max_workers=1) as writer:
         for number, whole in inner.compress_each(ids):
-            seconds += time.perf_counter() - started
+            seconds += compressor.clock() - started
             text = texts[number]
             kv = compressor.cut(whole, plan.ratios[text])
             documents = plan.documents.get(text, ())
@@ -122,7 +121,7 @@ def _compute(compressor: CachedCompressor, plan: _Window) -> Iterator[Precompres
                 report = _written(*writes.popleft())
                 waiting -= report.source_tokens
                 yield report
-            started = time.perf_counter()
+            started = compressor.clock()
         while writes:
             yield _written(*writes.popleft())
     if compressor.guard is not None:
@@ -144,8 +143,8 @@ def _written(kv: AnchorKV, write: Future[None]) -> PrecompressReport:
 
 
 def place_of(chunk: Chunk) -> str:
-    """A chunk's document and part, or else the beginning of its text."""
-    name = repr(chunk.text[:40]) if chunk.id is None else chunk.id
+    """A chunk's document and part. Nothing of its text: places are written into logs."""
+    name = f"a chunk of {len(chunk.text):,} characters without id" if chunk.id is None else chunk.id
     part = chunk.metadata.get("part")
     return name if part is None else f"{name}, part {part}"
 

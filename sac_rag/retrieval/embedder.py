@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 from sac_rag import default_models as models
+from sac_rag import forks
 from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
 
 # Fields that determine embeddings besides weights and tokenizer.
@@ -40,7 +40,7 @@ class Embedder:
         self.max_tokens = max_tokens
         # A fast tokenizer keeps truncation and padding as state, and some versions of it refuse to
         # be set by one thread while used by another ("Already borrowed").
-        self._lock = threading.Lock()
+        self._lock = forks.lock(self, "_lock")
 
     @classmethod
     def from_pretrained(cls, model: str = "minilm", device: str | None = None) -> Embedder:
@@ -118,9 +118,13 @@ class Embedder:
         return vectors
 
     def _embed_batch(self, texts: list[str]) -> NDArray[np.float32]:
+        # Tokenizers reject half a surrogate pair: replaced, as the generator's tokenizer does.
+        whole = [
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts
+        ]
         with self._lock:
             inputs = self.tokenizer(
-                texts,
+                whole,
                 padding=True,
                 truncation=True,
                 max_length=self.max_tokens,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from sac_rag.chunk import Chunk, ChunkLike
+from sac_rag.whole_file import one_writer
 
 _FORMAT = 1
 _ABOUT = "index.json"
+_LOCK = ".lock"  # of the one process that writes
 _OURS = re.compile(
     r"index\.(json|part)|(vectors|chunks)\.part|vectors-\w+\.faiss|chunks-\w+\.jsonl"
 )
@@ -47,15 +50,23 @@ class EmbedderLike(Protocol):
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that a search returns.
+    """A text that a search returns, with the chunks that have it.
 
     Attributes:
-        chunk: The chunk as it was added.
+        chunk: The nearest of these chunks, as it was added.
         score: Cosine between its embedding and the question's, from -1 to 1.
+        duplicates: The others, in the order they were added.
     """
 
     chunk: Chunk
     score: float
+    duplicates: tuple[Chunk, ...] = ()
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Ids of all documents that have this text, that of `chunk` first."""
+        ids = [chunk.id for chunk in (self.chunk, *self.duplicates) if chunk.id is not None]
+        return tuple(dict.fromkeys(ids))
 
 
 class ChunkIndex:
@@ -73,7 +84,11 @@ class ChunkIndex:
         self.embedder = embedder
         self.hnsw_from = hnsw_from
         self._chunks: list[Chunk] = []
+        self._of_text: dict[str, list[Chunk]] = {}
         self._vectors: Any = faiss.IndexFlatIP(embedder.dimension)
+        # index.json of the version that was loaded or saved last, and whether this is another.
+        self._about: dict[str, Any] | None = None
+        self._is_changed = False
 
     @classmethod
     def build(
@@ -106,7 +121,8 @@ class ChunkIndex:
 
         Raises:
             ValueError: if a chunk is empty.
-            TypeError: if one is no chunk, or `chunks` is one str.
+            TypeError: if one is no chunk or has metadata that JSON cannot hold, or `chunks` is one
+                str.
         """
         if isinstance(chunks, str):
             raise TypeError("chunks must be several chunks, was: one str; put it in a list")
@@ -117,11 +133,16 @@ class ChunkIndex:
                     f"a chunk must have some text, chunk {number} (from 0) of {len(new)} has none; "
                     "leave it out"
                 )
+        require_json(new)
         if not new:
             return
         texts = [f"{chunk.title}\n{chunk.text}" if chunk.title else chunk.text for chunk in new]
-        self._insert(self._embed(texts, on_progress))
-        self._chunks += new
+        self._insert(new, self._embed(texts, on_progress))
+
+    def extend(self, other: ChunkIndex) -> None:
+        """Adds the chunks of another index of the same embedder, with their vectors."""
+        if len(other):
+            self._insert(other._chunks, other._vectors.reconstruct_n(0, len(other)))
 
     def discard(self, unwanted: Callable[[Chunk], bool]) -> int:
         """Removes chunks; returns how many."""
@@ -131,13 +152,12 @@ class ChunkIndex:
             vectors = self._vectors.reconstruct_n(0, len(self))[rows]
             # Vectors cannot be removed from the graph.
             self._vectors = faiss.IndexFlatIP(self.embedder.dimension)
-            chunks, self._chunks = self._chunks, []
-            self._insert(vectors)
-            self._chunks = [chunks[row] for row in rows]
+            chunks, self._chunks, self._of_text = self._chunks, [], {}
+            self._insert([chunks[row] for row in rows], vectors)
         return removed
 
     def search(self, question: str, k: int = 4) -> list[Hit]:
-        """The k chunks nearest to a question, best first; all if there are fewer.
+        """The k different texts nearest to a question, best first; all if there are fewer.
 
         Raises:
             ValueError: for an empty question or k below 1.
@@ -146,39 +166,71 @@ class ChunkIndex:
             raise ValueError(f"k must be at least 1, was: {k}")
         if not question.strip():
             raise ValueError(f"a question must have some text, was: {question!r}")
-        k = min(k, len(self))
+        k = min(k, len(self._of_text))
         if k == 0:
             return []
-        scores, rows = self._nearest(self._embed([question]), k)
-        return [Hit(self._chunks[row], score) for row, score in zip(rows, scores, strict=True)]
+        query, asked = self._embed([question]), k
+        while True:
+            hits = self._hits(*self._nearest(query, asked))
+            if len(hits) >= k:
+                return hits[:k]
+            asked = min(2 * asked, len(self))  # some have the same text
+
+    def _hits(self, scores: list[float], rows: list[int]) -> list[Hit]:
+        """A hit per text, in the order of scores."""
+        hits: dict[str, Hit] = {}
+        for score, row in zip(scores, rows, strict=True):
+            chunk = self._chunks[row]
+            if chunk.text not in hits:
+                others = tuple(other for other in self._of_text[chunk.text] if other is not chunk)
+                hits[chunk.text] = Hit(chunk, score, others)
+        return list(hits.values())
+
+    def refresh(self, folder: str | os.PathLike[str]) -> None:
+        """Becomes the index in a folder, if another process has saved one since this was loaded.
+
+        Raises as `load` does, except if there is no index.
+        """
+        folder = Path(folder)
+        if not (folder / _ABOUT).exists() or _read_about(folder) == self._about:
+            return
+        saved = ChunkIndex.load(folder, self.embedder)
+        self._chunks, self._of_text, self._vectors = saved._chunks, saved._of_text, saved._vectors
+        self._about, self._is_changed = saved._about, False
+
+    @contextmanager
+    def changing(self, folder: str | os.PathLike[str]) -> Iterator[None]:
+        """Begins with what is saved in a folder, keeps other writers out, and saves the changes.
+
+        Raises as `load` and `save` do.
+        """
+        folder = _folder_of_its_own(folder)
+        with one_writer(folder / _LOCK):
+            self.refresh(folder)
+            yield
+            if self._is_changed:
+                self._write(folder)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the index into an owner-only (0700) folder.
 
         Vectors and chunks go into files named by their digest, beside those of an older index, and
         replacing index.json, which names them, is the step that counts: a crash before it leaves
-        the old index, one after it the new. One process may save to a folder at a time.
+        the old index, one after it the new. Writers wait for each other; each replaces the index of
+        the one before, where `changing` builds on it.
 
         Args:
             folder: New, empty, or an index that is replaced.
 
         Raises:
             ValueError: if the folder holds anything else.
-            TypeError: if a chunk's metadata is not what JSON can hold.
+            TypeError: if a chunk's metadata has become what JSON cannot hold.
         """
-        folder = Path(folder)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        strangers = [
-            path.name
-            for path in folder.iterdir()
-            if not _OURS.fullmatch(path.name) and not path.name.startswith(".")
-        ]
-        if strangers:
-            raise ValueError(
-                f"an index must have a folder of its own, {folder} holds: "
-                f"{', '.join(sorted(strangers)[:3])}; name a new one"
-            )
-        folder.chmod(0o700)
+        folder = _folder_of_its_own(folder)
+        with one_writer(folder / _LOCK):
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         parts = {name: folder / f"{name}.part" for name in ("vectors", "chunks", "index")}
         try:
             faiss.write_index(self._vectors, str(parts["vectors"]))
@@ -205,6 +257,7 @@ class ChunkIndex:
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name) and path not in targets.values():
                 path.unlink()
+        self._about, self._is_changed = about, False
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], embedder: EmbedderLike) -> ChunkIndex:
@@ -219,8 +272,17 @@ class ChunkIndex:
             ValueError: if it is damaged, of another format, or of another embedder.
         """
         folder = Path(folder)
-        about = _read_about(folder)
+        while True:
+            about = _read_about(folder)
+            try:
+                return cls._load(folder, about, embedder)
+            except (ValueError, FileNotFoundError):
+                if _read_about(folder) == about:
+                    raise
+                # It was replaced while it was read.
 
+    @classmethod
+    def _load(cls, folder: Path, about: dict[str, Any], embedder: EmbedderLike) -> ChunkIndex:
         def require(what: str, expected: object, actual: object, remedy: str = _REBUILD) -> None:
             if actual != expected:
                 raise ValueError(f"{folder}: {what} must be {expected}, was: {actual}; {remedy}")
@@ -239,10 +301,11 @@ class ChunkIndex:
         except RuntimeError as error:
             raise ValueError(f"{folder}: FAISS cannot read its vectors: {error}") from error
         with files["chunks"].open(encoding="utf-8") as lines:
-            index._chunks = [Chunk(**json.loads(line)) for line in lines]
+            index._note([Chunk(**json.loads(line)) for line in lines])
         require("the number of vectors", about.get("count"), index._vectors.ntotal)
         require("the number of chunks", about.get("count"), len(index))
         require("the vectors' length", embedder.dimension, index._vectors.d)
+        index._about = about
         return index
 
     def _embed(
@@ -257,7 +320,17 @@ class ChunkIndex:
             )
         return np.ascontiguousarray(vectors)
 
-    def _insert(self, vectors: NDArray[np.float32]) -> None:
+    def _insert(self, chunks: Sequence[Chunk], vectors: NDArray[np.float32]) -> None:
+        self._add_vectors(vectors)
+        self._note(chunks)
+        self._is_changed = True
+
+    def _note(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks += chunks
+        for chunk in chunks:
+            self._of_text.setdefault(chunk.text, []).append(chunk)
+
+    def _add_vectors(self, vectors: NDArray[np.float32]) -> None:
         count = len(self) + len(vectors)
         if count < self.hnsw_from or isinstance(self._vectors, faiss.IndexHNSWFlat):
             self._vectors.add(vectors)
@@ -279,6 +352,30 @@ class ChunkIndex:
         return scores[0].tolist(), rows[0].tolist()
 
 
+def require_json(chunks: Sequence[Chunk]) -> None:
+    """Raises TypeError if the metadata of a chunk is not what JSON can hold."""
+    for number, chunk in enumerate(chunks):
+        _line(number, chunk)
+
+
+def _folder_of_its_own(folder: str | os.PathLike[str]) -> Path:
+    """The folder of an index, made owner-only (0700); raises ValueError if it holds other files."""
+    folder = Path(folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    strangers = [
+        path.name
+        for path in folder.iterdir()
+        if not _OURS.fullmatch(path.name) and not path.name.startswith(".")
+    ]
+    if strangers:
+        raise ValueError(
+            f"an index must have a folder of its own, {folder} holds: "
+            f"{', '.join(sorted(strangers)[:3])}; name a new one"
+        )
+    folder.chmod(0o700)
+    return folder
+
+
 def _line(number: int, chunk: Chunk) -> str:
     fields = {
         "text": chunk.text,
@@ -289,9 +386,10 @@ def _line(number: int, chunk: Chunk) -> str:
     }
     try:
         return json.dumps(fields) + "\n"
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             f"metadata must be what JSON can hold, that of chunk {number} (from 0) is not: {error}"
+            "; write dates and the like as text"
         ) from error
 
 

@@ -23,6 +23,7 @@ from sac_rag.collection import Collection
 from sac_rag.compressors import checkpoint
 from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.reports import PrecompressReport
+from sac_rag.stores import DiskStore
 from sac_rag.training.ablation import CHOICES
 
 TOWN = """# Port Ellery
@@ -152,6 +153,8 @@ def test_exports_are_cached_as_they_are_and_a_chunk_too_long_is_reported(
     assert [record["place"] for record in summary["bad"]] == ["long"]
     again = precompressed(tiny_files, *more, "--dry-run")
     assert (again["estimate"]["hits"], again["estimate"]["source_tokens"]) == (8, 0)
+    with DiskStore(store) as opened:  # of the folder that was given
+        assert len(opened) == 8
 
 
 @pytest.mark.real_model

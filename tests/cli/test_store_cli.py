@@ -87,7 +87,7 @@ def test_gc_deletes_what_the_options_name(folder: Path) -> None:
 
 
 def test_forget_leaves_no_byte(folder: Path) -> None:
-    assert as_json("forget", folder, "part 0", "nobody knows it")["deleted"] == 0
+    assert as_json("forget", folder, "part 0")["deleted"] == 0  # its text is the report's too
     assert run("forget", folder, "report", "part 1").stdout == "2 entries deleted\n"
     everything = b"".join(bytes_in(folder).values())
     assert b"report" not in everything
@@ -95,12 +95,34 @@ def test_forget_leaves_no_byte(folder: Path) -> None:
     assert b"part 2" in everything
 
 
+def test_forgetting_a_document_that_nobody_knows_says_so_and_forgets_the_others(
+    folder: Path,
+) -> None:
+    done = run("forget", folder, "d/k.txt", "report", "part 0", "part 1", "part 2")
+    assert (done.exit_code, done.stdout) == (1, "3 entries deleted\n")
+    assert done.stderr == "no document has the id 'd/k.txt'\n"
+    assert as_json("forget", folder, "report", code=1) == {
+        "deleted": 0, "chunks": 0, "unknown": ["report"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "given"), [("d/k.txt", "./d/k.txt"), ("./d/k.txt", "./d/k.txt")]
+)
+def test_a_file_is_forgotten_by_any_spelling_of_its_path(
+    folder: Path, stored: str, given: str
+) -> None:
+    with DiskStore(folder) as store:
+        store.put(key_of(7), make_kv(), [stored])
+    assert as_json("forget", folder, given)["deleted"] == 1
+
+
 def test_forget_knows_namespaces(folder: Path) -> None:
     from sac_rag.namespace import Namespace
 
     with DiskStore(folder) as store:
         store.put(key_of(7), make_kv(), [Namespace("tenant").document_id("contract")])
-    assert as_json("forget", folder, "contract")["deleted"] == 0
+    assert as_json("forget", folder, "contract", code=1)["deleted"] == 0
     assert as_json("forget", folder, "contract", "--namespace", "tenant")["deleted"] == 1
 
 
@@ -130,6 +152,18 @@ def test_rekey_encrypts_with_a_key_from_the_environment_or_a_file(
     assert as_json("stats", folder)["cipher"] is None
     for wrong in ([], ["--plain", "--new-key-env", "STORE_KEY"]):
         assert "give either --new-key-env" in str(run("rekey", folder, *wrong).exception)
+
+
+def test_rebuild_makes_a_lost_index_again_and_an_intact_one_stays(folder: Path) -> None:
+    assert run("rebuild", folder).exit_code == 1
+    assert as_json("stats", folder)["documents"] == 4
+    for part in (folder / "entries").glob("cache.db*"):
+        part.unlink()
+    assert run("gc", folder).exit_code == 1
+    found = as_json("rebuild", folder)
+    assert (found["entries"], found["left_out"]) == (3, [])
+    assert as_json("verify", folder)["entries"] == 3
+    assert as_json("stats", folder)["documents"] == 0
 
 
 @pytest.mark.parametrize("command", ["stats", "check", "verify", "gc", "forget", "pin", "rekey"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,9 @@ def test_equal_chunks_are_all_kept_and_found(embedder: WordHashEmbedder, hnsw_fr
     index = ChunkIndex(embedder, hnsw_from=hnsw_from)
     index.add(["the same words"] * 50 + TEXTS)
     assert len(index) == 54
-    assert found(index.search("the same words", k=50)) == ["the same words"] * 50
+    first, *others = index.search("the same words", k=5)
+    assert (first.chunk.text, len(first.duplicates)) == ("the same words", 49)
+    assert sorted(found(others)) == sorted(TEXTS)
 
 
 @pytest.mark.parametrize("hnsw_from", [1000, 10], ids=["exact", "graph"])
@@ -133,7 +137,20 @@ def test_more_than_there_are_means_all(embedder: WordHashEmbedder, hnsw_from: in
     index = ChunkIndex(embedder, hnsw_from=hnsw_from)
     chunks = [*(words(i) for i in range(200)), *(["equal"] * 500)]
     index.add(chunks)
-    assert sorted(found(index.search(words(3), k=10_000))) == sorted(chunks)
+    hits = index.search(words(3), k=10_000)
+    assert sorted(found(hits)) == sorted(set(chunks))
+    assert sum(1 + len(hit.duplicates) for hit in hits) == len(chunks)
+
+
+def test_a_text_takes_one_place_and_names_all_its_documents(embedder: WordHashEmbedder) -> None:
+    copies = [Chunk(TEXTS[0], id=f"copy {i}", title="ships" if i == 7 else None) for i in range(9)]
+    index = ChunkIndex.build([*copies, Chunk(TEXTS[0], id="copy 3"), *TEXTS], embedder)
+    first, second = index.search("seven ships", k=2)
+    assert first.chunk.text == TEXTS[0] != second.chunk.text
+    assert first.chunk.id == "copy 7"  # its title makes it the nearest
+    assert first.documents[0] == "copy 7"
+    assert set(first.documents) == {f"copy {i}" for i in range(9)}
+    assert (second.duplicates, second.documents) == ((), ())
 
 
 def test_nothing_is_found_in_nothing(embedder: WordHashEmbedder) -> None:
@@ -266,12 +283,12 @@ def test_saving_again_replaces_the_old_index_and_leaves_nothing_of_it(
     index.save(folder)
     assert same(ChunkIndex.load(folder, index.embedder), index)
     kinds = sorted(re.sub("-[0-9a-f]{32}", "", path.name) for path in folder.iterdir())
-    assert kinds == ["chunks.jsonl", "index.json", "vectors.faiss"]
+    assert kinds == [".lock", "chunks.jsonl", "index.json", "vectors.faiss"]
 
 
 def test_nothing_that_is_saved_is_a_pickle(tmp_path: Path, index: ChunkIndex) -> None:
     index.save(tmp_path / "index")
-    for path in (tmp_path / "index").iterdir():
+    for path in (tmp_path / "index").glob("[!.]*"):
         assert path.suffix in {".json", ".jsonl", ".faiss"}
         assert not path.read_bytes().startswith(b"\x80")
 
@@ -287,13 +304,26 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(
     assert tmp_path.stat().st_mode & 0o777 == 0o755
 
 
-def test_metadata_that_is_no_json_is_refused_by_number_and_the_old_index_stays(
+@pytest.mark.parametrize("value", [object(), datetime.date(1931, 5, 1), {1, 2}, b"x"])
+def test_metadata_that_is_no_json_is_refused_by_number_before_anything_is_embedded(
+    index: ChunkIndex, embedder: WordHashEmbedder, value: object
+) -> None:
+    embedder.embedded.clear()
+    with pytest.raises(TypeError, match=r"chunk 1 \(from 0\).*write dates and the like as text"):
+        index.add(["good", Chunk("new", metadata={"when": value})])
+    assert (embedder.embedded, len(index)) == ([], len(TEXTS))
+    index.add(["good"])
+
+
+def test_metadata_that_has_become_no_json_is_refused_and_the_old_index_stays(
     tmp_path: Path, index: ChunkIndex
 ) -> None:
     folder = tmp_path / "index"
     index.save(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    index.add([Chunk("new", metadata={"when": object()})])
+    metadata: dict[str, object] = {}
+    index.add([Chunk("new", metadata=metadata)])
+    metadata["when"] = object()
     with pytest.raises(TypeError, match=r"chunk 4 \(from 0\)"):
         index.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -348,11 +378,66 @@ def test_a_save_killed_at_any_step_leaves_the_old_index_or_the_new(
         seen.append(loaded.chunks)
         # What a killed save left behind does not hinder the next one, nor outlive it.
         loaded.save(folder)
-        assert len(list(folder.iterdir())) == 3
+        assert len(list(folder.glob("[!.]*"))) == 3
     number_of_old = seen.count(old)
     assert seen == [old] * number_of_old + [new] * (len(seen) - number_of_old)
     assert number_of_old >= 5
     assert len(seen) - number_of_old >= 2
+
+
+# Several writers
+
+
+def test_changes_build_on_what_others_have_saved(
+    tmp_path: Path, embedder: WordHashEmbedder
+) -> None:
+    folder = tmp_path / "index"
+    one, other = ChunkIndex(embedder), ChunkIndex(embedder)
+    with one.changing(folder):
+        one.add(TEXTS[:2])
+    with other.changing(folder):
+        other.discard(lambda chunk: chunk.text == TEXTS[0])
+        other.add(TEXTS[2:])
+    assert ChunkIndex.load(folder, embedder).chunks == tuple(map(Chunk, TEXTS[1:]))
+    assert one.chunks == tuple(map(Chunk, TEXTS[:2]))
+    one.refresh(folder)
+    assert same(one, other)
+
+
+def test_nothing_is_written_where_nothing_has_changed(tmp_path: Path, index: ChunkIndex) -> None:
+    folder = tmp_path / "index"
+    index.save(folder)
+    before = (folder / "index.json").stat().st_ino
+    with index.changing(folder):
+        assert index.discard(lambda chunk: False) == 0
+    assert (folder / "index.json").stat().st_ino == before
+
+
+def test_writers_and_readers_of_one_folder_never_meet_half_an_index(
+    tmp_path: Path, embedder: WordHashEmbedder
+) -> None:
+    folder, writers, each = tmp_path / "index", 4, 10
+    start = threading.Barrier(writers + 1)
+
+    def write(number: int) -> None:
+        index = ChunkIndex(WordHashEmbedder())
+        start.wait(60)
+        for i in range(number * each, (number + 1) * each):
+            with index.changing(folder):
+                index.add([words(i)])
+
+    with ThreadPoolExecutor(writers) as pool:
+        running = [pool.submit(write, number) for number in range(writers)]
+        start.wait(60)
+        while not all(writer.done() for writer in running):
+            if (folder / "index.json").exists():
+                loaded = ChunkIndex.load(folder, embedder)
+                assert found(loaded.search(loaded.chunks[-1].text, k=1)) == [loaded.chunks[-1].text]
+        for writer in running:
+            writer.result()
+    saved = ChunkIndex.load(folder, embedder)
+    assert {chunk.text for chunk in saved.chunks} == {words(i) for i in range(writers * each)}
+    assert len(saved) == writers * each
 
 
 @pytest.fixture
@@ -501,6 +586,17 @@ def test_wrong_arguments_of_the_embedder_are_refused(minilm: Embedder) -> None:
         minilm.embed("a text")
     with pytest.raises(ValueError, match="batch_size must be at least 1, was: 0"):
         minilm.embed(FACTS, batch_size=0)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("text", ["\ud83d", "caf\udce9", "\ude42 ship"])
+def test_half_a_surrogate_pair_is_embedded_as_a_replaced_character(
+    minilm: Embedder, text: str
+) -> None:
+    replaced = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    np.testing.assert_array_equal(minilm.embed([text]), minilm.embed([replaced]))
+    index = ChunkIndex.build([text, *FACTS], minilm)
+    assert index.search(text, k=1)[0].chunk.text == text
 
 
 @pytest.mark.real_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -18,7 +19,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sac_rag.chunk import Chunk
+from sac_rag.lm.text_tokenizer import TextTokenizer
+from sac_rag.retrieval import splitter
 from sac_rag.retrieval.readers import read_documents
+from sac_rag.retrieval.readers.files import left_out
 from sac_rag.retrieval.splitter import split
 
 
@@ -109,16 +113,51 @@ BAD_RECORDS = {
     b'{"title": "a"}': '"text"',
     b'{"text": null}': '"text"',
     b'{"text": 5}': '"text"',
-    b'{"text": "a", "id": 1.5}': '"id"',
+    b'{"text": "a", "id": 1.5}': '"id" must be text or a whole number, was: 1.5; write it as text',
+    b'{"text": "a", "id": 1e300}': '"id"',
+    b'{"text": "a", "id": {"$oid": "5f"}}': '"id"',
     b'{"text": "a", "id": true}': '"id"',
-    b'{"text": "a", "title": 0}': '"title"',
     b'{"text": "a", "metadata": []}': '"metadata"',
-    b'{"text": "a\xff"}': "UTF-8",
+    b'{"text": "a\xff"}': "iconv -f CP1252 -t UTF-8",
     b'{"text": "\\ud800"}': "Unicode",
     b'{"text": "a", "title": "\\ud800"}': "Unicode",
     b"[" * 100_000: "JSON",
     b'{"text": "a", "n": ' + b"1" * 10_000 + b"}": "JSON",
 }
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("1.0", "1"),
+        ("9007199254740993", "9007199254740993"),
+        ('"1.0"', "1.0"),
+        ("NaN", None),
+        ("null", None),
+        ('""', None),
+    ],
+)
+def test_an_id_is_text_or_a_whole_number(tmp_path: Path, given: str, name: str | None) -> None:
+    path = write(tmp_path / "a.jsonl", f'{{"text": "a", "id": {given}}}')
+    assert [document.id for document in read(path)] == [name or f"{path}:1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "title", "metadata"),
+    [
+        ("2001", "2001", {}),
+        ("2001.0", "2001", {}),
+        ("2.5", "2.5", {}),
+        ("NaN", None, {}),
+        ("true", None, {"title": True}),
+        ('["a", "b"]', None, {"title": ["a", "b"]}),
+    ],
+)
+def test_no_title_loses_its_document(
+    tmp_path: Path, given: str, title: str | None, metadata: dict[str, Any]
+) -> None:
+    (document,) = read(write(tmp_path / "a.jsonl", f'{{"text": "a", "title": {given}}}'))
+    assert (document.title, document.metadata) == (title, metadata)
 
 
 @pytest.mark.parametrize("record", BAD_RECORDS, ids=lambda record: record[:30].decode("latin-1"))
@@ -165,6 +204,120 @@ def test_what_was_whole_in_a_truncated_jsonl_gz_is_kept(tmp_path: Path) -> None:
     assert len(documents) > 1000
     assert documents[1000].text == str(1000**9)
     assert bad[-1][0] == path.as_posix()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.json", "a.txt.gz"])
+def test_a_file_of_another_encoding_is_reported_once_with_the_command_that_converts_it(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    text = '{"text": "café", "id": "a"}\n' * 2
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path = write(tmp_path / name, (mark + text).encode(encoding))
+    documents, bad = read_with_bad(path)
+    assert documents == []
+    asked = {"utf-16-be": "UTF-16"}.get(encoding, encoding.upper())
+    assert {f"iconv -f {asked} -t UTF-8 OLD > NEW" in why for _, why in bad} == {True}
+    assert len(bad) == (2 if (encoding, name) == ("cp1252", "a.jsonl") else 1)  # lines are records
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_line_that_is_too_long_is_left_out_and_the_others_are_read(
+    tmp_path: Path, ending: str
+) -> None:
+    lines = [json.dumps({"text": text}) for text in ("one", "x" * 10_000, "three", "y" * 9_000)]
+    path = write(tmp_path / f"a.jsonl{ending}", "\n".join(lines))
+    bad: list[tuple[str, str]] = []
+    found = read_documents(
+        [path], on_bad=lambda *what: bad.append(what), max_document_bytes=len(lines[2]) + 1
+    )
+    assert [(document.text, document.id) for document in found] == [
+        ("one", f"{path}:1"),
+        ("three", f"{path}:3"),
+    ]
+    assert [place for place, _ in bad] == [f"{path}:2", f"{path}:4"]
+    assert all(f"at most {len(lines[2]) + 1} bytes" in why and "split" in why for _, why in bad)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md.gz", "a.json", "a.json.gz", "-"])
+def test_a_file_that_is_too_long_is_left_out_with_its_place(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.dumps([{"text": "word " * 20}] * 16)
+    path = write(tmp_path / name, content) if name != "-" else Path("-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    limit = len(content) // 16 if ".json" in name else len(content)  # of one document
+    bad: list[tuple[str, str]] = []
+
+    def read_up_to(most: int) -> list[Chunk]:
+        sys.stdin.seek(0)
+        on_bad = lambda *what: bad.append(what)  # noqa: E731
+        return list(read_documents([path], on_bad=on_bad, max_document_bytes=most))
+
+    assert read_up_to(limit - 1) == []
+    ((place, why),) = bad
+    assert place == str(path)
+    assert "bytes, unpacked" in why
+    assert len(read_up_to(limit + 1)) == (16 if ".json" in name else 1)
+
+
+def test_what_is_left_out_is_never_all_in_memory(tmp_path: Path) -> None:
+    bomb = tmp_path / "a.txt.gz"
+    line = tmp_path / "a.jsonl"
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        for _ in range(200):
+            file.write(bytes(2**20))
+    with line.open("wb") as plain:
+        plain.truncate(400 * 2**20)  # sparse: no line ends
+        plain.seek(0, os.SEEK_END)
+        plain.write(b'\n{"text": "last"}\n')
+    code = (
+        "import resource, sys\n"
+        "from sac_rag.retrieval.readers import read_documents\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = used()\n"
+        "found = list(read_documents(sys.argv[1:], on_bad=lambda *what: None))\n"
+        "print([document.text for document in found], (used() - before) // 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bomb), str(line)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, mebibytes = done.stdout.rsplit(" ", 1)
+    assert found == "['last']"
+    assert int(mebibytes) < 100
+
+
+def test_files_that_are_not_read_are_counted_by_their_endings(in_folder: Path) -> None:
+    for name in ("d/a.pdf", "d/b.PDF", "d/x/c.csv", "d/.hidden.doc", "d/README", "d/.git/x.bin"):
+        write(Path(name), "x")
+    assert left_out(["d", "-"]) == {".pdf": 2, ".csv": 1, "without an ending": 1}
+    complaint = r"must be a file to read.*in 'd' there are: 2 \.pdf, 1 \.csv, 1 without an ending"
+    with pytest.raises(ValueError, match=complaint):
+        read_documents(["d"])
+    write(Path("d/t.txt"), "text")
+    assert [document.id for document in read("d")] == ["d/t.txt"]
+    (in_folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="in 'empty' there are: none"):
+        read_documents(["empty"])
+
+
+def test_a_file_that_is_named_twice_is_read_once(in_folder: Path) -> None:
+    for name in ("d/k.txt", "d/l.txt"):
+        write(Path(name), name)
+    paths = ("d/l.txt", "d", in_folder / "d", "./d/k.txt", in_folder / "d" / "k.txt")
+    assert [document.id for document in read(*paths)] == ["d/l.txt", "d/k.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_reported(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "secret").chmod(0)
+    write(tmp_path / "b.txt", "good")
+    documents, bad = read_with_bad(tmp_path)
+    assert [document.text for document in documents] == ["good"]
+    assert [place for place, _ in bad] == [str(tmp_path / "a.txt")]
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_other_files(in_folder: Path) -> None:
@@ -226,18 +379,36 @@ def test_a_file_whose_name_is_not_unicode_is_reported(in_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (b'{"text": "a"}\n{"text": "b", "id": "x"}\n', [Chunk("a", id="-:1"), Chunk("b", id="x")]),
-        (b' {"text": "a"}', [Chunk("a", id="-:1")]),
-        (b"{not json}\nb", [Chunk("{not json}\nb", id="-")]),
-        (b"[1]\nb", [Chunk("[1]\nb", id="-")]),
-        (b"plain\n{}", [Chunk("plain\n{}", id="-")]),
+        (b'{"text": "a"}\n{"text": "b", "id": "x"}\n', ["a", "b"]),
+        (b' {"text": "a"}', ["a"]),
+        (b"{not json}\nb", ["{not json}\nb"]),
+        (b"[1]\nb", ["[1]\nb"]),
+        (b"plain\n{}", ["plain\n{}"]),
     ],
 )
 def test_standard_input_is_jsonl_if_its_first_line_is(
-    monkeypatch: pytest.MonkeyPatch, given: bytes, expected: list[Chunk]
+    monkeypatch: pytest.MonkeyPatch, given: bytes, expected: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-    assert read("-") == expected
+    assert [document.text for document in read("-")] == expected
+
+
+def test_documents_of_standard_input_are_named_by_their_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = []
+    for content in (b"one", b"two", b"one", b'{"text": "one"}\n{"text": "two", "id": "-:2"}\n{'):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        documents, bad = read_with_bad("-")
+        names += [document.id for document in documents]
+    one, two, again, of_record, own = names
+    assert (one, two) == ("stdin-" + digest_of("one"), "stdin-" + digest_of("two"))
+    assert (again, of_record, own) == (one, one, "-:2")
+    assert [place for place, _ in bad] == ["-:3"]  # where it is, for who looks for it
+
+
+def digest_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def count(tokenizer: Any, text: str) -> int:
@@ -433,6 +604,11 @@ def test_each_piece_carries_its_documents_name_and_its_own_number(tokenizer: Any
     ]
     assert len(pieces) >= 3
     assert document.metadata == {"lang": "en"}
+    own = {"part": "second", "parts": 9, "id": "x", "node_id": "n"}
+    assert all(
+        piece.metadata == own
+        for piece in split(Chunk("One. Two.", "d", None, own), tokenizer, max_tokens=4)
+    )
 
 
 def test_a_document_that_fits_stays_one_piece_without_the_white_space_around_it(
@@ -465,18 +641,18 @@ def test_a_tokenizer_that_cannot_say_where_its_tokens_are_is_refused() -> None:
         split(Chunk("a"), str.split)
 
 
-class CountsCharacters:
-    """A tokenizer that records how much text it was given."""
+class CountsCharacters(TextTokenizer):
+    """Records how much text it was given."""
 
-    is_fast = True
+    seen = 0
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.seen = 0
-
-    def __call__(self, text: str, **options: Any) -> Any:
+    def ids(self, text: str) -> list[int]:
         self.seen += len(text)
-        return self.tokenizer(text, **options)
+        return super().ids(text)
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        self.seen += len(text)
+        return super().offsets(text)
 
 
 @pytest.mark.parametrize(
@@ -490,9 +666,12 @@ class CountsCharacters:
     ],
     ids=["prose", "one sentence", "one word", "dots", "spaces"],
 )
-def test_the_work_grows_with_the_text_and_no_faster(tokenizer: Any, text: str) -> None:
-    recorder = CountsCharacters(tokenizer)
-    split(Chunk(text), recorder, max_tokens=256)
+def test_the_work_grows_with_the_text_and_no_faster(
+    tokenizer: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = CountsCharacters(tokenizer, control=False)
+    monkeypatch.setattr(splitter, "ordinary_tokenizer", lambda tokenizer: recorder)
+    split(Chunk(text), tokenizer, max_tokens=256)
     # Once to see where the tokens are, once to check each piece, and some of it cut again.
     assert recorder.seen < 4 * len(text)
 

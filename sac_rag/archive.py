@@ -32,7 +32,7 @@ from safetensors.torch import load, save
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
 from sac_rag.origin import Origin
-from sac_rag.stores.base import DocumentStore, Wanted, as_document_store
+from sac_rag.stores.base import DocumentStore, Wanted, as_document_store, strings
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.entry import decode, decode_first, encode, is_key
 from sac_rag.whole_file import owner_only, whole_file
@@ -81,6 +81,7 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
     Raises:
         FileExistsError: if the path exists.
         OSError: if the archive cannot be written.
+        TypeError: for documents that are one str.
     """
     path = Path(path)
     _require_free(path)
@@ -96,7 +97,7 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
                         _sha256(data),
                         kv.num_tokens,
                         kv.num_entries,
-                        tuple(sorted(documents)),
+                        tuple(sorted(strings(documents, "documents"))),
                         text_id,
                     )
                 cue = None
@@ -126,6 +127,8 @@ class Archive(DocumentStore):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is no archive of sac_rag: it is no plain file")
         try:
             with zipfile.ZipFile(self.path) as file:
                 self._members = {member.filename: member for member in file.infolist()}
@@ -247,7 +250,7 @@ class Archive(DocumentStore):
             cue = load(bytes(data))["cue"]
         origin = Origin.from_dict(about["origin"], cue)
         records = {
-            key: Record(**{**record, "documents": tuple(record["documents"])})
+            key: Record(**{**record, "documents": tuple(strings(record["documents"], "documents"))})
             for key, record in about["records"].items()
         }
         entries = self._members.keys() - {_MANIFEST, _CUE}

@@ -11,6 +11,27 @@ from sac_rag.kv import AnchorKV
 Wanted: TypeAlias = Callable[[int], int]
 
 
+def strings(values: Iterable[str], what: str) -> list[str]:
+    """Several strings as a list.
+
+    Args:
+        values: Any iterable but a str, whose letters nobody means.
+        what: They are, for the error message.
+
+    Raises:
+        TypeError: for one str, or anything among them that is none.
+    """
+    if isinstance(values, str | bytes):
+        raise TypeError(
+            f"{what} must be several str, was one {type(values).__name__}: {values!r:.100}"
+        )
+    listed = list(values)
+    for value in listed:
+        if not isinstance(value, str):
+            raise TypeError(f"{what} must be str, among them was: {value!r:.100}")
+    return listed
+
+
 class DocumentStore(MutableMapping[str, AnchorKV]):
     """A mapping of keys (lower-case hex digests) to AnchorKVs, and more.
 
@@ -64,8 +85,28 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
             documents: Ids of documents that it belongs to.
             text_id: The same for the same text whatever the fingerprint, to explain a miss.
             fingerprint: What made the KV, see `note`.
+
+        Raises:
+            OSError: if it cannot be written.
+            TypeError: for documents that are one str.
         """
+        strings(documents, "documents")
         self[key] = kv
+
+    def offer(
+        self,
+        key: str,
+        kv: AnchorKV,
+        documents: Iterable[str] = (),
+        *,
+        text_id: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Stores an entry as `put` does, in the path of an answer that does not need it.
+
+        A store that others may keep waiting for long raises an OSError after a moment.
+        """
+        self.put(key, kv, documents, text_id=text_id, fingerprint=fingerprint)
 
     def documents(self, key: str) -> tuple[str, ...]:
         """Documents of an entry, sorted, without reading it.

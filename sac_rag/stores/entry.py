@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV, QuantizedKV
 from sac_rag.stores.base import Wanted
+from sac_rag.stores.layout import ALIGNMENT, FLOATS, INT8, TensorLayout
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
@@ -42,8 +43,7 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 MAGIC = "sac_rag.AnchorKV"
 FORMAT = 3
 
-_HEADER_LIMIT = 4096  # bytes parsed before anything is verified; a header has at most 2700
-_ALIGNMENT = 64
+HEADER_LIMIT = 4096  # bytes parsed before anything is verified; a header has at most 2700
 _SMALLEST_BLOCK = 64 * 1024
 _MOST_BLOCKS = 64
 _UNENCRYPTED: dict[str, type] = {
@@ -69,79 +69,7 @@ _ENCRYPTED: dict[str, type] = {
 }
 _DIGEST = re.compile("[0-9a-f]{1,64}")
 _JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one each time
-_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_INT8 = "int8"
-_SAFETENSORS_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-}
 _PER_CHANNEL = frozenset({"key_offsets", "key_scales"})  # the other tensors are of entries
-
-
-class TensorLayout:
-    """Where the tensors of a value lie in its file, which dtype and shape determine.
-
-    Args:
-        dtype: As `stored_dtype` gives it.
-        shape: (layers, kv_heads, entries, head_dim).
-
-    Attributes:
-        header: The beginning of the safetensors file, up to the first tensor.
-        tensors: Dtype, shape and offset of each tensor, in the file's order.
-
-    Raises:
-        ValueError: if there is no such dtype, or no value has such a shape.
-    """
-
-    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
-        if dtype != _INT8 and dtype not in _FLOATS:
-            raise ValueError(f"dtype must be {_INT8} or one of {list(_FLOATS)}, was: {dtype!r:.20}")
-        if len(shape) != 4 or min(shape) < 1:
-            raise ValueError(
-                "shape must be (layers, kv_heads, entries, head_dim), each at least 1, "
-                f"was: {shape!r:.80}"
-            )
-        self.dtype, self.shape = dtype, tuple(shape)
-        layers, kv_heads, entries, head_dim = shape
-        # By item size, so that each is aligned if the last one is.
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        tensors["heads"] = (torch.int16, (entries,))
-        if dtype == _INT8:
-            tensors["key_offsets"] = (torch.bfloat16, (layers, kv_heads, head_dim))
-            tensors["key_scales"] = tensors["key_offsets"]
-            tensors["value_scales"] = (torch.bfloat16, (entries,))
-        tensors["positions"] = (torch.int32, (entries,))
-        tensors["kv"] = (_FLOATS.get(dtype, torch.int8), (entries, 2, head_dim))
-        described: dict[str, dict[str, object]] = {}
-        offsets = [0]
-        for name, (kind, dimensions) in tensors.items():
-            offsets.append(offsets[-1] + math.prod(dimensions) * kind.itemsize)
-            described[name] = {
-                "dtype": _SAFETENSORS_DTYPES[kind],
-                "shape": dimensions,
-                "data_offsets": offsets[-2:],
-            }
-        text = json.dumps(described, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text) + offsets[-2]) % _ALIGNMENT)
-        self.header = len(text).to_bytes(8, "little") + text
-        self.tensors = {
-            name: (kind, dimensions, len(self.header) + offset)
-            for (name, (kind, dimensions)), offset in zip(tensors.items(), offsets, strict=False)
-        }
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        """Names of the two tensors that are one in the file."""
-        return ("key_codes", "value_codes") if self.dtype == _INT8 else ("keys", "values")
-
-    def nbytes(self, entries: int) -> int:
-        """Bytes of the file up to the end of the first entries."""
-        dtype, shape, offset = self.tensors["kv"]
-        return offset + entries * math.prod(shape[1:]) * dtype.itemsize
 
 
 def is_key(key: object) -> TypeGuard[str]:
@@ -208,7 +136,7 @@ def decode_first(
 ) -> AnchorKV:
     """The value's first entries, verified to the last bit; little else is read.
 
-    An encrypted entry is read whole.
+    An encrypted entry is read whole, once its header is right.
 
     Args:
         key: A lower-case hex digest.
@@ -221,11 +149,11 @@ def decode_first(
         CorruptEntryError: as `decode`, if what was read is not the beginning of an entry.
         ValueError: if fewer than 1 are wanted.
     """
+    fields, start = _parse(first(min(nbytes, HEADER_LIMIT)), nbytes)
+    _require_cipher(fields, cipher)
     if cipher is not None:
         kv = decode(key, first(nbytes), cipher)
         return kv.first(min(wanted(kv.num_tokens), kv.num_entries))
-    fields, start = _parse(first(min(nbytes, _HEADER_LIMIT)), nbytes)
-    _require_cipher(fields, None)
     layout = _layout(key, fields)
     entries = min(wanted(fields["num_tokens"]), layout.shape[2])
     if entries < 1:
@@ -237,6 +165,29 @@ def decode_first(
         _refuse(f"its file ends {end - len(payload)} bytes too early")
     _verify(fields, payload)
     return _value(fields, payload, layout, entries)
+
+
+def cipher_in_header(head: memoryview, nbytes: int) -> str:
+    """Id of the key that an entry is encrypted with; "" for none.
+
+    Takes the first HEADER_LIMIT of its bytes. Raises CorruptEntryError if they are no header.
+    """
+    fields, _ = _parse(head, nbytes)
+    return str(fields.get("cipher", ""))
+
+
+def described_by(
+    key: str, data: memoryview, nbytes: int, cipher: Cipher | None
+) -> tuple[int, tuple[int, ...], str]:
+    """Source tokens, shape and fingerprint of an entry, out of its header.
+
+    Takes its first HEADER_LIMIT bytes, or all of an encrypted one. Raises what `decode` raises.
+    """
+    fields, _ = _parse(data[:HEADER_LIMIT], nbytes)
+    _require_cipher(fields, cipher)
+    if cipher is not None:
+        fields, _ = _decrypted(data, cipher)
+    return fields["num_tokens"], _layout(key, fields).shape, fields["fingerprint"]
 
 
 def reencrypt(data: Bytes, old: Cipher | None, new: Cipher | None) -> bytes:
@@ -261,8 +212,8 @@ def stored_dtype(kv: AnchorKV) -> str:
     if not isinstance(kv, AnchorKV):
         raise TypeError(f"a store holds AnchorKVs, got: {type(kv).__name__}")
     if isinstance(kv, QuantizedKV):
-        return _INT8
-    for name, dtype in _FLOATS.items():
+        return INT8
+    for name, dtype in FLOATS.items():
         if dtype == kv.dtype:
             return name
     raise ValueError(
@@ -313,7 +264,7 @@ def from_bytes(
         flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=offset)
         tensors[name] = flat.view(rows, *shape[1:])
     tensors.update(zip(layout.pair, tensors.pop("kv").unbind(1), strict=True))
-    if layout.dtype == _INT8:
+    if layout.dtype == INT8:
         return QuantizedKV(tensors, num_tokens)
     num_layers, num_kv_heads, _, _ = layout.shape
     return AnchorKV(
@@ -383,7 +334,7 @@ def _value(
 def _opened(data: Bytes) -> tuple[dict[str, Any], memoryview]:
     """Fields and payload of an entry, encrypted or not, verified to the last bit."""
     view = memoryview(data).cast("B")
-    fields, start = _parse(view[:_HEADER_LIMIT], len(view))
+    fields, start = _parse(view[:HEADER_LIMIT], len(view))
     _verify(fields, view[start:])
     return fields, view[start:]
 
@@ -451,7 +402,7 @@ def _sealed(fields: dict[str, Any], payload: bytes) -> bytes:
 def _line(text: bytes) -> bytes:
     """The header line of fields, with their checksum."""
     line = text[:-1] + f',"xxh3_128":"{_checksum(text)}"}}'.encode()
-    return line.ljust(math.ceil((len(line) + 1) / _ALIGNMENT) * _ALIGNMENT - 1) + b"\n"
+    return line.ljust(math.ceil((len(line) + 1) / ALIGNMENT) * ALIGNMENT - 1) + b"\n"
 
 
 def _blocks(payload: memoryview, payload_bytes: int) -> Iterator[str]:

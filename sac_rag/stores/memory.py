@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from sac_rag import forks
 from sac_rag.kv import AnchorKV
 from sac_rag.stores.base import DocumentStore
 
@@ -42,7 +43,7 @@ class MemoryStore(DocumentStore):
         self._entries: OrderedDict[str, AnchorKV] = OrderedDict()
         self._nbytes = 0
         self.evictions = 0
-        self._lock = threading.Lock()
+        self._lock = forks.lock(self, "_lock")
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +66,7 @@ class MemoryStore(DocumentStore):
         if not isinstance(kv, AnchorKV):
             raise TypeError(f"a store holds AnchorKVs, got: {type(kv).__name__}")
         kv = _own_copy(kv)
-        with self._lock:
+        with self._lock, self._counted():
             self._drop(key)
             if kv.nbytes > self.max_bytes:
                 self.evictions += 1
@@ -82,14 +83,14 @@ class MemoryStore(DocumentStore):
                 logger.debug("%s evicted", oldest)
 
     def __delitem__(self, key: str) -> None:
-        with self._lock:
+        with self._lock, self._counted():
             if key not in self._entries:
                 raise KeyError(key)
             self._drop(key)
 
     def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
         """Removes an entry and returns it, or the default; one step to other threads."""
-        with self._lock:
+        with self._lock, self._counted():
             kv = self._entries.get(key)
             if kv is not None:
                 self._drop(key)
@@ -111,9 +112,18 @@ class MemoryStore(DocumentStore):
 
     def clear(self) -> None:
         """Drops every entry; none of them counts as evicted."""
-        with self._lock:
+        with self._lock, self._counted():
             self._entries.clear()
             self._nbytes = 0
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Counts again where the block is interrupted between an entry and its count."""
+        try:
+            yield
+        except BaseException:
+            self._nbytes = sum(kv.nbytes for kv in self._entries.values())
+            raise
 
     def _drop(self, key: str) -> None:
         kv = self._entries.pop(key, None)

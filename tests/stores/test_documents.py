@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from support.stores import bytes_in, entry_files, file_of, flip, index_of, key_of, make_kv
 
 from sac_rag.errors import CorruptEntryError
+from sac_rag.namespace import Namespace
 from sac_rag.stores import DiskStore
 from sac_rag.stores.disk.index import Extent, NewEntry
 
@@ -157,7 +160,7 @@ def test_an_evicted_entry_leaves_nothing_that_forgetting_would_not_find(tmp_path
 
 def test_forgetting_says_so_where_a_reader_keeps_the_log(disk: DiskStore) -> None:
     disk.put(key_of(0), make_kv(0), ["a"])
-    disk._entries.index.database.sql("PRAGMA busy_timeout = 100")
+    disk._entries.index.database.lock_seconds = 0
     with index_of(disk) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM Owner").fetchall()
@@ -226,7 +229,7 @@ def test_a_store_of_format_2_keeps_everything_but_its_entries_bytes(tmp_path: Pa
             assert (stats.entries, stats.pinned, stats.ratio) == (1, 1, None)
             assert store.documents(key) == ("a",)
             assert store.origin(key) == (TEXT_ID, FINGERPRINT)
-            assert key in store
+            assert key not in store  # it cannot be read, and so it is put again
             with pytest.raises(KeyError):
                 store.extent(key)
     with DiskStore(tmp_path) as store:
@@ -297,3 +300,52 @@ def test_documents_must_be_several_str(disk: DiskStore, documents: Any) -> None:
     with pytest.raises(TypeError, match="document"):
         disk.put(KEY, make_kv(), documents=documents)
     assert KEY not in disk
+
+
+def test_many_may_forget_and_collect_garbage_at_once(tmp_path: Path) -> None:
+    """Of two that empty the log, SQLite tells one at once that it is busy: it tries again."""
+    start = threading.Barrier(4)
+
+    def forget(worker: int) -> int:
+        deleted = 0
+        with DiskStore(tmp_path / "store") as store:
+            for number in range(8):
+                store.put(key_of(8 * worker + number), make_kv(number), [f"{worker}/{number}"])
+            start.wait(timeout=60)
+            for number in range(8):
+                deleted += store.forget(f"{worker}/{number}")
+                store.gc()
+        return deleted
+
+    DiskStore(tmp_path / "store").close()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(forget, range(4))) == [8] * 4
+    with DiskStore(tmp_path / "store") as store:
+        assert store.check() == []
+
+
+def test_no_document_has_the_id_of_one_in_another_namespace(disk: DiskStore) -> None:
+    theirs, public = Namespace("tenant"), Namespace("")
+    disk.put(key_of(0), make_kv(), [theirs.document_id("pay.txt")])
+    named_alike = public.document_id(theirs.document_id("pay.txt"))
+    assert disk.forget(named_alike) == 0
+    disk.put(key_of(1), make_kv(), [named_alike])
+    assert disk.forget(named_alike) == 1
+    assert public.document_id("pay.txt") == "pay.txt"
+    assert disk.forget(theirs.document_id("pay.txt")) == 1
+
+
+def test_the_store_of_a_collection_is_opened_by_the_folder_of_the_collection(
+    tmp_path: Path,
+) -> None:
+    """As `sac-rag precompress --store FOLDER --no-index` makes it."""
+    (tmp_path / "collection.json").write_text("{}")
+    with DiskStore(tmp_path / "anchors") as store:
+        store[key_of(0)] = make_kv()
+    with DiskStore(tmp_path) as store:
+        assert store.folder == (tmp_path / "anchors").resolve()
+        assert store[key_of(0)].bit_equal(make_kv())
+    with DiskStore(tmp_path / "store") as store:  # a store of its own is not looked past
+        (tmp_path / "store" / "collection.json").write_text("{}")
+    with DiskStore(tmp_path / "store") as store:
+        assert store.folder == (tmp_path / "store").resolve()

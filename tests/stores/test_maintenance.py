@@ -289,17 +289,3 @@ def test_another_key_keeps_entries_documents_pins_and_ages(
         assert store.why_absent(key_of(0)) == "corrupt"
         assert store.forget("shared", "1") == 1
         assert store.check() == []
-
-
-def test_an_entry_in_another_key_is_a_miss_that_is_named_and_stays(tmp_path: Path) -> None:
-    """As where another process still writes with the old key while a store gets a new one."""
-    with DiskStore(tmp_path, cipher=OLD) as store, DiskStore(tmp_path, cipher=OLD) as other:
-        store[key_of(0)] = make_kv(0)
-        store.rekey(NEW)
-        other[key_of(1)] = make_kv(1)
-        with pytest.raises(CorruptEntryError) as missing:
-            store[key_of(1)]
-        assert missing.value.reason == "secret"
-        assert store.quarantined == 0
-        assert other[key_of(1)].bit_equal(make_kv(1))
-        assert store.stats().reasons == {"secret": 1}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,12 @@ def test_an_entry_whose_file_was_deleted_is_a_miss_and_can_be_put_again(disk: Di
 
 def test_an_entry_replaced_while_it_is_being_read_is_read_again(disk: DiskStore) -> None:
     class ReplacedMeanwhile(Files):
-        def read(self, row: IndexRow) -> memoryview:
+        @contextmanager
+        def opened(self, row: IndexRow) -> Iterator[Callable[[int], memoryview]]:
             disk._entries.files = files
             disk[KEY] = make_kv(2)
-            return super().read(row)
+            with super().opened(row) as first:
+                yield first
 
     files = disk._entries.files
     disk[KEY] = make_kv(1)

@@ -6,7 +6,8 @@ import os
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -81,3 +82,23 @@ def run_python(code: str, **environment: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(part for part in sys.path if part)
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **environment})
+
+
+_HOLD = """
+import sqlite3, sys
+index = sqlite3.connect(sys.argv[1], isolation_level=None)
+index.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another_process(store: DiskStore) -> Iterator[None]:
+    """Another process writes to the store's index, and does not end while the block lasts."""
+    command = [sys.executable, "-c", _HOLD, str(store.folder / "entries" / "cache.db")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        yield
+        other.communicate()

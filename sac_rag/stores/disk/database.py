@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import sqlite3
+import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,9 +19,14 @@ import diskcache
 from diskcache.core import DBNAME, DEFAULT_SETTINGS, METADATA
 
 VERSION = 3
-LOCK_SECONDS = 60
+# Longest wait for others that write.
+LOCK_SECONDS = 60.0
+# In the path of an answer, which does not need what is written.
+BRIEF_SECONDS = 1.0
 # Readers wait only for a writer that is just opening or closing the file.
-_READ_LOCK_SECONDS = 2
+_READ_LOCK_SECONDS = 2.0
+_CHECKPOINT_MS = 500  # of waiting inside of SQLite, which keeps new writers out meanwhile
+SIDE_FILES = ("", "-wal", "-shm", "-journal")
 # Passed in full: none is taken from the folder, see _drop_settings.
 _SETTINGS = {
     **DEFAULT_SETTINGS,
@@ -56,24 +64,43 @@ CREATE INDEX IF NOT EXISTS Cache_evictable ON Cache (access_time) WHERE tag IS N
 """
 
 
-_State: TypeAlias = tuple[int, tuple[int, ...] | None]
+# Process, inode, and what is known of a file that nobody writes.
+_State: TypeAlias = tuple[int, int, tuple[int, ...] | None]
 
 
 class Database:
-    """Connections to an existing file, one per thread and process."""
+    """Connections to an existing file, one per thread and process.
+
+    A folder that was moved or deleted is a FileNotFoundError of every statement outside of a
+    transaction; where another index is at the path by now, it is opened.
+    """
+
+    lock_seconds = LOCK_SECONDS
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._local = threading.local()
+        self._is_stuck = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file and its log."""
         return sum(path.stat().st_size for path in self.path.parent.glob(f"{self.path.name}*"))
 
-    def sql(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        """Executes a statement on this thread's connection."""
-        return self._connection.execute(statement, values)
+    def sql(
+        self, statement: str, values: tuple[Any, ...] = (), patience_s: float | None = None
+    ) -> sqlite3.Cursor:
+        """Executes a statement on this thread's connection.
+
+        Waits for locks here and not in SQLite, where no Ctrl-C would end the waiting.
+
+        Args:
+            statement: One statement.
+            values: Of its question marks.
+            patience_s: Longest wait for others. Default: `lock_seconds`.
+        """
+        patience_s = self.lock_seconds if patience_s is None else patience_s
+        return _execute(self._connection, statement, values, patience_s)
 
     def close(self) -> None:
         """Closes this thread's connection; the next statement opens another one."""
@@ -82,37 +109,50 @@ class Database:
         if connection is not None:
             connection.close()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All of the block takes effect or none of it, and stays in effect after a power cut.
+    def transaction(
+        self,
+        patience_s: float | None = None,
+        *,
+        flush: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> sqlite3.Connection:
+        """Begins a transaction, which `with` ends: all of its block takes effect or none of it.
 
-        Waits up to a minute for other transactions.
+        What is returned is the connection, because its exit is C code: no Ctrl-C can come between
+        the block and COMMIT or ROLLBACK, as it can where the exit is Python.
+
+        Args:
+            patience_s: Longest wait for others. Default: `lock_seconds`.
+            flush: Whether it stays in effect after a power cut.
+            check: Called in the transaction; may raise.
+
+        Raises:
+            sqlite3.OperationalError: if others write for longer than it waits.
         """
         connection = self._connection
-        # Flushing each commit takes 0.4 ms; diskcache's own setting flushes at checkpoints only.
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
         try:
-            yield
-            connection.execute("COMMIT")
+            # Flushing each commit takes 0.4 ms; diskcache's setting flushes at checkpoints only.
+            self.sql(f"PRAGMA synchronous = {'FULL' if flush else 'NORMAL'}")
+            self._begin(patience_s)
+            if check is not None:
+                check()
+            return connection
         except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            connection.rollback()
             raise
 
-    @contextlib.contextmanager
-    def best_effort(self) -> Iterator[None]:
-        """For hints: the block neither waits nor fails where the file is locked or the disk full.
+    def best_effort(self, work: Callable[[], None]) -> bool:
+        """Writes hints, without waiting; False where the file is locked or cannot be written.
 
         A power cut may undo it.
         """
-        self.sql("PRAGMA synchronous = NORMAL")
-        self.sql("PRAGMA busy_timeout = 0")
         try:
-            with contextlib.suppress(sqlite3.OperationalError):
-                yield
-        finally:
-            self.sql(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000}")
+            with self.transaction(patience_s=0, flush=False):
+                work()
+        except (sqlite3.OperationalError, OSError):
+            return False
+        return True
 
     def rewrite(self) -> bool:
         """Leaves no byte of deleted rows in file and log; False if readers hold the log.
@@ -121,28 +161,62 @@ class Database:
         were moved to others before.
         """
         self.sql("VACUUM")
-        busy, _, _ = self.sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        deadline = time.monotonic() + self.lock_seconds
+        try:
+            self.sql(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
+            while True:
+                # Busy at once, however long it may wait, where another checkpoint is running.
+                busy, _, _ = self.sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                if not busy or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.01)
+            self.sql("PRAGMA busy_timeout = 0")
+        except BaseException:
+            self.close()
+            raise
         return not busy
+
+    def require_file(self) -> None:
+        """Raises FileNotFoundError if the file of this thread's connection is not at its path."""
+        if self._local.state[1] != _inode(self.path):
+            raise _gone(self.path)
+
+    @property
+    def brief_s(self) -> float:
+        """Patience of a write in an answer's path: none where the last such wait was in vain."""
+        return 0.0 if self._is_stuck else BRIEF_SECONDS
+
+    def _begin(self, patience_s: float | None) -> None:
+        try:
+            self.sql("BEGIN IMMEDIATE", patience_s=patience_s)
+        except sqlite3.OperationalError:
+            self._is_stuck = self._is_stuck or patience_s != 0
+            raise
+        self._is_stuck = False
 
     @property
     def _connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is not None and connection.in_transaction:
+            return connection  # of this block, whatever happens to the folder
         state = self._state()
-        if getattr(self._local, "state", None) != state:
+        if connection is None or self._local.state != state:
             self.close()
-            self._local.connection = self._connect(state)
+            connection = self._local.connection = self._connect(state)
             self._local.state = state
-        connection: sqlite3.Connection = self._local.connection
         return connection
 
     def _state(self) -> _State:
         """Where this changes, the connection cannot be used any longer."""
-        return os.getpid(), None  # SQLite's connections must not cross a fork
+        # SQLite's connections must not cross a fork.
+        return os.getpid(), _inode(self.path), None
 
     def _connect(self, state: _State) -> sqlite3.Connection:
-        connection = _connect(self.path, LOCK_SECONDS)
+        connection = _connect(self.path)
         try:
             for pragma in ("cache_size", "mmap_size"):
-                connection.execute(f"PRAGMA {pragma} = {_SETTINGS[f'sqlite_{pragma}']}")
+                setting = _SETTINGS[f"sqlite_{pragma}"]
+                _execute(connection, f"PRAGMA {pragma} = {setting}", (), self.lock_seconds)
         except BaseException:
             connection.close()
             raise
@@ -157,18 +231,22 @@ class ReadOnlyDatabase(Database):
     for, and the file is reopened if there are any.
     """
 
+    lock_seconds = _READ_LOCK_SECONDS
+
     def _state(self) -> _State:
-        """The process, and the file's state if nobody has it open for writing."""
+        """The process, the file, and the file's state if nobody has it open for writing."""
         path = str(self.path)
         if os.path.exists(f"{path}-shm") or _size(f"{path}-wal"):  # noqa: PTH110 (5 times faster)
-            return os.getpid(), None
-        stat = os.stat(path)  # noqa: PTH116
-        return os.getpid(), (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            return os.getpid(), _inode(self.path), None
+        inode = _inode(self.path)
+        status = os.stat(path)  # noqa: PTH116
+        return os.getpid(), inode, (status.st_size, status.st_mtime_ns)
 
     def _connect(self, state: _State) -> sqlite3.Connection:
-        _, unshared = state
-        uri = f"{self.path.as_uri()}?{'mode=ro' if unshared is None else 'immutable=1'}"
-        return _connect(uri, _READ_LOCK_SECONDS)
+        *_, unshared = state
+        return _connect(
+            self.path, f"{self.path.as_uri()}?{'mode=ro' if unshared is None else 'immutable=1'}"
+        )
 
 
 def open_database(folder: Path, max_bytes: int, read_only: bool) -> Database:
@@ -191,9 +269,42 @@ def open_database(folder: Path, max_bytes: int, read_only: bool) -> Database:
     return database
 
 
-def _connect(path: Path | str, lock_seconds: float) -> sqlite3.Connection:
+def _execute(
+    connection: sqlite3.Connection, statement: str, values: tuple[Any, ...], patience_s: float
+) -> sqlite3.Cursor:
+    deadline, pause_s = None, 0.001
+    while True:
+        try:
+            return connection.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or connection.in_transaction:
+                raise
+            deadline = deadline or time.monotonic() + patience_s
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.05)
+
+
+def require_plain_files(path: Path) -> None:
+    """Refuses an index that is, or whose log is, a link or anything else that is no plain file.
+
+    Raises:
+        OSError: naming what is there.
+    """
+    for suffix in SIDE_FILES:
+        name = path.with_name(path.name + suffix)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(name.lstat().st_mode):
+                raise OSError(
+                    errno.EINVAL, "a store's index must be a plain file and was not opened", name
+                )
+
+
+def _connect(path: Path, uri: str | None = None) -> sqlite3.Connection:
+    require_plain_files(path)
     connection = sqlite3.connect(
-        path, timeout=lock_seconds, isolation_level=None, uri=isinstance(path, str)
+        path if uri is None else uri, timeout=0, isolation_level=None, uri=uri is not None
     )
     # What others wrote into the tables need not be UTF-8.
     connection.text_factory = lambda text: text.decode(errors="replace")
@@ -203,6 +314,7 @@ def _connect(path: Path | str, lock_seconds: float) -> sqlite3.Connection:
 @contextlib.contextmanager
 def _cache_table(path: Path, max_bytes: int) -> Iterator[None]:
     """Has diskcache make its tables, triggers and SQL indexes, unless they are there."""
+    require_plain_files(path)
     if path.exists():
         _drop_settings(path)
     settings = {**_SETTINGS, "size_limit": max_bytes}
@@ -223,12 +335,14 @@ def _drop_settings(path: Path) -> None:
     """
     marks = ", ".join("?" * len(METADATA))
     delete = f"DELETE FROM Settings WHERE typeof(key) != 'text' OR key NOT IN ({marks})"  # noqa: S608 (nothing but question marks)
-    with contextlib.closing(_connect(path, LOCK_SECONDS)) as connection:
-        try:
-            connection.execute(delete, tuple(METADATA))
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error):
-                raise
+    database = Database(path)
+    try:
+        database.sql(delete, tuple(METADATA))
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
+    finally:
+        database.close()
 
 
 def _upgrade(database: Database) -> None:
@@ -295,3 +409,18 @@ def _size(path: str) -> int:
         return os.stat(path).st_size  # noqa: PTH116
     except FileNotFoundError:
         return 0
+
+
+def _inode(path: Path) -> int:
+    try:
+        return os.lstat(path).st_ino
+    except FileNotFoundError:
+        raise _gone(path) from None
+
+
+def _gone(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        errno.ENOENT,
+        "the index of the store is gone; if its folder was moved, open it where it is now",
+        os.fspath(path),
+    )

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sac_rag.errors import CorruptEntryError
-from sac_rag.stores.disk.index import IndexRow
+from sac_rag.stores.disk.index import IndexRow, key_of
 from sac_rag.stores.entry import is_key
 from sac_rag.whole_file import owner_only
 
@@ -47,14 +48,40 @@ class Files:
         for path in (self.folder, self.quarantine):
             make_folder(path)
 
+    def require_index(self) -> None:
+        """Refuses entries without their index, which a new one would let be swept.
+
+        Raises:
+            FileNotFoundError: naming what rebuilds it.
+        """
+        if not os.path.lexists(self.folder / _INDEX) and next(self.entry_files(), None):
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "the index of the store's entries is lost; `sac-rag store rebuild` makes it again",
+                os.fspath(self.folder / _INDEX),
+            )
+
+    def entry_files(self) -> Iterator[tuple[str, str]]:
+        """Keys and names of all files that are named like an entry's, whatever they are."""
+        for path in self.folder.glob("*/*.kv"):
+            name = f"{path.parent.name}/{path.name}"
+            if (key := key_of(name)) is not None:
+                yield key, name
+
     @contextlib.contextmanager
-    def written(self, key: str, data: bytes) -> Iterator[str]:
+    def written(
+        self, key: str, data: bytes, is_known: Callable[[str], bool] | None = None
+    ) -> Iterator[str]:
         """Writes a new file that survives a power cut, and yields its name.
 
-        The block gives the name its row. If it fails, the file is deleted again.
+        Args:
+            key: Of the entry.
+            data: Its bytes.
+            is_known: Whether the file has a row. The block gives it one; if the block fails, the
+                file is deleted unless it has. Default: it has none.
         """
         parent = self.folder / key[:2]
-        if make_folder(parent):
+        if make_folder(parent, parents=False):
             flush_folder(self.folder)
         name = f"{key[:2]}/{key}-{secrets.token_hex(8)}.kv"
         draft = self.folder / f"{name}.new"
@@ -67,7 +94,12 @@ class Files:
                 flush_folder(parent)
                 yield name
         except BaseException:
-            for path in (draft, self.folder / name):
+            # The row may be there: an interrupt may come behind the COMMIT.
+            unwanted = [draft]
+            with contextlib.suppress(OSError, sqlite3.Error):
+                if is_known is None or not is_known(name):
+                    unwanted.append(self.folder / name)
+            for path in unwanted:
                 with contextlib.suppress(OSError):
                     path.unlink()
             raise
@@ -88,6 +120,7 @@ class Files:
         Raises:
             CorruptEntryError: if the row or the file is not as we write them.
             FileNotFoundError: if there is no file.
+            OSError: if it cannot be read, or does not fit into memory.
         """
         if row.name is None:
             raise CorruptEntryError(
@@ -99,7 +132,7 @@ class Files:
         if size != row.size:
             raise CorruptEntryError(f"its file has {size} bytes, {row.size} were written")
         # Unbuffered: a buffer would read ahead of the first bytes.
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_without_following) as file:
             yield partial(_read_first, file)
 
     def has(self, row: IndexRow) -> bool:
@@ -182,7 +215,12 @@ class Files:
 
 
 def _read_first(file: FileIO, nbytes: int) -> memoryview:
-    data = np.empty(nbytes, dtype=np.uint8).data  # unlike a bytearray, not filled with zeros first
+    try:
+        data = np.empty(nbytes, dtype=np.uint8).data  # unlike a bytearray, not filled with zeros
+    except MemoryError:
+        raise OSError(
+            errno.ENOMEM, f"an entry of {nbytes} bytes does not fit into memory"
+        ) from None
     file.seek(0)
     begin = 0
     while count := file.readinto(data[begin:]):  # reads at most 2 GiB at once
@@ -193,11 +231,15 @@ def _read_first(file: FileIO, nbytes: int) -> memoryview:
 def _create_locked(path: Path) -> BinaryIO:
     while True:
         file = open(path, "xb", opener=owner_only)  # noqa: SIM115 (its caller closes it)
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
+        try:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+        except BaseException:
+            file.close()
+            raise
         file.close()  # swept before it was locked
 
 
@@ -221,19 +263,37 @@ def _unlocked(path: Path) -> Iterator[bool]:
         yield time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
 
 
-def make_folder(path: Path) -> bool:
+def make_folder(path: Path, *, parents: bool = True) -> bool:
     """Makes an owner-only folder (0700) unless there is one; returns whether it was made.
 
     Raises:
         NotADirectoryError: if there is something else, or a link.
+        FileNotFoundError: without `parents`, if the folder around it is gone.
     """
     is_new = False
     with contextlib.suppress(FileExistsError):
-        path.mkdir(0o700, parents=True)
+        path.mkdir(0o700, parents=parents)
         is_new = True
+    require_folder(path)
+    return is_new
+
+
+def require_folder(path: Path) -> None:
+    """Raises NotADirectoryError for anything but a folder, a link to one too."""
     if not stat.S_ISDIR(path.lstat().st_mode):
         raise NotADirectoryError(f"a store needs a folder, {path} is something else")
-    return is_new
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The first bytes of a plain file.
+
+    Raises:
+        OSError: if there is none, or a link, a pipe or anything else.
+    """
+    with open(path, "rb", opener=_without_following) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "must be a plain file and was not read", os.fspath(path))
+        return file.read(limit)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -262,4 +322,5 @@ def flush_folder(path: Path) -> None:
 
 
 def _without_following(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    # Without O_NONBLOCK, opening a pipe would wait for its writer.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sac_rag.stores.disk.files import make_folder, write_whole
+from sac_rag.stores.disk.files import make_folder, read_plain, write_whole
 from sac_rag.stores.entry import is_key
 
 MAGIC = "sac_rag.DiskStore"
@@ -39,8 +39,7 @@ def open_folder(folder: Path, read_only: bool = False) -> int:
             )
         write_format(folder)
     try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(4096))
+        content = json.loads(read_plain(path, 4096))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not that of a store: {error}") from error
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
@@ -93,7 +92,7 @@ class Manifests:
                 raise TypeError(f"a fingerprint's fields must be str, {name!r} was: {value!r:.100}")
         self._remembered[fingerprint] = dict(fields)
         if not self._read_only and self._read(fingerprint) != dict(fields):
-            make_folder(self.folder)
+            make_folder(self.folder, parents=False)
             text = json.dumps(dict(fields), indent=1, sort_keys=True)
             write_whole(self.folder / f"{fingerprint}.json", text.encode())
 
@@ -124,8 +123,7 @@ class Manifests:
         if not is_key(fingerprint):
             return None
         try:
-            with (self.folder / f"{fingerprint}.json").open("rb") as file:
-                fields = json.loads(file.read(_LIMIT))
+            fields = json.loads(read_plain(self.folder / f"{fingerprint}.json", _LIMIT))
         except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):

@@ -13,11 +13,15 @@ transactions and connections are therefore ours (database.py), and files are rea
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
+import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 _RENEW_SECONDS = 60.0
 _TOMBSTONES = 100_000  # of about 60 bytes each
 _COUNT = "count."  # beginning of the names of counters in Meta
+_UNENCRYPTED = ""  # the id that stands for no key
 
 # CAST, since SQLite lets a column hold anything, even text that is not UTF-8. A key that is not a
 # key of ours reads as "".
@@ -47,7 +52,13 @@ _SELECT = (
 )
 # Of the entries whose extent is known. A sum of integers could overflow, a TOTAL of floats cannot.
 _RATIO = "TOTAL(num_tokens * num_heads) / TOTAL(num_entries)"
-_FILE_NAME = re.compile(rb"([0-9a-f]{1,2})/([0-9a-f]{1,64})-[0-9a-f]{16}\.kv")
+_FILE_NAME = re.compile(r"([0-9a-f]{1,2})/([0-9a-f]{1,64})-[0-9a-f]{16}\.kv")
+
+
+def key_of(name: str) -> str | None:
+    """The key of an entry's file; None for any other name."""
+    match = _FILE_NAME.fullmatch(name)
+    return match[2] if match is not None and match[1] == match[2][:2] else None
 
 
 class IndexRow(NamedTuple):
@@ -62,13 +73,16 @@ class IndexRow(NamedTuple):
     pinned: int
     used: float | None
 
+    @classmethod
+    def of_file(cls, key: str, name: str, size: int) -> IndexRow:
+        """The row that an entry's file should have."""
+        return cls(0, key, MODE_BINARY, name.encode(), size, None, 0, None)
+
     @property
     def name(self) -> str | None:
         """The entry's file, within the folder; None if the row is not one that we wrote."""
-        match = _FILE_NAME.fullmatch(self.filename or b"")
-        if self.mode != MODE_BINARY or match is None or match[2] != self.key.encode():
-            return None
-        return match[0].decode() if match[1] == match[2][:2] else None
+        name = (self.filename or b"").decode("ascii", "replace")
+        return name if self.mode == MODE_BINARY and key_of(name) == self.key else None
 
     def same_entry(self, other: IndexRow | None) -> bool:
         """Whether the other row is of the same bytes: pins and last uses may differ."""
@@ -110,6 +124,16 @@ class NewEntry:
     stored: float | None = None
 
 
+def key_id(cipher: Cipher | None) -> str:
+    """Public id of a cipher's key; "" for none."""
+    return _UNENCRYPTED if cipher is None else cipher.id
+
+
+def described(recorded: object) -> str:
+    """What is encrypted with the key of this id, in words."""
+    return f"encrypted with key {recorded!s:.20}" if recorded else "not encrypted"
+
+
 class Totals(NamedTuple):
     """Figures of all entries; None where there are none. Times are in seconds since 1970."""
 
@@ -139,6 +163,41 @@ class Index:
             self.database.close()
             raise
         self._salt = salt if isinstance(salt, bytes) and 0 < len(salt) <= 64 else b"\0"
+
+    def transaction(self, patience_s: float | None = None) -> sqlite3.Connection:
+        """Begins a transaction as `Database.transaction` does, with the store's key only."""
+        return self.database.transaction(
+            patience_s, check=partial(self.require_cipher, self.cipher)
+        )
+
+    # The store's key.
+
+    @property
+    def recorded_cipher(self) -> str:
+        """Id of the store's key; "" for none."""
+        return str(self.meta("cipher") or _UNENCRYPTED)
+
+    @property
+    def next_cipher(self) -> str | None:
+        """Id of the key of a `rekey` that has begun and is not finished; None if there is none."""
+        recorded = self.meta("rekey")
+        return None if recorded is None else str(recorded)
+
+    @property
+    def has_one_cipher(self) -> bool:
+        """Whether all entries should be encrypted with this object's key."""
+        return self.next_cipher is None and self.recorded_cipher == key_id(self.cipher)
+
+    def require_cipher(self, cipher: Cipher | None) -> None:
+        """Raises PermissionError if another process has given the store another key."""
+        recorded = self.recorded_cipher
+        if not key_id(cipher) == key_id(self.cipher) == recorded:
+            raise PermissionError(
+                errno.EACCES,
+                f"the store is {described(recorded)} by now, and was opened when it was "
+                f"{described(key_id(cipher))}; open it again with its key",
+                os.fspath(self.database.path),
+            )
 
     # Entries.
 
@@ -238,18 +297,18 @@ class Index:
         """Records that an entry was used, if that was last recorded a while ago."""
         now = time.time()
         if row.used is None or abs(now - row.used) >= _RENEW_SECONDS:
-            with self.database.best_effort():
-                self._sql("UPDATE Cache SET access_time = ? WHERE rowid = ?", (now, row.rowid))
+            update = "UPDATE Cache SET access_time = ? WHERE rowid = ?"
+            self.database.best_effort(lambda: self._sql(update, (now, row.rowid)))
 
     @property
     def num_entries(self) -> int:
         """Number of entries, which a trigger keeps up to date."""
-        return self._setting("count")
+        return self.noted("count")
 
     @property
     def nbytes(self) -> int:
         """Bytes of all entries, which a trigger keeps up to date."""
-        return self._setting("size")
+        return self.noted("size")
 
     # Documents.
 
@@ -259,6 +318,7 @@ class Index:
         Raises:
             CorruptEntryError: with `strict`, if one cannot be read; else it is left out.
         """
+        self.require_cipher(self.cipher)
         select = "SELECT CAST(document AS BLOB) FROM Owner WHERE key = ?"
         names = set()
         for (sealed,) in self._sql(select, (key,)).fetchall():
@@ -271,6 +331,7 @@ class Index:
 
     def keys_of(self, document: str) -> list[str]:
         """Keys of a document's entries."""
+        self.require_cipher(self.cipher)
         select = "SELECT key FROM Owner JOIN Cache USING (key) WHERE document = ? AND raw = 1"
         keys = self._sql(select, (self._seal(document),)).fetchall()
         return [key for (key,) in keys if is_key(key)]
@@ -310,12 +371,15 @@ class Index:
                 self._sql(delete, (document, key))
 
     def reencrypt_documents(self, cipher: Cipher | None) -> None:
-        """Encrypts every document id with another key, or none, from now on."""
+        """Encrypts every document id with another key, or none; drops those it cannot read."""
         for (sealed,) in self._sql("SELECT DISTINCT document FROM Owner").fetchall():
-            name = sealed if self.cipher is None else self.cipher.unseal(sealed)
+            try:
+                name = sealed if self.cipher is None else self.cipher.unseal(sealed)
+            except (TypeError, ValueError):
+                self._sql("DELETE FROM Owner WHERE document = ?", (sealed,))
+                continue
             update = "UPDATE OR REPLACE Owner SET document = ? WHERE document = ?"
             self._sql(update, (name if cipher is None else cipher.seal(name), sealed))
-        self.cipher = cipher
 
     # Origins and tombstones.
 
@@ -324,6 +388,14 @@ class Index:
         select = "SELECT text_id, fingerprint FROM Origin WHERE key = ?"
         text_id, fingerprint = self._sql(select, (key,)).fetchone() or (None, None)
         return text_id, fingerprint
+
+    def add_origin(self, key: str, text_id: str | None, fingerprint: str | None) -> None:
+        """Records the origin of an entry as far as it is not known."""
+        self._sql(
+            "UPDATE Origin SET text_id = IFNULL(text_id, ?),"
+            " fingerprint = IFNULL(fingerprint, ?) WHERE key = ?",
+            (text_id, fingerprint, key),
+        )
 
     def extent(self, key: str) -> Extent | None:
         """How much an entry holds of its chunk; None if it is absent or of an old format."""
@@ -376,12 +448,15 @@ class Index:
         return None if values is None else values[0]
 
     def set_meta(self, name: str, value: object, *, replace: bool = True) -> None:
-        """Records a value of the store's own; without `replace`, only if there is none."""
+        """Records a value of the store's own, None for none; or, without `replace`, a first one."""
+        if value is None:
+            self._sql("DELETE FROM Meta WHERE name = ?", (name,))
+            return
         conflict = "REPLACE" if replace else "IGNORE"
         insert = f"INSERT OR {conflict} INTO Meta VALUES (?, ?)"  # noqa: S608 (words of our own)
         self._sql(insert, (name, value))
 
-    # Figures and repair.
+    # Figures.
 
     def totals(self) -> Totals:
         """Figures of all entries."""
@@ -400,49 +475,11 @@ class Index:
         ).fetchall()
         return rows
 
-    def check_integrity(self, fix: bool) -> list[str]:
-        """Problems that SQLite finds in the file."""
-        rows = self._sql("PRAGMA integrity_check").fetchall()
-        problems = [f"index: {message}" for (message,) in rows if message != "ok"]
-        if problems and fix:
-            self._sql("REINDEX")
-        return problems
-
-    def check_dangling(self, quarantined: Collection[str], fix: bool) -> list[str]:
-        """What is recorded of keys that have neither a row nor bytes in quarantine."""
-        problems = []
-        for table in ("Owner", "Origin"):
-            keys = "SELECT key FROM Cache WHERE key IS NOT NULL"
-            select = f"SELECT DISTINCT CAST(key AS BLOB) FROM {table} WHERE key NOT IN ({keys})"  # noqa: S608
-            for (key,) in self._sql(select).fetchall():
-                name = key.decode(errors="replace")
-                if name in quarantined and table == "Owner":
-                    continue
-                problems.append(f"{name}: noted in {table}, and not there")
-                if fix:
-                    with self.database.transaction():
-                        delete = f"DELETE FROM {table} WHERE CAST(key AS BLOB) = ?"  # noqa: S608
-                        self._sql(delete, (key,))
-        return problems
-
-    def check_totals(self, fix: bool) -> list[str]:
-        """Totals of the triggers that are not those of the rows."""
-        count, size = self._sql("SELECT COUNT(*), TOTAL(size) FROM Cache").fetchone()
-        problems = []
-        for name, actual in (("count", count), ("size", int(size))):
-            recorded = self._setting(name)
-            if recorded != actual:
-                problems.append(f"the {name} of all entries is noted as {recorded}, is {actual}")
-                if fix:
-                    update = "UPDATE Settings SET value = ? WHERE key = ?"
-                    with self.database.transaction():
-                        self._sql(update, (actual, name))
-        return problems
-
     def _sql(self, statement: str, values: tuple[Any, ...] = ()) -> Any:
         return self.database.sql(statement, values)
 
-    def _setting(self, name: str) -> int:
+    def noted(self, name: str) -> int:
+        """A figure that triggers keep up to date: "count" or "size" of all entries."""
         select = "SELECT CAST(value AS INTEGER) FROM Settings WHERE key = ?"
         return int((self._sql(select, (name,)).fetchone() or [0])[0] or 0)
 

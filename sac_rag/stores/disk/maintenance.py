@@ -1,26 +1,20 @@
-"""Maintenance of a DiskStore: check and repair, garbage collection, encryption keys, figures."""
+"""Maintenance of a DiskStore: garbage collection and figures."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from sac_rag.errors import CorruptEntryError
+from sac_rag.stores.base import strings
 from sac_rag.stores.disk.entries import Entries
 from sac_rag.stores.disk.folder import Manifests
 from sac_rag.stores.disk.index import IndexRow
-from sac_rag.stores.entry import reencrypt
-
-if TYPE_CHECKING:
-    from sac_rag.stores.cipher import Cipher
 
 Progress: TypeAlias = Callable[[int], None]
-Reader: TypeAlias = Callable[[IndexRow], object]
 
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0
-_UNENCRYPTED = ""  # the id that stands for no key
 
 
 @dataclass(frozen=True)
@@ -114,37 +108,6 @@ class StoreStats:
         return self.hits / lookups if lookups else None
 
 
-def verify(entries: Entries, read: Reader, on_progress: Progress | None = None) -> list[str]:
-    """Reads every entry; a sentence for each bad one."""
-    return [f"{_name(row)}: {bad.detail}" for row, bad in _bad(entries, read, on_progress)]
-
-
-def check(
-    entries: Entries, read: Reader, fix: bool, on_progress: Progress | None = None
-) -> list[str]:
-    """Reads every entry and compares the index with itself and with the files."""
-    index = entries.index
-    problems = index.check_integrity(fix)
-    for row in index.rows():
-        try:
-            index.documents(row.key, strict=True)
-        except CorruptEntryError as error:
-            problems.append(f"{_name(row)}: {error.detail}")
-            if fix:
-                with index.database.transaction():
-                    index.drop_unreadable_documents(row.key)
-    for row, bad in _bad(entries, read, on_progress):
-        problems.append(f"{_name(row)}: {bad.detail}")
-        if fix and bad.reason != "secret":
-            entries.quarantine(row, bad.reason)
-    for name in entries.unknown_files():
-        problems.append(f"unknown file: {entries.files.folder / name}")
-    if fix:
-        entries.scrub()
-    quarantined = {path.name.partition(".")[0] for path in entries.files.quarantined()}
-    return problems + index.check_dangling(quarantined, fix) + index.check_totals(fix)
-
-
 def collect_garbage(
     entries: Entries,
     is_expired: Callable[[IndexRow], bool],
@@ -152,10 +115,12 @@ def collect_garbage(
 ) -> Collected:
     """Deletes entries and files that nobody will ask for."""
     index = entries.index
+    current: set[str | None] | None = None
+    if keep_fingerprints is not None:
+        current = {None, *strings(keep_fingerprints, "fingerprints")}
     expired = entries.drop([row for row in index.rows() if is_expired(row)], "expired")
     superseded: list[IndexRow] = []
-    if keep_fingerprints is not None:
-        current = {None, *keep_fingerprints}
+    if current is not None:
         rows = [row for row in index.rows() if not row.pinned]
         others = [row for row in rows if index.origin(row.key)[1] not in current]
         superseded = entries.drop(others, "evicted")
@@ -166,61 +131,6 @@ def collect_garbage(
     nbytes += sum(sizes.get(name, 0) for name in swept)
     entries.scrub()
     return Collected(len(expired), len(superseded), len(swept), quarantined, nbytes)
-
-
-def unlock(entries: Entries, cipher: Cipher | None, read_only: bool) -> None:
-    """Checks that a store is opened with its key; a new store takes the one it is opened with.
-
-    Raises:
-        ValueError: if it has another.
-    """
-    key_id = _id(cipher)
-    if not read_only and entries.index.meta("cipher") is None:
-        # Of several that open a new store at once, the first decides.
-        entries.index.set_meta("cipher", key_id, replace=False)
-    recorded = entries.index.meta("cipher") or _UNENCRYPTED
-    if key_id != recorded:
-        raise ValueError(
-            f"{entries.folder} is {_described(recorded)}, and was opened with "
-            f"{f'key {key_id}' if key_id else 'no key'}; give its own, or change it with "
-            "`sac-rag store rekey`"
-        )
-    entries.index.cipher = cipher
-
-
-def rekey(
-    entries: Entries, old: Cipher | None, new: Cipher | None, on_progress: Progress | None = None
-) -> int:
-    """Re-encrypts every entry, one by one, and only then records the store's new key."""
-    if _id(old) == _id(new):
-        return 0
-    index = entries.index
-    count = 0
-    for row in index.rows():
-        current: IndexRow | None = row
-        while current is not None:
-            try:
-                data = reencrypt(entries.files.read(current), old, new)
-            except FileNotFoundError:
-                pass
-            except CorruptEntryError as problem:
-                # With reason "secret" it was re-encrypted by a run that was killed.
-                if problem.reason == "secret" or entries.quarantine(current, problem.reason):
-                    break
-            else:
-                if entries.replace(current, data):
-                    count += 1
-                    break
-            latest = index.row(row.key)  # rewritten meanwhile?
-            current = None if current.same_entry(latest) else latest
-        if on_progress is not None:
-            on_progress(row.size or 0)
-    with index.database.transaction():
-        index.reencrypt_documents(new)
-        index.set_meta("cipher", _id(new))
-    entries.empty_quarantine()  # it still has the old key, or none
-    entries.scrub()
-    return count
 
 
 def collect_stats(entries: Entries, manifests: Manifests) -> StoreStats:
@@ -258,28 +168,3 @@ def collect_stats(entries: Entries, manifests: Manifests) -> StoreStats:
             for name, count, size, ratio in index.by_fingerprint()
         ),
     )
-
-
-def _bad(
-    entries: Entries, read: Reader, on_progress: Progress | None
-) -> Iterator[tuple[IndexRow, CorruptEntryError]]:
-    for row in entries.index.rows():
-        try:
-            read(row)
-        except CorruptEntryError as bad:
-            if not row.key or row.same_entry(entries.index.row(row.key)):
-                yield row, bad
-        if on_progress is not None:
-            on_progress(row.size or 0)
-
-
-def _name(row: IndexRow) -> str:
-    return row.key or f"row {row.rowid}"
-
-
-def _id(cipher: Cipher | None) -> str:
-    return _UNENCRYPTED if cipher is None else cipher.id
-
-
-def _described(key_id: object) -> str:
-    return "not encrypted" if key_id == _UNENCRYPTED else f"encrypted with key {key_id!s:.20}"

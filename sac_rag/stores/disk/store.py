@@ -8,45 +8,35 @@
 
 An entry is visible when its row is there, and its row is written when its file is on the disk.
 
-More than 500 lines, because it is one class: every public method with what it promises. What they
-do to rows and files stands in entries.py, index.py and maintenance.py.
+Every public method stands here with what it promises. How values are read and written stands in
+values.py, what is done to rows and files in entries.py, index.py and the files beside them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
 import os
-import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.base import DocumentStore, Wanted
-from sac_rag.stores.disk import maintenance
-from sac_rag.stores.disk.entries import Entries
-from sac_rag.stores.disk.folder import FORMAT, Manifests, open_folder, write_format
-from sac_rag.stores.disk.index import Extent, IndexRow, NewEntry
+from sac_rag.stores.base import Wanted, strings
+from sac_rag.stores.disk import checks, keys, maintenance
 from sac_rag.stores.disk.maintenance import Collected, Progress, StoreStats
-from sac_rag.stores.entry import decode, decode_first, encode
+from sac_rag.stores.disk.rebuild import Rebuilt, rebuild
+from sac_rag.stores.disk.values import StoredValues
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
 
-logger = logging.getLogger(__name__)
-
 _NO_DEFAULT = object()
 
 
-class DiskStore(DocumentStore):
+class DiskStore(StoredValues):
     """AnchorKVs in a folder, the least recently used evicted when they exceed the cap.
 
     May be shared by threads and processes. A bad entry is a `KeyError` like an absent one, is
@@ -55,7 +45,8 @@ class DiskStore(DocumentStore):
     survives a power cut: flushing adds 3 ms to the 10 ms of writing an entry of 2 MiB.
 
     Args:
-        folder: Made, for its owner only (0700), if it is not there.
+        folder: Made, for its owner only (0700), if it is not there. For the folder of a
+            collection, the store in it is opened.
         max_bytes: Most bytes of entries to keep; the index takes about 1 KB for each on top.
         read_only: Writes nothing, not even counters, and opens folders that cannot be written.
             Whatever would change the store raises an OSError.
@@ -88,26 +79,7 @@ class DiskStore(DocumentStore):
             raise ValueError(f"max_bytes must be at least 1, was: {max_bytes}")
         if max_age_s is not None and not max_age_s > 0:
             raise ValueError(f"max_age_s must be more than 0, was: {max_age_s}")
-        # diskcache would expand variables too, and then look somewhere else than we do.
-        self.folder = Path(os.path.expandvars(folder)).expanduser().resolve()
-        self.max_bytes = max_bytes
-        self.read_only = read_only
-        self.max_age_s = max_age_s
-        self.evictions = 0
-        self.quarantined = 0
-        self._counting = threading.Lock()
-        self._cipher = cipher
-        self._manifests = Manifests(self.folder, read_only)
-        with self._named_errors():
-            version = open_folder(self.folder, read_only)
-            self._entries = Entries(self.folder, max_bytes, read_only)
-            try:
-                maintenance.unlock(self._entries, cipher, read_only)
-                if version != FORMAT:
-                    write_format(self.folder)
-            except BaseException:
-                self._entries.index.database.close()
-                raise
+        super().__init__(_place_of(folder), max_bytes, read_only, max_age_s, cipher)
 
     # A mapping.
 
@@ -150,8 +122,7 @@ class DiskStore(DocumentStore):
 
     def __contains__(self, key: object) -> bool:
         with self._named_errors():
-            row = self._entries.index.row(key)
-            return row is not None and not self._is_expired(row)
+            return self._is_there(self._entries.index.row(key))
 
     def __iter__(self) -> Iterator[str]:
         with self._named_errors():
@@ -180,12 +151,11 @@ class DiskStore(DocumentStore):
     @property
     def is_encrypted(self) -> bool:
         """Whether it takes a key to read the entries."""
-        return self._cipher is not None
+        return self._entries.index.cipher is not None
 
     def close(self) -> None:
         """Closes this thread's connection to the index; those of other threads end with them."""
-        with contextlib.suppress(sqlite3.Error):
-            self._entries.counters.flush()
+        self._entries.counters.flush()
         self._entries.index.database.close()
 
     def __enter__(self) -> Self:
@@ -200,7 +170,7 @@ class DiskStore(DocumentStore):
             max_bytes=self.max_bytes,
             read_only=self.read_only,
             max_age_s=self.max_age_s,
-            cipher=self._cipher,
+            cipher=self._entries.index.cipher,
         )
         return opened, (str(self.folder),)
 
@@ -238,30 +208,31 @@ class DiskStore(DocumentStore):
     ) -> None:
         """Writes an entry unless one with as many KV entries is there, and adds its documents.
 
+        Waits up to a minute for others that write.
+
         Raises:
             OSError: if it cannot be written; nothing has then changed.
             TypeError, ValueError: if it cannot be stored, see `entry.encode`.
         """
-        ids = _document_ids(documents)
-        index = self._entries.index
+        self._put(key, kv, documents, text_id, fingerprint, patience_s=None)
 
-        def is_stored() -> bool:
-            row = index.row(key)
-            if row is None or self._is_expired(row):
-                return False
-            extent = index.extent(key)
-            return extent is not None and extent.num_entries >= kv.num_entries
+    def offer(
+        self,
+        key: str,
+        kv: AnchorKV,
+        documents: Iterable[str] = (),
+        *,
+        text_id: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Writes an entry as `put` does, but waits for others that write a second at most.
 
-        with self._named_errors():
-            if is_stored():
-                if ids <= index.documents(key):
-                    return
-                self._require_writable()
-                with index.database.transaction():
-                    if is_stored():
-                        index.add_documents(key, ids)
-                        return
-        self._write(key, kv, ids, text_id, fingerprint, unless=is_stored)
+        Raises:
+            OSError: if it cannot be written, or others write for longer.
+            TypeError, ValueError: if it cannot be stored, see `entry.encode`.
+        """
+        patience_s = self._entries.index.database.brief_s
+        self._put(key, kv, documents, text_id, fingerprint, patience_s)
 
     def documents(self, key: str) -> tuple[str, ...]:
         """Ids of the documents recorded for an entry, sorted, without reading it."""
@@ -289,7 +260,8 @@ class DiskStore(DocumentStore):
         """
         self._require_writable()
         with self._named_errors():
-            return self._entries.forget(dict.fromkeys(_document_ids(documents), frozenset()))
+            ids = strings(documents, "document ids")
+            return self._entries.forget(dict.fromkeys(ids, frozenset()))
 
     def replace_document(self, document: str, keys: Iterable[str]) -> int:
         """Sets which entries hold a document now; deletes those that no other document uses.
@@ -313,9 +285,10 @@ class DiskStore(DocumentStore):
         Rewriting the index, so that no byte stays in it, takes as long for all as for one.
         """
         self._require_writable()
-        _document_ids(documents)
+        strings(documents, "document ids")
+        keep = {name: frozenset(strings(k, "keys of a document")) for name, k in documents.items()}
         with self._named_errors():
-            return self._entries.forget({name: frozenset(k) for name, k in documents.items()})
+            return self._entries.forget(keep)
 
     def pin(self, keys: Iterable[str]) -> int:
         """Protects entries from eviction until they are unpinned; returns how many were there.
@@ -388,12 +361,12 @@ class DiskStore(DocumentStore):
         if fix:
             self._require_writable()
         with self._named_errors():
-            return maintenance.check(self._entries, self._read, fix, on_progress)
+            return checks.check(self._entries, self._read, fix, on_progress)
 
     def verify(self, on_progress: Progress | None = None) -> list[str]:
         """Reads every entry and changes nothing; a sentence for each that is bad."""
         with self._named_errors():
-            return maintenance.verify(self._entries, self._read, on_progress)
+            return checks.verify(self._entries, self._read, on_progress)
 
     def gc(self, keep_fingerprints: Iterable[str] | None = None) -> Collected:
         """Deletes expired entries, leftovers of killed writers, and week-old quarantined bytes.
@@ -410,8 +383,9 @@ class DiskStore(DocumentStore):
         """Re-encrypts every entry with another key, or with none.
 
         Repeated after it was killed, it resumes. Until it has finished, the store is opened with
-        the old key. Others that have it open should be closed: what they write meanwhile is
-        encrypted with the old one, and not found later.
+        the old key, and an entry in the new one is a miss with the reason "secret"; with the old
+        key as the new one, the change is taken back and such entries are deleted. Others that
+        have the store open cannot write, once it has finished, until they open it again.
 
         Args:
             cipher: The new one; None to store unencrypted.
@@ -419,159 +393,46 @@ class DiskStore(DocumentStore):
 
         Returns:
             The number of entries re-encrypted.
+
+        Raises:
+            ValueError: if a change to yet another key was begun and not finished.
         """
         self._require_writable()
         with self._named_errors():
-            count = maintenance.rekey(self._entries, self._cipher, cipher, on_progress)
-        self._cipher = cipher
-        return count
+            return keys.rekey(self._entries, cipher, on_progress)
 
-    def _get(self, key: str, wanted: Wanted | None = None) -> AnchorKV:
-        entries = self._entries
-        with self._named_errors():
-            while True:
-                row = entries.index.row(key)
-                if row is None or self._is_expired(row):
-                    if row is not None:
-                        self._drop_expired(row)
-                    entries.counters.count("misses")
-                    raise KeyError(key)
-                try:
-                    kv = self._read(row, wanted)
-                except CorruptEntryError as problem:
-                    if not self._quarantine(row, problem):
-                        continue  # rewritten or removed by another while it was read
-                    entries.counters.count("misses")
-                    entries.counters.count(f"miss.{problem.reason}")
-                    raise
-                if not self.read_only:
-                    entries.index.renew(row)
-                entries.counters.count("hits")
-                return kv
+    @classmethod
+    def rebuild(
+        cls,
+        folder: str | os.PathLike[str],
+        max_bytes: int = 64 * 2**30,
+        *,
+        cipher: Cipher | None = None,
+        on_progress: Progress | None = None,
+    ) -> Rebuilt:
+        """Makes the index of a store again whose own is lost or damaged, from its entries.
 
-    def _read(self, row: IndexRow, wanted: Wanted | None = None) -> AnchorKV:
-        files = self._entries.files
-        try:
-            if wanted is None:
-                return decode(row.key, files.read(row), self._cipher)
-            with files.opened(row) as first:
-                return decode_first(row.key, first, row.size or 0, wanted, self._cipher)
-        except FileNotFoundError:
-            raise CorruptEntryError("its file is gone") from None
+        Keys, sizes and fingerprints are in the entries, and their age is that of their files.
+        Documents, pins, text ids and counters are lost: until they are put again, `forget` does
+        not find these entries. Nobody else must have the store open.
 
-    def _write(
-        self,
-        key: str,
-        kv: AnchorKV,
-        documents: frozenset[str] = frozenset(),
-        text_id: str | None = None,
-        fingerprint: str | None = None,
-        unless: Callable[[], bool] | None = None,
-    ) -> None:
-        self._require_writable()
-        data = encode(key, kv, self._cipher, fingerprint or "")
-        extent = Extent(kv.num_tokens, kv.num_entries, kv.num_layers * kv.num_kv_heads)
-        entry = NewEntry(key, extent, documents, text_id, fingerprint)
-        with self._named_errors():
-            if len(data) > self.max_bytes:
-                self._entries.refuse(key, len(data))
-                is_stored, evicted = False, 1
-            else:
-                rows = self._entries.publish(entry, data, unless)
-                is_stored, evicted = all(row.key != key for row in rows), len(rows)
-        if not is_stored:
-            logger.warning(
-                "%s not kept: %d bytes, the store's cap is %d and what is pinned stays",
-                key,
-                len(data),
-                self.max_bytes,
-            )
-        elif evicted:
-            logger.info(
-                "%d entries evicted from %s to keep it below %d bytes; the last one was %s",
-                evicted,
-                self.folder,
-                self.max_bytes,
-                rows[-1].key,
-            )
-        with self._counting:
-            self.evictions += evicted
+        Args:
+            folder: Of the store.
+            max_bytes: As the constructor takes it.
+            cipher: The store's; its entries are then decrypted.
+            on_progress: Called with the bytes of the entries seen since the last call.
 
-    def _pin(self, keys: Iterable[str], pinned: bool) -> int:
-        self._require_writable()
-        index = self._entries.index
-        with self._named_errors(), index.database.transaction():
-            return sum(index.pin(key, pinned) for key in keys)
-
-    def _reason(self, key: str, text_id: str | None, fingerprint: str | None) -> str:
-        index = self._entries.index
-        row = index.row(key)
-        if row is not None and self._is_expired(row):
-            return "expired"
-        reason = index.reason(key)
-        if reason is not None:
-            return reason
-        if text_id is None or fingerprint is None:
-            return "absent"
-        others = index.other_fingerprints(text_id, fingerprint)
-        if not others:
-            return "absent"
-        return f"fingerprint: {self._manifests.nearest(others, fingerprint)}"
-
-    def _is_expired(self, row: IndexRow) -> bool:
-        return (
-            self.max_age_s is not None
-            and row.stored is not None
-            and time.time() - row.stored > self.max_age_s
-        )
-
-    def _drop_expired(self, row: IndexRow) -> None:
-        if not self.read_only:
-            try:
-                self._entries.drop([row], reason="expired")
-            except (OSError, sqlite3.Error) as error:
-                # A miss all the same: a query must not fail because tidying up does.
-                logger.warning("%s is expired and could not be deleted: %s", row.key, error)
-
-    def _quarantine(self, row: IndexRow, problem: CorruptEntryError) -> bool:
-        """Moves a bad entry out of the way; False if it is no longer the one that was read."""
-        if self.read_only or problem.reason == "secret":
-            # Nothing is wrong with an entry that is encrypted with another's key.
-            return row.same_entry(self._entries.index.row(row.key))
-        try:
-            if not self._entries.quarantine(row, problem.reason):
-                return False
-            with self._counting:
-                self.quarantined += 1
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("%s could not be moved to quarantine: %s", row.key, error)
-        logger.warning("%s in %s is bad and was not used: %s", row.key, self.folder, problem)
-        return True
-
-    def _require_writable(self) -> None:
-        if self.read_only:
-            raise OSError(
-                errno.EROFS, "the store was opened with read_only=True", os.fspath(self.folder)
-            )
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Raises errors of SQLite and the file system as an OSError with the folder's name."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise OSError(f"the index of the store {self.folder} failed: {error}") from error
-        except OSError as error:
-            if error.filename is None and error.errno is not None:
-                error.filename = str(self.folder)
-            raise
+        Raises:
+            ValueError: if the index is intact, the folder no store, or no entry can be read.
+            OSError: if the folder cannot be read or written.
+        """
+        return rebuild(_place_of(folder), max_bytes, cipher, on_progress)
 
 
-def _document_ids(documents: Iterable[str]) -> frozenset[str]:
-    """Document ids as a set; refuses anything but several str."""
-    if isinstance(documents, str):
-        raise TypeError(f"documents must be several ids, was one str: {documents!r:.100}")
-    ids = frozenset(documents)
-    if not all(isinstance(name, str) for name in ids):
-        raise TypeError(f"document ids must be str, were: {sorted(map(repr, ids))[:3]}")
-    return ids
+def _place_of(folder: str | os.PathLike[str]) -> Path:
+    """The folder of a store; where a collection's is given, that of its store."""
+    # diskcache would expand variables too, and then look somewhere else than we do.
+    path = Path(os.path.expandvars(folder)).expanduser().resolve()
+    if (path / "collection.json").is_file() and not (path / "store.json").exists():
+        return path / "anchors"
+    return path

@@ -59,6 +59,15 @@ def disk_space(monkeypatch: pytest.MonkeyPatch) -> Iterator[FullDisk]:
                     raise sqlite3.OperationalError("database or disk is full") from error
             return super().execute(sql, *parameters)
 
+        def __exit__(self, *error: Any) -> Any:  # COMMIT, where there was no error
+            if error == (None, None, None):
+                try:
+                    space.step()
+                except OSError as full:
+                    self.rollback()
+                    raise sqlite3.OperationalError("database or disk is full") from full
+            return super().__exit__(*error)
+
     def failing(name: str) -> None:
         real = getattr(os, name)
 

@@ -53,6 +53,13 @@ def nudge_lora(weights: dict[str, torch.Tensor]) -> None:
     nudge(next(weight for name, weight in weights.items() if "lora_B" in name))
 
 
+def described(value: Any) -> str:
+    """The same in every process: a function by its name, not by its address."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {getattr(v, '__name__', v)}" for k, v in value.items())
+    return str(value)[:20]
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -77,7 +84,7 @@ def nudge_lora(weights: dict[str, torch.Tensor]) -> None:
         ({}, TEXT.replace("seven", "Seven")),
         ({}, f"{TEXT}\u200b"),
     ],
-    ids=str,
+    ids=described,
 )
 def test_a_change_is_a_miss_and_the_answer_that_of_an_empty_store(
     changes: dict[str, Any], text: str

@@ -460,7 +460,7 @@ def test_a_text_longer_than_the_model_is_refused_and_nothing_is_stored(sac: Comp
 # --- the face of the compressor
 
 
-@pytest.mark.parametrize("method", ["sac", "full", "shared"])
+@pytest.mark.parametrize("method", ["sac", "full", "shared", "icae", "x500"])
 def test_the_wrapper_has_the_face_of_what_it_wraps(llama: Generator, method: str) -> None:
     compressor = make_compressor(llama, method)
     cached = CachedCompressor(compressor, {})

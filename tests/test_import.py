@@ -62,4 +62,4 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_submodules_can_be_reached_as_usual() -> None:
     from sac_rag.compressors import checkpoint
 
-    assert {"sac", "full"} == set(checkpoint.METHODS)
+    assert {"sac", "full", "icae", "x500"} == set(checkpoint.METHODS)

@@ -82,7 +82,7 @@ def tokens_read(generator: Generator) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("prompt_format", [CHAT, PLAIN], ids=["chat", "plain"])
-@pytest.mark.parametrize("method", ["sac", "full", "shared"])
+@pytest.mark.parametrize("method", ["sac", "full", "shared", "icae", "x500"])
 def test_a_prompt_behind_its_prefix_has_the_logits_of_reading_both(
     generator: Generator, prompt_format: PromptFormat, method: str
 ) -> None:

@@ -58,11 +58,18 @@ class Compressor(Pretrained, ABC):
     fitted: frozenset[str] = frozenset()
     # Whether it can compute the KV of chunks that a store does not have.
     computes: ClassVar[bool] = True
+    # Whether it appends slots to a text, whose positions `config.positions` gives.
+    has_slots: ClassVar[bool] = False
     batch_tokens: int = 2048
 
     def __init__(self, generator: Generator, config: CompressorConfig) -> None:
         if config.method != self.method:
             raise ValueError(f"config.method must be {self.method!r}, was: {config.method!r}")
+        if config.positions != "appended" and not self.has_slots:
+            raise ValueError(
+                f"positions={config.positions!r} is for methods that append slots to a text, and "
+                f"{self.method!r} keeps the text's own tokens; leave it out"
+            )
         self.generator = generator
         self.config = config
         self.weights: dict[str, Tensor] = {}
@@ -321,25 +328,50 @@ class Compressor(Pretrained, ABC):
         """
         # Before the adapter is on: some methods run the frozen LM to choose anchors.
         layouts = [self.layout(tokens) for tokens in segments]
+        with self._encoder() as encoder:
+            return self.read(encoder, layouts, starts, [len(tokens) for tokens in segments])
+
+    def collated(
+        self, layouts: Sequence[Layout], starts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Inputs of one pass over layouts, each behind the sink.
+
+        Returns:
+            Embeddings, positions, additive attention mask, and the number of tokens of the sink.
+            Shapes: (rows, sink + slots, hidden), (rows, sink + slots),
+            (rows, 1, sink + slots, sink + slots)
+        """
         sink = self.generator.embed(self._sink_ids)
         embeds, positions, mask = collate([after_sink(layout, sink) for layout in layouts])
         at = positions + torch.tensor(starts, device=positions.device)[:, None]
-        with self._encoder() as encoder:
-            layers = encoder(
-                inputs_embeds=embeds,
-                position_ids=at,
-                attention_mask=self.generator.attention_mask(mask),
-                use_cache=True,
-            ).past_key_values.layers
+        return embeds, at, self.generator.attention_mask(mask), len(sink)
+
+    def read(
+        self,
+        encoder: Any,
+        layouts: Sequence[Layout],
+        starts: Sequence[int],
+        num_tokens: Sequence[int],
+    ) -> list[AnchorKV]:
+        """KV of the anchors of layouts, from one pass of a decoder stack.
+
+        Args:
+            encoder: The decoder stack; the caller holds the generator.
+            layouts: One per segment.
+            starts: Position of each segment's first token.
+            num_tokens: Tokens of each segment.
+        """
+        embeds, positions, mask, sink = self.collated(layouts, starts)
+        layers = encoder(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=True
+        ).past_key_values.layers
         # Rows are separated by one unbind: the gradient of one selection per row would be a tensor
         # of the whole size per row.
-        row_keys = torch.stack([layer.keys for layer in layers])[..., len(sink) :, :].unbind(1)
-        row_values = torch.stack([layer.values for layer in layers])[..., len(sink) :, :].unbind(1)
+        row_keys = torch.stack([layer.keys for layer in layers])[..., sink:, :].unbind(1)
+        row_values = torch.stack([layer.values for layer in layers])[..., sink:, :].unbind(1)
         return [
-            self._read_out(layout, start, keys, values, len(tokens))
-            for layout, start, keys, values, tokens in zip(
-                layouts, starts, row_keys, row_values, segments, strict=True
-            )
+            self._read_out(*row)
+            for row in zip(layouts, starts, row_keys, row_values, num_tokens, strict=True)
         ]
 
     @contextmanager

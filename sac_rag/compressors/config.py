@@ -10,7 +10,11 @@ Attention = Literal["causal", "anchors", "full"]
 Anchors = Literal["uniform", "surprisal", "attention", "learned"]
 Budget = Literal["shared", "layers", "uniform"]
 AnchorEmbedding = Literal["shared", "slot", "none"]
+Positions = Literal["appended", "uniform"]
 StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+# Fields that earlier versions, which refuse fields they do not know, do not have.
+_LATER = frozenset({"positions"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class CompressorConfig:
     attention: Attention = "full"  # which tokens attend to later ones: none, anchors, or all
     # What is added to an anchor's input: one learned vector, one per slot, or nothing.
     anchor_embedding: AnchorEmbedding = "shared"
+    # Where memory slots of icae and x500 stand: behind the text, or spread over it (EPL).
+    positions: Positions = "appended"
     first_position: int = 0  # RoPE index of a prompt's first token; attention sees differences only
     cue: bool = True  # whether a learned [LM] embedding follows each chunk in the prompt
     lora_rank: int = 128
@@ -74,6 +80,7 @@ class CompressorConfig:
             ("anchors", get_args(Anchors)),
             ("budget", get_args(Budget)),
             ("anchor_embedding", get_args(AnchorEmbedding)),
+            ("positions", get_args(Positions)),
             ("stored_dtype", get_args(StoredDtype)),
         ):
             if getattr(self, name) not in choices:
@@ -125,8 +132,10 @@ class CompressorConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "lora_targets": list(self.lora_targets)}
+        """The fields as JSON values, without those of `_LATER` that are at their default."""
+        values = {**asdict(self), "lora_targets": list(self.lora_targets)}
+        defaults = {f.name: f.default for f in fields(self)}
+        return {n: v for n, v in values.items() if n not in _LATER or v != defaults[n]}
 
     def to_json(self) -> str:
         """The fields as JSON, one per line."""

@@ -35,7 +35,7 @@ def causal(num_slots: int, device: torch.device) -> Tensor:
 def after_sink(layout: Layout, sink_embeds: Tensor) -> Layout:
     """Puts a sink before a segment: it attends to itself only, and every slot attends to it.
 
-    Positions of the sink are negative, so that the segment's are still counted from 0.
+    Positions of the sink are below those of the segment, which are still counted from 0.
 
     Args:
         layout: A method's layout of one segment.
@@ -43,12 +43,13 @@ def after_sink(layout: Layout, sink_embeds: Tensor) -> Layout:
     """
     sink, slots = len(sink_embeds), len(layout.embeds)
     device = layout.attends_to.device
+    first = int(layout.positions[0])
     attends_to = torch.ones(sink + slots, sink + slots, dtype=torch.bool, device=device)
     attends_to[:sink] = causal(sink + slots, device)[:sink]
     attends_to[sink:, sink:] = layout.attends_to
     return Layout(
         embeds=torch.cat([sink_embeds, layout.embeds]),
-        positions=torch.cat([torch.arange(-sink, 0, device=device), layout.positions]),
+        positions=torch.cat([torch.arange(first - sink, first, device=device), layout.positions]),
         attends_to=attends_to,
         anchors=layout.anchors + sink,
     )

@@ -41,6 +41,8 @@ FORMAT, CARD = "format.json", "README.md"
 METHODS: dict[str, Any] = {
     "sac": "sac_rag.compressors.sac:SAC",
     "full": "sac_rag.compressors.full:Full",
+    "icae": "sac_rag.compressors.icae:ICAE",
+    "x500": "sac_rag.compressors.x500:X500",
 }
 
 _CARD = """\

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from sac_rag.compressors.anchor_selection import (
     token_features,
     top_anchors,
 )
-from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.budget import heads_together, joint_order, ranked_entries
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.layout import Layout, causal
+from sac_rag.compressors.trained import TrainedCompressor
 from sac_rag.kv import AnchorKV
-from sac_rag.lm.adapters import AdapterName
 from sac_rag.lm.generator import Generator
 
 # Added to a score per token of distance from the start. In the first layer equal tokens have equal
@@ -32,7 +30,7 @@ from sac_rag.lm.generator import Generator
 _TIE_BREAK = 1e-5
 
 
-class SAC(Compressor):
+class SAC(TrainedCompressor):
     """Anchors are tokens of the chunk: marked, attending to later ones, or chosen for each head.
 
     Untrained, the anchor embedding, LoRA and the scorer are zero, and the KV is the frozen LM's: a
@@ -60,29 +58,7 @@ class SAC(Compressor):
                 # Before it is fitted, all heads pay the same attention to a text.
                 self.weights["budget"] = torch.zeros(layers, kv_heads, device=device)
             self.fitted = frozenset(self.weights) - {"anchor_embedding"}
-        if config.cue:
-            self.cue = nn.Parameter(self._untrained_cue())
-            self.weights["cue"] = self.cue
-        if config.lora_targets:
-            self._adapter, weights = self._add_lora(config.lora_rank)
-            self.weights |= weights
-        if config.generator_adapter_rank:
-            self.generator_adapter, weights = self._add_lora(config.generator_adapter_rank)
-            self.weights |= {f"generator_adapter.{n}": weight for n, weight in weights.items()}
-
-    def _add_lora(self, rank: int) -> tuple[str, dict[str, Tensor]]:
-        """Adds LoRA of a rank to the generator; returns the adapter's name and weights."""
-        from peft import LoraConfig  # takes a second to import: only where LoRA is used
-
-        config, name = self.config, AdapterName(f"sac_{uuid4().hex}")
-        lora = LoraConfig(
-            r=rank,
-            lora_alpha=config.lora_alpha * rank / config.lora_rank,
-            target_modules=list(config.lora_targets),
-            lora_dropout=0.0,
-            bias="none",
-        )
-        return name, dict(self.generator.add_adapter(name, lora))
+        self._add_cue_and_lora()
 
     def at_ratio(self, ratio: int) -> SAC:
         """The same weights at another ratio; refused where each slot has its own vector."""
@@ -172,8 +148,3 @@ class SAC(Compressor):
             return torch.arange(count, device=tokens.device)
         measure = {"surprisal": surprisal, "attention": attention_when_read_again}[config.anchors]
         return top_anchors(measure(self.generator, self._sink_ids, tokens), config.ratio)
-
-    def _untrained_cue(self) -> Tensor:
-        # The mean of all embeddings is like no particular token's.
-        mean: Tensor = self.generator.model.get_input_embeddings().weight.float().mean(dim=0)
-        return mean

@@ -32,6 +32,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "budget": ("shared", {"compressor_weights"}),
     "scorer_width": (16, set()),
     "anchor_embedding": ("none", {"compressor_weights"}),
+    "positions": ("uniform", set()),
     "first_position": (1, set()),
     "segment_tokens": (100, set()),
     "sink": ("<|im_start|>user\n", set()),
@@ -46,7 +47,9 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
 
 
 # A scorer and budgets leave no choice of these.
-UNLIKE_LEARNED = {"method", "ratio", "anchors", "anchor_embedding", "attention", "budget"}
+UNLIKE_LEARNED = {
+    "method", "ratio", "anchors", "anchor_embedding", "attention", "budget", "positions",
+}  # fmt: skip
 
 
 class Other(SAC):
@@ -127,8 +130,8 @@ def test_json_that_is_no_config_is_refused(text: str, message: str) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(llama: Generator) -> None:
-    with pytest.raises(ValueError, match="one of sac, full, was: 'icae'"):
-        checkpoint.make(llama, CompressorConfig(method="icae"))
+    with pytest.raises(ValueError, match="one of sac, full, icae, x500, was: 'other'"):
+        checkpoint.make(llama, CompressorConfig(method="other"))
 
 
 def test_a_config_of_another_method_is_refused(llama: Generator) -> None:
@@ -155,8 +158,8 @@ def test_changing_a_config_field_changes_the_fingerprint_for_that_field(
     llama: Generator, sac: Compressor, field: str
 ) -> None:
     value, also = CHANGES[field]
-    base = "learned" if field == "budget" else "sac"
-    before = make_compressor(llama, base) if field == "budget" else sac
+    base = {"budget": "learned", "positions": "x500"}.get(field, "sac")
+    before = sac if base == "sac" else make_compressor(llama, base)
     assert asdict(before.config)[field] != value
     if field == "method":
         changed: Compressor = Other(llama, replace(sac.config, method="other"))
@@ -223,6 +226,7 @@ def test_defaults_are_what_fingerprints_in_use_take_them_to_be() -> None:
         "heading": "",
         "attention": "full",
         "anchor_embedding": "shared",
+        "positions": "appended",
         "first_position": 0,
         "cue": True,
         "lora_rank": 128,

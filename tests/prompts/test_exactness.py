@@ -27,7 +27,7 @@ from sac_rag.prompts.assemble import Branches, Part, assemble
 from sac_rag.prompts.generate import Decoding, Generation
 
 TOLERANCE = 1e-4
-METHODS = ("full", "sac", "learned", "shared")
+METHODS = ("full", "sac", "learned", "shared", "icae", "x500")
 
 
 @torch.no_grad()

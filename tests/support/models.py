@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from sac_rag.compressors.base import Compressor
+from sac_rag.compressors.checkpoint import make
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.full import Full
-from sac_rag.compressors.sac import SAC
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import Prompt
 from sac_rag.prompts.chat import opening
@@ -137,7 +137,9 @@ def make_compressor(generator: Generator, method: str, **changes: Any) -> Compre
     if method == "full":
         return Full(generator, Full.default_config(sink=sink, stored_dtype="float32", **changes))
     settings = {"ratio": 3, "lora_rank": 4, "lora_alpha": 8, "stored_dtype": "float32", **changes}
-    compressor = SAC(generator, CompressorConfig(method=method, sink=sink, **settings))
+    if method in ("icae", "x500"):
+        settings = {"attention": "causal", "anchor_embedding": "slot", **settings}
+    compressor = make(generator, CompressorConfig(method=method, sink=sink, **settings))
     random = torch.Generator().manual_seed(1)
     compressor.load_weights(
         {

@@ -18,6 +18,7 @@ from sac_rag.cli import (
     fit,
     models,
     precompress,
+    report,
     store,
     train,
     training,
@@ -39,6 +40,7 @@ app.command()(fit.fit)
 app.command()(train.train)
 app.command("train-instructions")(train.train_instructions)
 app.command()(evaluate.evaluate)
+app.command()(report.report)
 app.command()(convert.convert)
 store.app.command("export")(archive.export)
 store.app.command("import")(archive.import_)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sac_rag.cli.console import loading, pull_if_default
+from sac_rag.cli.console import loading, pull_if_default, pull_missing
 from sac_rag.cli.options import (
     AsJson,
     BatchSize,
@@ -28,6 +28,7 @@ from sac_rag.cli.progress import progress
 from sac_rag.cli.render import notes, print_quality, write
 
 if TYPE_CHECKING:
+    from sac_rag.chunk import Chunk
     from sac_rag.evaluation.questions import QAExample
 
 
@@ -57,6 +58,13 @@ def evaluate(
         ),
     ] = None,
     k: NumChunks = 1,
+    retrieve: Annotated[
+        bool,
+        typer.Option(
+            "--retrieve",
+            help="Answer from what a search among all passages finds, not from the gold ones.",
+        ),
+    ] = False,
     limit: LimitOrAll = None,
     seed: Seed = 0,
     model: Model = "smollm2-135m",
@@ -81,7 +89,8 @@ def evaluate(
     from sac_rag.evaluation.sample import draw
 
     examples, bad = _read(data, show=not as_json)
-    sample = draw(examples, k=k, limit=limit, seed=seed)
+    search = _search(examples, show=not as_json) if retrieve else None
+    sample = draw(examples, k=k, limit=limit, seed=seed, retrieve=search)
     pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
@@ -129,6 +138,21 @@ def evaluate(
     )
     if bad:
         raise typer.Exit(1)
+
+
+def _search(examples: Sequence[QAExample], *, show: bool) -> Callable[[str, int], Sequence[Chunk]]:
+    """Search for a question among all passages of the data, by their embeddings."""
+    pull_missing(["minilm"])
+    with loading():
+        from sac_rag.evaluation.sample import passages_of
+        from sac_rag.retrieval.embedder import Embedder
+        from sac_rag.retrieval.index import ChunkIndex
+
+        embedder = Embedder.from_pretrained()
+    passages = passages_of(examples)
+    with progress("embedding passages", total=len(passages), show=show) as advance:
+        index = ChunkIndex.build(passages, embedder, on_progress=advance)
+    return lambda question, k: [hit.chunk for hit in index.search(question, k)]
 
 
 def _read(data: Sequence[Path], *, show: bool) -> tuple[list[QAExample], list[str]]:

@@ -315,7 +315,8 @@ def print_quality(model: str, result: QualityResult) -> None:
     columns = ("system", "ratio", "k", "questions", "EM", "F1", "95 % of F1", "contains", "ended")
     # The generator is the user's own, unless this says otherwise.
     adapted = ("generator adapter",) if result.generator_adapter else ()
-    table = _table(*columns, *adapted)
+    retrieved = () if result.recall is None else ("gold found",)
+    table = _table(*columns, *retrieved, *adapted)
     low, high = result.f1_interval
     table.add_row(
         result.system,
@@ -327,6 +328,7 @@ def print_quality(model: str, result: QualityResult) -> None:
         f"{low:.3f} to {high:.3f}",
         f"{result.contains:.3f}",
         "-" if result.ended is None else f"{result.ended:.3f}",
+        *(f"{result.recall:.3f}" for _ in retrieved),
         *(f"rank {result.generator_adapter}" for _ in adapted),
     )
     out.print(f"{model}, {result.dtype}, seed {result.seed}, {result.seconds:.0f} s\n")

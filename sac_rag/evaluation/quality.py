@@ -27,7 +27,14 @@ from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.config import Budget
 from sac_rag.evaluation.answer_log import Answers
 from sac_rag.evaluation.sample import Sample, Trial
-from sac_rag.evaluation.scores import contains, exact_match, f1, interval
+from sac_rag.evaluation.scores import (
+    contains,
+    exact_match,
+    f1,
+    interval,
+    raw_exact_match,
+    rouge1,
+)
 from sac_rag.lm.digests import digest_json
 from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
@@ -61,6 +68,12 @@ class QualityResult:
         generator_adapter: Rank of the generator's LoRA with the compressor; 0 for the frozen LM.
         seconds: Time of the answers, reading and compressing included.
         ended: Share of answers that ended before max_new_tokens; None where that is not recorded.
+        rouge1, raw_em: Scores of the paper, see `scores`; None where they were not computed.
+        positions: Mean number of KV entries that each head attends to, the prompt's own included;
+            None where that is not recorded, as the next one.
+        first_token_s: Mean time until the first token of a batch, in seconds.
+        recall: Share of questions of which a gold passage was retrieved; None where the gold
+            passages are given.
     """
 
     system: System
@@ -79,6 +92,11 @@ class QualityResult:
     generator_adapter: int
     seconds: float
     ended: float | None = None
+    rouge1: float | None = None
+    raw_em: float | None = None
+    positions: float | None = None
+    first_token_s: float | None = None
+    recall: float | None = None
 
 
 def evaluate(
@@ -155,7 +173,12 @@ def evaluate(
         fingerprint=settings["fingerprint"],
         generator_adapter=reader.compressor.config.generator_adapter_rank,
         seconds=sum(row["seconds"] for row in rows),
-        ended=_mean([row["ended"] for row in rows]) if "ended" in rows[0] else None,
+        ended=_mean_of(rows, "ended"),
+        rouge1=_mean([rouge1(row["prediction"], row["golds"]) for row in rows]),
+        raw_em=_mean([raw_exact_match(row["prediction"], row["golds"]) for row in rows]),
+        positions=_mean_of(rows, "positions"),
+        first_token_s=_mean_of(rows, "first_token_s"),
+        recall=sample.recall,
     )
 
 
@@ -312,8 +335,15 @@ def _scored(trial: Trial, answer: Answer, seconds: float) -> dict[str, Any]:
         "f1": f1(prediction, golds),
         "contains": contains(prediction, golds),
         "ended": answer.finish_reason != "length",
+        "positions": answer.usage.positions_attended,
+        "first_token_s": answer.timings.time_to_first_token_s,
         "seconds": seconds,
     }
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a value that answers of earlier versions do not have."""
+    return _mean([row[name] for row in rows]) if all(name in row for row in rows) else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sac_rag.chunk import Chunk
@@ -34,17 +34,25 @@ class Sample:
         trials: In the order they were drawn.
         k: Number of chunks asked for per question.
         seed: Of the questions, their distractors and their order.
+        recall: Share of trials with a gold passage among their chunks, where those were retrieved;
+            None where they were given.
     """
 
     trials: tuple[Trial, ...]
     k: int
     seed: int
+    recall: float | None = None
 
 
 def draw(
-    examples: Iterable[QAExample], *, k: int = 1, limit: int | None = None, seed: int = 0
+    examples: Iterable[QAExample],
+    *,
+    k: int = 1,
+    limit: int | None = None,
+    seed: int = 0,
+    retrieve: Callable[[str, int], Sequence[Chunk]] | None = None,
 ) -> Sample:
-    """Draws questions and sets the passages of each among distractors.
+    """Draws questions with the passages of each: its gold ones among distractors, or retrieved.
 
     A question's passages depend on its number, k and the seed alone, not on the limit.
 
@@ -53,6 +61,8 @@ def draw(
         k: Passages per question, its gold ones among them.
         limit: Questions to draw; None for all, in the data's order.
         seed: Makes it repeatable; not negative.
+        retrieve: Returns the k passages that a search finds for a question, best first. Default:
+            the gold passages among distractors.
 
     Raises:
         ValueError: if there is no question, k or limit is below 1, or the seed below 0.
@@ -70,8 +80,20 @@ def draw(
     if limit is not None:
         numbers = random.Random(seed).sample(numbers, min(limit, len(asked)))
     trials = []
+    found = 0
     for number in numbers:
         example, question = asked[number]
-        rng = random.Random(f"{seed} {number}")
-        trials.append(Trial(number, question, tuple(pool.passages_for(example, k, rng))))
-    return Sample(tuple(trials), k, seed)
+        if retrieve is None:
+            chunks = pool.passages_for(example, k, random.Random(f"{seed} {number}"))
+        else:
+            chunks = list(retrieve(question.text, k))
+            found += not {c.text for c in chunks}.isdisjoint(c.text for c in example.gold)
+        trials.append(Trial(number, question, tuple(chunks)))
+    recall = found / len(trials) if retrieve is not None else None
+    return Sample(tuple(trials), k, seed, recall)
+
+
+def passages_of(examples: Iterable[QAExample]) -> list[Chunk]:
+    """All passages of the data, no text twice: what a search for answers goes through."""
+    every = (chunk for example in examples for chunk in (*example.gold, *example.distractors))
+    return list({chunk.text: chunk for chunk in every}.values())

@@ -17,7 +17,7 @@ from sac_rag.compressors.config import Budget
 from sac_rag.evaluation.comparison import FIGURES, compare, to_markdown
 from sac_rag.evaluation.quality import QualityResult, System, as_read, evaluate
 from sac_rag.evaluation.questions import QAExample, Question
-from sac_rag.evaluation.sample import Sample, draw
+from sac_rag.evaluation.sample import Sample, draw, passages_of
 from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
 from sac_rag.prompts.format import SPANS, PromptFormat
@@ -48,10 +48,10 @@ def sample(k: int = 1, limit: int = 6, seed: int = 0) -> Sample:
 
 
 def rows(path: Path) -> dict[int, dict[str, Any]]:
-    """What a file holds, but for the time that it took."""
+    """What a file holds, but for the times that it took."""
     found = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     assert len({row["number"] for row in found}) == len(found), "a question was answered twice"
-    return {row.pop("number"): {**row, "seconds": None} for row in found}
+    return {row.pop("number"): {**row, "seconds": None, "first_token_s": None} for row in found}
 
 
 def predictions(path: Path) -> dict[int, str]:
@@ -93,6 +93,21 @@ def test_systems_get_the_same_questions_with_the_same_golds(rag: SacRAG, tmp_pat
         assert {number: (row["question"], row["golds"]) for number, row in rows(out).items()} == {
             t.number: (t.question.text, list(t.question.answers)) for t in asked.trials
         }
+
+
+def test_retrieved_passages_are_asked_about_and_their_recall_is_noted() -> None:
+    passages = passages_of(EXAMPLES)
+    assert [chunk.text for chunk in passages] == list(PROSE)
+
+    def wrong_for_owls(question: str, k: int) -> list[Chunk]:
+        found = [chunk for chunk in passages if question.split()[2].rstrip("?") in chunk.text]
+        others = [chunk for chunk in passages if chunk not in found]
+        return others[:k] if "Owls" in question else [*found, *others][:k]
+
+    drawn = draw(EXAMPLES, k=2, retrieve=wrong_for_owls)
+    assert all(len(trial.chunks) == 2 for trial in drawn.trials)
+    assert drawn.recall == 15 / 16
+    assert draw(EXAMPLES, k=2).recall is None
 
 
 # --- who reads what

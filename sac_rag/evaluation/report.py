@@ -1,0 +1,251 @@
+"""Report: one HTML page of everything that was measured on the same questions.
+
+It is made from the files that `quality.evaluate` leaves, so that it can be made again at any time,
+and holds its plots inside: one file to send to a colleague.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+if find_spec("matplotlib") is None:
+    raise ImportError("a report needs the 'eval' extra: pip install 'sac-rag[eval]'")
+
+import matplotlib
+from jinja2 import Environment
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from sac_rag.evaluation.scores import interval, paired_interval, raw_exact_match, rouge1
+from sac_rag.whole_file import whole_file
+
+TEMPLATE = "report.html.j2"
+_EXAMPLES = 12  # questions whose answers are shown
+_SYSTEMS = ("full-text", "truncated", "no-text", "compressed")
+# Settings that say how a measurement was made, in words of its files.
+_SHOWN = ("seed", "n", "max_new_tokens", "stop", "dtype", "model", "questions", "prompt", "labels")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The answers of one system.
+
+    Attributes:
+        settings: First line of its file.
+        rows: The scored answers by question number, in the order of the numbers.
+    """
+
+    settings: Mapping[str, Any]
+    rows: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """What the model attends to, in words."""
+        system, ratio = self.settings["system"], self.settings["ratio"]
+        if system == "compressed":
+            equal = ", equal heads" if self.settings["budget"] == "uniform" and ratio > 1 else ""
+            return "anchors, every token" if ratio == 1 else f"anchors, {ratio}x{equal}"
+        if system == "truncated":
+            return f"text cut to 1 in {ratio}"
+        return {"full-text": "text", "no-text": "nothing"}.get(system, system)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Position in a table: text first, then anchors from low to high ratios."""
+        system = self.settings["system"]
+        place = _SYSTEMS.index(system) if system in _SYSTEMS else len(_SYSTEMS)
+        return place, system, self.settings["budget"] or "", self.settings["ratio"] or 0
+
+    def scores(self, name: str) -> list[float]:
+        """One score of all questions, in order; empty if it was not recorded."""
+        if any(name not in row for row in self.rows.values()):
+            return []
+        return [float(row[name]) for row in self.rows.values()]
+
+    def scored(self, score: Callable[[str, Sequence[str]], float]) -> list[float]:
+        """A score of all answers that their file does not have."""
+        return [score(row["prediction"], row["golds"]) for row in self.rows.values()]
+
+
+def read_measured(folder: str | os.PathLike[str]) -> list[Measured]:
+    """The measurements in a folder, in the order of a table.
+
+    Raises:
+        ValueError: if it has none, or a file of it is something else.
+    """
+    measured = [_read(path) for path in sorted(Path(folder).glob("*.jsonl"))]
+    measured = [one for one in measured if one.rows]
+    if not measured:
+        raise ValueError(
+            f"{os.fspath(folder)} must hold answers (.jsonl) of `sac-rag bench quality`, has none"
+        )
+    return sorted(measured, key=lambda one: (one.settings["k"], one.order))
+
+
+def write_report(
+    folder: str | os.PathLike[str], path: str | os.PathLike[str], *, title: str = ""
+) -> Path:
+    """Writes the report of a folder of answers.
+
+    Args:
+        folder: Files of `quality.evaluate`.
+        path: The page, .html.
+        title: Default: one that names the number of questions.
+
+    Raises:
+        ValueError: as `read_measured` does.
+        OSError: if it cannot be written.
+    """
+    measured = read_measured(folder)
+    first = measured[0].settings
+    ks = sorted({one.settings["k"] for one in measured})
+    data = first["labels"].get("data") or []
+    groups = [_group(k, [one for one in measured if one.settings["k"] == k]) for k in ks]
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
+    shown = [one for one in measured if one.settings["k"] == ks[0]]
+    html = page.render(
+        title=title or f"{first['n']} questions, answered from text and from anchors",
+        about=", ".join([str(first["labels"].get("model", "")), first["dtype"], *map(str, data)]),
+        groups=groups,
+        plots=[_plot(measured, *axis) for axis in _axes(measured)],
+        names=[one.name for one in shown],
+        examples=_examples(shown),
+        settings=json.dumps({name: first.get(name) for name in _SHOWN}, indent=2),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as draft:
+        draft.write_text(html, encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> Measured:
+    try:
+        settings, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        by_number = {row["number"]: row for row in rows}
+        settings["system"], settings["k"], settings["labels"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold the answers of an evaluation, but: {error!r}; take it out of the "
+            "folder"
+        ) from error
+    return Measured(settings, dict(sorted(by_number.items())))
+
+
+def _group(k: int, measured: Sequence[Measured]) -> dict[str, Any]:
+    """A table: all systems with one number of chunks."""
+    reference = next((one for one in measured if one.name == "anchors, every token"), None)
+    return {
+        "name": f"{k} passage{'s' if k > 1 else ''} per question",
+        "reference": reference.name if reference else None,
+        "rows": [_row(one, reference) for one in measured],
+    }
+
+
+def _row(one: Measured, reference: Measured | None) -> dict[str, str]:
+    scores = one.scores("f1")
+    low, high = interval(scores)
+    seconds = one.scores("first_token_s")
+    return {
+        "name": one.name,
+        "f1": f"{_mean(scores):.3f}",
+        "interval": f"({low:.3f} to {high:.3f})",
+        "difference": _difference(one, reference) if reference and one is not reference else "",
+        **{name: _share(one.scores(name)) for name in ("em", "contains", "ended")},
+        "rouge1": _share(one.scored(rouge1)),
+        "raw_em": _share(one.scored(raw_exact_match)),
+        "positions": f"{_mean(positions):,.0f}" if (positions := one.scores("positions")) else "",
+        "first_token": f"{_mean(seconds):.2f} s" if seconds else "",
+    }
+
+
+def _difference(one: Measured, reference: Measured) -> str:
+    """Mean F1 that is lost against a reference, of the questions that both have answered."""
+    common = one.rows.keys() & reference.rows.keys()
+    pairs = [(reference.rows[n]["f1"], one.rows[n]["f1"]) for n in sorted(common)]
+    if not pairs:
+        return ""
+    more, less = zip(*pairs, strict=True)
+    low, high = paired_interval(more, less)
+    return f"{_mean(more) - _mean(less):+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _examples(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    numbers = set.intersection(*(set(one.rows) for one in measured))
+    examples = []
+    for number in sorted(numbers)[:_EXAMPLES]:
+        rows = [one.rows[number] for one in measured]
+        examples.append(
+            {
+                "question": rows[0]["question"],
+                "gold": " · ".join(rows[0]["golds"]),
+                "answers": [
+                    {"text": row["prediction"], "is_right": bool(row["contains"])} for row in rows
+                ],
+            }
+        )
+    return examples
+
+
+def _axes(measured: Sequence[Measured]) -> Iterable[tuple[str, Callable[[Measured], float]]]:
+    """The horizontal axes for which there are values, each with a measurement's place on it."""
+    yield "source tokens per KV entry", lambda one: float(one.settings["ratio"] or 0)
+    for label, name in (
+        ("KV entries that each head attends to", "positions"),
+        ("seconds to the first token", "first_token_s"),
+    ):
+        if all(one.scores(name) for one in measured):
+            yield label, lambda one, name=name: _mean(one.scores(name))  # type: ignore[misc]
+
+
+def _plot(measured: Sequence[Measured], label: str, place: Callable[[Measured], float]) -> str:
+    """F1 with its interval over something, as SVG: lines for anchors, points for the rest."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    lines: dict[str, list[Measured]] = {}
+    for one in measured:
+        if place(one) > 0:
+            kind = "anchors" if one.settings["system"] == "compressed" else one.name
+            equal = ", equal heads" if "equal heads" in one.name else ""
+            lines.setdefault(f"{kind}{equal}, k={one.settings['k']}", []).append(one)
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=place)
+        means = [_mean(one.scores("f1")) for one in points]
+        bounds = [interval(one.scores("f1")) for one in points]
+        below = [mean - low for mean, (low, _) in zip(means, bounds, strict=True)]
+        above = [high - mean for mean, (_, high) in zip(means, bounds, strict=True)]
+        style = "o-" if len(points) > 1 else "s"
+        axes.errorbar(
+            [place(one) for one in points], means, yerr=[below, above], fmt=style,
+            color=f"C{number}", label=name, capsize=2, markersize=4, linewidth=1.5,
+        )  # fmt: skip
+    axes.set(xlabel=label, ylabel="F1", xscale="log", ylim=(0, None))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+    drawn = io.StringIO()
+    # A fixed salt gives equal figures equal names, and no date makes equal files equal.
+    with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _share(values: Sequence[float]) -> str:
+    return f"{_mean(values):.3f}" if values else ""
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

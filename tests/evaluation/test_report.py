@@ -1,0 +1,139 @@
+"""A page of what was measured holds every number and answer, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sac_rag.evaluation.report import read_measured, write_report
+from sac_rag.evaluation.scores import paired_interval
+
+GOLDS = {0: "Yersinia pestis", 1: "in 1912", 2: "<b>nobody</b>"}
+# Predictions and F1 of each system.
+PREDICTIONS: dict[tuple[str, int | None], dict[int, tuple[str, float]]] = {
+    ("full-text", 1): {0: ("a plague", 0.0), 1: ("1912", 0.67), 2: ("somebody", 0.0)},
+    ("compressed", 1): {0: ("Yersinia pestis", 1.0), 1: ("1912", 0.67), 2: ("nobody", 1.0)},
+    ("compressed", 5): {0: ("Yersinia", 0.67), 1: ("1912", 0.67), 2: ("", 0.0)},
+}
+
+
+def row(number: int, prediction: str, f1: float) -> dict[str, Any]:
+    return {
+        "number": number,
+        "id": str(number),
+        "question": f"Question {number}?",
+        "golds": [GOLDS[number]],
+        "prediction": prediction,
+        "em": float(f1 == 1),
+        "f1": f1,
+        "contains": float(f1 == 1),
+        "ended": True,
+        "positions": 100 + number,
+        "first_token_s": 0.5,
+        "seconds": 1.0,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for (system, ratio), answers in PREDICTIONS.items():
+        settings = {
+            "format": 1,
+            "system": system,
+            "ratio": ratio,
+            "budget": "shared" if system == "compressed" else None,
+            "k": 1,
+            "seed": 0,
+            "n": 3,
+            "dtype": "float32",
+            "prompt": {"user": "{chunks}{question}"},
+            "labels": {"model": "a-model", "data": ["dev.json"]},
+        }
+        # An interrupted run leaves questions in the order of their lengths.
+        lines = [settings, *(row(n, *answer) for n, answer in reversed(answers.items()))]
+        path = tmp_path / f"{system}-{ratio}x-k1.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Cells of the tables, tags, and addresses that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.fetched += [v for n, v in attrs if n in ("src", "href") and not v.startswith("#")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def page(folder: Path) -> Page:
+    path = write_report(folder, folder / "report.html", title="Which & why")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_each_system_has_its_scores_and_what_it_loses(page: Page) -> None:
+    by_name = {row[0].strip(): " ".join(" ".join(row).split()) for row in page.rows if row}
+    assert "0.890" in by_name["anchors, every token"]
+    assert "0.447" in by_name["anchors, 5x"]
+    low, high = paired_interval([1.0, 0.67, 1.0], [0.67, 0.67, 0.0])
+    assert f"+0.443 ({low:+.3f} to {high:+.3f})" in by_name["anchors, 5x"]
+    assert "101" in by_name["text"], "mean number of KV entries"
+    assert "0.50 s" in by_name["text"]
+
+
+def test_answers_stand_beside_the_gold_ones_as_text(page: Page) -> None:
+    answers = {row[0]: row[1:] for row in page.rows if row and row[0].startswith("Question")}
+    assert [cell.strip() for cell in answers["Question 0?"]] == [
+        "Yersinia pestis", "a plague", "Yersinia pestis", "Yersinia",
+    ]  # fmt: skip
+    assert answers["Question 2?"][0].strip() == "<b>nobody</b>"
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(page: Page) -> None:
+    assert page.fetched == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("svg") == 3
+
+
+def test_equal_answers_give_an_equal_page(folder: Path) -> None:
+    first = write_report(folder, folder / "a.html").read_bytes()
+    assert write_report(folder, folder / "b.html").read_bytes() == first
+    assert not re.search(rb"/tmp|/home", first)
+
+
+def test_answers_without_times_are_reported_without_them(folder: Path) -> None:
+    for path in folder.glob("*.jsonl"):
+        first, *lines = path.read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        for one in rows:
+            del one["positions"], one["first_token_s"]
+        path.write_text("\n".join([first, *map(json.dumps, rows)]) + "\n")
+    text = write_report(folder, folder / "report.html").read_text(encoding="utf-8")
+    assert Page(text).tags.count("svg") == 1
+
+
+def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must hold answers"):
+        write_report(tmp_path, tmp_path / "report.html")
+    (tmp_path / "other.jsonl").write_text('{"text": "no answers"}\n')
+    with pytest.raises(ValueError, match=r"other.jsonl must hold the answers of an evaluation"):
+        read_measured(tmp_path)

@@ -1,4 +1,4 @@
-"""bench choices | anchors | steps: measurements of training."""
+"""bench choices | methods | anchors | steps: measurements of training."""
 
 from __future__ import annotations
 
@@ -58,6 +58,65 @@ def choices(
     write(
         {"rows": outcomes},
         lambda: out.print(to_markdown(outcomes)),
+        as_json=as_json,
+    )
+
+
+def methods(
+    data: Questions,
+    text: Annotated[list[Path], typer.Option(help="Prose for the first stage.")],
+    held_out_text: Annotated[list[Path], typer.Option(help="Prose for the perplexity.")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder of results; run again to resume.")
+    ] = Path("runs/methods"),
+    config: Config = None,
+    only: Annotated[list[str] | None, typer.Option(help="A method; may be repeated.")] = None,
+    ratio: Annotated[int, typer.Option(min=1, help="Source tokens per anchor.")] = 5,
+    prose_steps: Annotated[int, typer.Option(min=1, help="Steps on prose.")] = 100,
+    question_steps: Annotated[int, typer.Option(min=1, help="Steps on questions.")] = 100,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="First layers of the model. Default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Runs of each; 0 for times alone.")] = 2,
+    repeats: Repeats = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Trains SAC, ICAE and 500xCompressor alike, and compares perplexity, answers and times."""
+    with loading():
+        from sac_rag.training.config import TrainConfig
+        from sac_rag.training.methods import compare_methods, time_methods, to_markdown
+    values = {
+        "eval_ratios": [ratio],
+        **(TrainConfig.read(config) if config else {}),
+        "data": [str(path) for path in data],
+        "text": [str(path) for path in text],
+        "ratios": [ratio],
+        "steps": question_steps,
+        "eval_every": question_steps,
+    }
+    base = TrainConfig.from_dict(values)
+    pull_if_default(base.model)
+    with loading():
+        speeds = time_methods(base, names=only or (), layers=layers, repeats=repeats)
+    outcomes = []
+    for outcome in compare_methods(
+        base,
+        [str(path) for path in held_out_text],
+        folder,
+        prose_steps=prose_steps,
+        names=only or (),
+        seeds=range(seeds),
+        layers=layers,
+    ):
+        outcomes.append(outcome)
+        notes.print(
+            f"{outcome.method}, seed {outcome.seed}: perplexity {outcome.perplexity:.1f}, "
+            f"F1 {outcome.f1:.3f}, accuracy {outcome.accuracy:.3f}",
+            markup=False,
+        )
+    write(
+        {"rows": outcomes, "speeds": speeds},
+        lambda: out.print(to_markdown(outcomes, speeds), markup=False),
         as_json=as_json,
     )
 

@@ -1,20 +1,22 @@
 """Anchor selection: the tokens of a segment whose KV is kept, and the segments of a chunk.
 
-The four ways of `CompressorConfig.anchors`, from the cheapest to the one that answers best:
+The ways of `CompressorConfig.anchors`, from the cheapest to the one that answers best:
 
 uniform     the middle token of every block of `ratio` tokens (`strided_anchors`)
+random      any tokens, the same whenever a text is compressed: a control (`random_anchors`)
 surprisal   the tokens that the frozen LM expected least (`surprisal`)
 attention   for each layer and head, the tokens that receive the most attention while the frozen LM
             reads the text a second time (`attention_when_read_again`)
 learned     for each layer and head, the tokens to which a fitted `Scorer` predicts the most
             attention, from their keys and values
 
-The first needs token counts only. The others give a score per token, of which `top_anchors` keeps
+The first two need token ids only. The others give a score per token, of which `top_anchors` keeps
 the highest, or `budget.ranked_entries` where heads keep different numbers of tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +73,22 @@ def strided_anchors(num_tokens: int, ratio: int) -> Tensor:
     if first >= num_tokens:
         first = 0
     return torch.arange(first, num_tokens, ratio)
+
+
+def random_anchors(tokens: Tensor, ratio: int) -> Tensor:
+    """Picks tokens at random, as many as `strided_anchors` gives; equal texts have equal ones.
+
+    Args:
+        tokens: Token ids, whose digest is the seed. Shape: (tokens,)
+        ratio: Source tokens per anchor, at least 1.
+
+    Returns:
+        In-segment indices, ascending, int64. Shape: (anchors,)
+    """
+    digest = hashlib.sha256(repr(tokens.tolist()).encode()).digest()
+    random = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    shuffled = torch.randperm(len(tokens), generator=random)
+    return shuffled[: num_anchors(len(tokens), ratio)].sort().values
 
 
 def top_anchors(scores: Tensor, ratio: int) -> Tensor:

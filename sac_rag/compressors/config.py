@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Attention = Literal["causal", "anchors", "full"]
-Anchors = Literal["uniform", "surprisal", "attention", "learned"]
+Anchors = Literal["uniform", "random", "surprisal", "attention", "learned"]
 Budget = Literal["shared", "layers", "uniform"]
 AnchorEmbedding = Literal["shared", "slot", "none"]
 Positions = Literal["appended", "uniform"]
@@ -27,9 +27,10 @@ class CompressorConfig:
 
     method: str = "sac"  # which compression method: a name in `checkpoint.METHODS`
     ratio: int = 5  # source tokens per anchor
-    # Which tokens are anchors: every n-th ("uniform"); the least predictable ("surprisal"); or, for
-    # each layer and head separately, those that receive the most attention when the text is read
-    # again ("attention"), or those to which a fitted scorer predicts it ("learned").
+    # Which tokens are anchors: every n-th ("uniform"); any, a control ("random"); the least
+    # predictable ("surprisal"); or, for each layer and head separately, those that receive the most
+    # attention when the text is read again ("attention"), or those to which a fitted scorer
+    # predicts it ("learned").
     anchors: Anchors = "uniform"
     # How many entries each head keeps of a text: the same number for all ("uniform"), the same in
     # a layer ("layers"), or as one ranking over all heads gives ("shared"); the last two need

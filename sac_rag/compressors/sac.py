@@ -12,6 +12,7 @@ from sac_rag.compressors.anchor_selection import (
     Scorer,
     attention_when_read_again,
     num_anchors,
+    random_anchors,
     strided_anchors,
     surprisal,
     token_features,
@@ -144,6 +145,8 @@ class SAC(TrainedCompressor):
         config, count = self.config, len(tokens)
         if config.anchors == "uniform":
             return strided_anchors(count, config.ratio).to(tokens.device)
+        if config.anchors == "random":
+            return random_anchors(tokens, config.ratio).to(tokens.device)
         if config.anchors == "learned":
             return torch.arange(count, device=tokens.device)
         measure = {"surprisal": surprisal, "attention": attention_when_read_again}[config.anchors]

@@ -55,7 +55,7 @@ class Measured:
             return "anchors, every token" if ratio == 1 else f"anchors, {ratio}x{equal}"
         if system == "truncated":
             return f"text cut to 1 in {ratio}"
-        return {"full-text": "text", "no-text": "nothing"}.get(system, system)
+        return str({"full-text": "text", "no-text": "nothing"}.get(system, system))
 
     @property
     def order(self) -> tuple[Any, ...]:

@@ -44,7 +44,13 @@ app.command()(report.report)
 app.command()(convert.convert)
 store.app.command("export")(archive.export)
 store.app.command("import")(archive.import_)
-for measurement in (training.choices, training.anchors, training.steps):
+for measurement in (
+    training.choices,
+    training.methods,
+    training.anchors,
+    training.sinks,
+    training.steps,
+):
     bench.app.command()(measurement)
 app.add_typer(store.app, name="store")
 app.add_typer(models.app, name="models")

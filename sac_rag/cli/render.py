@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sac_rag.stores.disk import StoreStats
     from sac_rag.training.anchor_oracle import AnchorChoice
     from sac_rag.training.fit import FitFigure
+    from sac_rag.training.sinks import SinkScore
     from sac_rag.training.step_speed import StepSpeed
 
 
@@ -423,6 +424,18 @@ def print_anchors(rows: Sequence[AnchorChoice]) -> None:
         figures = (f"{row.attention_kept:.1%}", f"{row.loss:.3f}", f"{row.accuracy:.3f}")
         table.add_row(f"{row.ratio}x", row.anchors, *figures)
     _print_table(table)
+
+
+def print_sinks(rows: Sequence[SinkScore]) -> None:
+    """A row per sink: loss and accuracy in each prompt."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    table = _table("sink", *prompts)
+    for sink in dict.fromkeys(row.sink for row in rows):
+        of_sink = {row.prompt: row for row in rows if row.sink == sink}
+        scored = (of_sink[prompt] for prompt in prompts)
+        table.add_row(sink, *(f"{row.loss:.3f} / {row.accuracy:.3f}" for row in scored))
+    out.print("loss, nats per token / share of tokens right, every token kept\n")
+    out.print(table)
 
 
 def print_fit(figures: Sequence[FitFigure]) -> None:

@@ -1,4 +1,4 @@
-"""bench choices | methods | anchors | steps: measurements of training."""
+"""bench choices | methods | anchors | sinks | steps: measurements of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sac_rag.cli.options import (
     Seed,
 )
 from sac_rag.cli.progress import progress
-from sac_rag.cli.render import notes, out, print_anchors, print_steps, write
+from sac_rag.cli.render import notes, out, print_anchors, print_sinks, print_steps, write
 
 
 def choices(
@@ -155,6 +155,37 @@ def anchors(
         objective = Objective(loaded, maker.prefix_ids)
         figures = compare_anchors(objective, rows, ratio or (5,), on_progress=advance)
     write({"rows": figures}, lambda: print_anchors(figures), as_json=as_json)
+
+
+def sinks(
+    data: Questions,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a training prompt; may be repeated. Default: five."),
+    ] = None,
+    limit: Limit = 12,
+    seed: Seed = 0,
+    model: ModelOfCompressor = "smollm2-135m",
+    as_json: AsJson = False,
+) -> None:
+    """Answers from passages encoded behind several sinks: which one serves all prompts."""
+    from sac_rag.evaluation.questions import read_questions
+
+    examples = list(read_questions(data))
+    pull_if_default(model)
+    with loading():
+        from sac_rag.lm.generator import Generator
+        from sac_rag.training.sinks import compare_sinks, sinks_of
+
+        generator = Generator.from_pretrained(model)
+    chosen = random.Random(seed).sample(examples, min(limit, len(examples)))
+    prompts = prompt or ["spans", "passages", "excerpts", "given-context", "knowledge-in-system"]
+    texts, rows = sinks_of(generator), []
+    with progress("asking", total=len(texts) * len(prompts), show=not as_json) as advance:
+        for row in compare_sinks(generator, chosen, prompts, texts):
+            rows.append(row)
+            advance(1)
+    write({"rows": rows}, lambda: print_sinks(rows), as_json=as_json)
 
 
 def steps(

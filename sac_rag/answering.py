@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
+from torch import Tensor
+
 from sac_rag.cached import CachedCompressor, OnMiss
 from sac_rag.chunk import Chunk
 from sac_rag.fetched import Fetched
@@ -15,7 +17,9 @@ from sac_rag.kv import AnchorKV
 from sac_rag.prefix_cache import Prefixes
 from sac_rag.prompts.assemble import Part, Prompt, assemble, require_room
 from sac_rag.prompts.chat import Markup, Piece
-from sac_rag.prompts.generate import Decoding, Generation
+from sac_rag.prompts.decode import Decoder
+from sac_rag.prompts.decoding import Decoding
+from sac_rag.prompts.generate import Generation
 from sac_rag.reports import Answer, ChunkReport, Timings, Usage
 from sac_rag.telemetry import Meter, Trace
 
@@ -249,25 +253,44 @@ class Run:
     def steps(self) -> Iterator[list[str]]:
         """The new text of every row, per step; the clock stops while the caller works."""
         steps = iter(self.generation)
-        error: str | None = None
-        try:
+        with self.accounted():
             while True:
                 started = time.perf_counter()
                 pieces = next(steps, None)
-                elapsed = time.perf_counter() - started
-                if not self.prefill_s:
-                    self.prefill_s = elapsed
-                    self.meter.first_token(self.timings.time_to_first_token_s)
-                else:
-                    self.decode_s += elapsed
+                self._spent(time.perf_counter() - started)
                 if pieces is None:
                     return
                 yield pieces
+
+    def begin(self, decoder: Decoder) -> None:
+        """Reads the prompt as rows of a decoder that others share."""
+        started = time.perf_counter()
+        self.generation.begin(decoder)
+        self._spent(time.perf_counter() - started)
+
+    def take(self, tokens: Tensor, rows: Sequence[int], seconds: float) -> None:
+        """Adds a token to some rows, from a step that took this long; see `Generation.take`."""
+        self.generation.take(tokens, rows)
+        self._spent(seconds)
+
+    @contextmanager
+    def accounted(self) -> Iterator[None]:
+        """Counts and reports the call at the end, also when its caller leaves before that."""
+        error: str | None = None
+        try:
+            yield
         except Exception as problem:
             error = type(problem).__name__
             raise
         finally:
             self._account(error)
+
+    def _spent(self, seconds: float) -> None:
+        if self.prefill_s:
+            self.decode_s += seconds
+        else:
+            self.prefill_s = seconds
+            self.meter.first_token(self.timings.time_to_first_token_s)
 
     @property
     def timings(self) -> Timings:
@@ -301,7 +324,6 @@ class Run:
         ]
 
     def _account(self, error: str | None) -> None:
-        """Counts and reports the call, also when its caller leaves before the end."""
         usages = [self._usage(row) for row in range(len(self.reports))]
         counts = {
             "questions": len(usages),

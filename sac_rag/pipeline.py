@@ -64,7 +64,7 @@ class SacRAG:
         self.decoding = decoding or Decoding()
         self.prefixes = Prefixes(self.generator)
         self._meter = Meter(compressor.store.evictions)
-        self._gatherer = Gatherer()
+        self._gatherer = Gatherer(self.generator)
         self.self_check()
 
     @classmethod

@@ -24,7 +24,7 @@ TIMEOUT = 120
 def rag(llama: Generator, home: Any, monkeypatch: pytest.MonkeyPatch) -> SacRAG:
     """A pipeline that waits for prompts as long as a loaded machine takes to submit a few."""
     rag = SacRAG(CachedCompressor(make_compressor(llama, "sac"), {}), decoding=SHORT)
-    monkeypatch.setattr(rag, "_gatherer", Gatherer(window_s=0.5))
+    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, window_s=0.5))
     return rag
 
 
@@ -120,6 +120,35 @@ def test_a_cancelled_prompt_ends_its_batch(rag: SacRAG) -> None:
     assert results([rag.submit_chat(asking(1))])
     handle.remove()
     assert len(passes) < 40
+
+
+def test_a_prompt_joins_those_that_are_answered_and_takes_the_place_of_one_that_ended(
+    rag: SacRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, size=2, window_s=0.01))
+    longest, short = Decoding(max_new_tokens=60), Decoding(max_new_tokens=5)
+    alone = [rag.chat([asking(0)], longest)[0], *(rag.chat([asking(n)], short)[0] for n in (1, 2))]
+    assert alone[0].usage.generated_tokens > 20
+    rows: list[int] = []
+    running, submitted = threading.Event(), threading.Event()
+
+    def seen(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        rows.append(len(keywords["inputs_embeds"]))
+        running.set()
+        assert submitted.wait(TIMEOUT)
+
+    handle = rag.generator.model.base_model.register_forward_pre_hook(seen, with_kwargs=True)
+    futures = [rag.submit_chat(asking(0), longest)]
+    assert running.wait(TIMEOUT)
+    futures += [rag.submit_chat(asking(number), short) for number in (1, 2)]
+    submitted.set()
+    assert [answer.text for answer in results(futures)] == [answer.text for answer in alone]
+    handle.remove()
+    assert max(rows) == 2
+    # Two prompts of five tokens beside the long one, one after the other.
+    assert rows.count(2) == 2 * 4
+    metrics = rag.metrics()
+    assert metrics.questions == 6
 
 
 def test_a_prompt_cancelled_while_it_waits_is_not_answered(rag: SacRAG, batches: list[int]) -> None:

@@ -7,66 +7,21 @@ after "Answer:" models begin with a space or a new line.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from sac_rag.lm.attention import as_inputs
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import Prompt
+from sac_rag.prompts.decode import Decoder
+from sac_rag.prompts.decoding import Decoding
+
+__all__ = ["Decoding", "FinishReason", "Generation", "next_tokens"]
 
 FinishReason = Literal["eos", "stop", "length"]
 
 # Decoded text of an incomplete character in a byte-level tokenizer.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen and when an answer ends.
-
-    Attributes:
-        max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the most likely token (greedy); above 0 samples.
-        top_p: Sample from the most likely tokens that together have this probability.
-        top_k: Sample from this number of most likely tokens; 0 for no limit.
-        stop: Texts at which an answer ends; they are not part of it. None for those of the prompt
-            format after its own prompts and none after any other; () for none. A stop text in the
-            white space before the first word does not end an answer.
-        seed: Makes sampling repeatable. None uses torch's global state.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.stop is not None:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            object.__setattr__(self, "stop", stop)
-        for name, good, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or above"),
-            ("stop", all(self.stop or ()), "made of texts that are not empty"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {expected}, was: {getattr(self, name)!r}")
 
 
 class Generation:
@@ -111,20 +66,54 @@ class Generation:
         """Text of each row so far, without leading white space."""
         return [writer.text for writer in self._writers]
 
+    @property
+    def open_rows(self) -> list[int]:
+        """Rows that have not ended."""
+        return [row for row, reason in enumerate(self.finish_reasons) if reason is None]
+
     def __iter__(self) -> Iterator[list[str]]:
         return self._steps
 
-    def _write(self) -> Iterator[list[str]]:
-        for step, tokens in enumerate(next_tokens(self._generator, self._prompt, self._decoding)):
-            last = step + 1 == self._decoding.max_new_tokens
-            yield [self._take(row, token, last) for row, token in enumerate(tokens.tolist())]
-            if all(self.finish_reasons):
-                return
+    def begin(self, decoder: Decoder) -> list[str]:
+        """Reads the prompt, as rows of a decoder; returns the first text of every row."""
+        return self.take(decoder.join(self._prompt, self._decoding), range(len(self._writers)))
 
-    def _take(self, row: int, token: int, last: bool) -> str:
+    def take(self, tokens: Tensor, rows: Sequence[int]) -> list[str]:
+        """Adds a token to some rows; those that have ended ignore it.
+
+        Args:
+            tokens: Shape: (rows,)
+            rows: The row of each token.
+
+        Returns:
+            The new text of every row.
+        """
+        pieces = [""] * len(self._writers)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            pieces[row] = self._take(row, token)
+        return pieces
+
+    def _write(self) -> Iterator[list[str]]:
+        decoder = Decoder(self._generator)
+        rows = list(range(len(self._writers)))
+        yield self.begin(decoder)
+        while self.open_rows:
+            # Copying the cache costs as much as some steps of the rows that it drops.
+            if self.rows_may_leave and 2 * len(self.open_rows) <= len(rows):
+                decoder.keep([place for place, row in enumerate(rows) if row in self.open_rows])
+                rows = self.open_rows
+            yield self.take(decoder.step(), rows)
+
+    @property
+    def rows_may_leave(self) -> bool:
+        """Whether the other rows' tokens stay the same: samples share random numbers."""
+        return self._decoding.temperature == 0
+
+    def _take(self, row: int, token: int) -> str:
         if self.finish_reasons[row]:
             return ""
         self.num_tokens[row] += 1
+        last = self.num_tokens[row] == self._decoding.max_new_tokens
         writer = self._writers[row]
         if token in self._generator.eos_ids:
             piece = writer.flush()
@@ -140,46 +129,15 @@ class Generation:
 
 
 def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Iterator[Tensor]:
-    """Reads a prompt in one forward pass, then generates token by token.
+    """Reads a prompt in one forward pass, then generates token by token, whatever the tokens are.
 
     Yields:
         The next token of every row. Shape: (rows,)
     """
-    choose = _chooser(decoding, generator.device)
-    inputs = prompt.inputs()
-    next_positions = prompt.next_positions[:, None]
-    masks = prompt.masks.of_next(decoding.max_new_tokens)
-    for step in range(decoding.max_new_tokens):
-        # The model is locked for each step only: a slow consumer must not block other threads.
-        with generator.running(prompt.adapter) as model, torch.no_grad():
-            logits: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]
-        tokens = choose(logits)
-        yield tokens
-        remaining = decoding.max_new_tokens - step - 1
-        inputs |= {
-            "inputs_embeds": generator.embed(tokens[:, None]),
-            "position_ids": next_positions + step,
-            **as_inputs([mask[..., : mask.shape[-1] - remaining] for mask in masks]),
-        }
-
-
-def _chooser(decoding: Decoding, device: torch.device) -> Any:
-    if decoding.temperature == 0:
-        return lambda logits: logits.argmax(dim=-1)
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature))])
-    if decoding.top_k:
-        warpers.append(TopKLogitsWarper(decoding.top_k))
-    if decoding.top_p < 1:
-        warpers.append(TopPLogitsWarper(decoding.top_p))
-    random: torch.Generator | None = None
-    if decoding.seed is not None:
-        random = torch.Generator(device).manual_seed(decoding.seed)
-
-    def sample(logits: Tensor) -> Tensor:
-        probabilities = warpers(None, logits.float()).softmax(dim=-1)
-        return torch.multinomial(probabilities, 1, generator=random)[:, 0]
-
-    return sample
+    decoder = Decoder(generator)
+    yield decoder.join(prompt, decoding)
+    for _ in range(decoding.max_new_tokens - 1):
+        yield decoder.step()
 
 
 class _Writer:

@@ -57,8 +57,8 @@ class MemoryCompressor(TrainedCompressor):
     @classmethod
     def default_config(cls, **changes: object) -> CompressorConfig:
         """The config of the method, with some fields changed."""
-        own = {"attention": "causal", "anchor_embedding": "slot"}
-        return CompressorConfig(**{"method": cls.method, **own, **changes})  # type: ignore[arg-type]
+        fixed = {"attention": "causal", "anchor_embedding": "slot"}
+        return CompressorConfig(**{"method": cls.method, **fixed, **changes})  # type: ignore[arg-type]
 
     def at_ratio(self, ratio: int) -> Self:
         """Refuses another ratio: memory embeddings are trained for one number of tokens each."""

@@ -80,16 +80,16 @@ def draw(
     if limit is not None:
         numbers = random.Random(seed).sample(numbers, min(limit, len(asked)))
     trials = []
-    found = 0
+    num_hits = 0
     for number in numbers:
         example, question = asked[number]
         if retrieve is None:
             chunks = pool.passages_for(example, k, random.Random(f"{seed} {number}"))
         else:
             chunks = list(retrieve(question.text, k))
-            found += not {c.text for c in chunks}.isdisjoint(c.text for c in example.gold)
+            num_hits += not {c.text for c in chunks}.isdisjoint(c.text for c in example.gold)
         trials.append(Trial(number, question, tuple(chunks)))
-    recall = found / len(trials) if retrieve is not None else None
+    recall = num_hits / len(trials) if retrieve is not None else None
     return Sample(tuple(trials), k, seed, recall)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import close_session
 from support.models import PROSE, make_model, make_tokenizer
 
 from sac_rag.chunk import Chunk
@@ -85,11 +86,14 @@ def library(model: Path, tmp_path: Path, home: Path) -> Path:
 
 
 @pytest.fixture
-def offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing has been pulled, and nothing can be: not from the Hub, nor by pip."""
+    close_session()  # it keeps the proxies that it was opened with
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    yield
+    close_session()
 
 
 def arguments_of(command: str, library: Path) -> list[str | Path]:

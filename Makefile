@@ -5,8 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Everything installed is newer than what asks for it.
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
+# Questions for the peers, and how many of them.
+DATA ?=
+N ?= 20
 
-.PHONY: setup demo test notebooks wheel check fix bench clean
+.PHONY: setup demo test notebooks wheel check fix bench peers clean
 
 setup: $(INSTALLED)
 	@$(BIN)/sac-rag models pull
@@ -43,5 +47,21 @@ bench: setup
 	$(BIN)/sac-rag bench speed
 	$(BIN)/sac-rag bench precompress
 
+# What users would pick instead, beside SAC: make peers DATA=dev.json. An environment of its own, since
+# kvpress and llmlingua refuse transformers 5: they are installed without their dependencies.
+peers: $(PEERS)/.installed
+	$(PEERS)/bin/sac-rag bench peers --list
+ifneq ($(DATA),)
+	$(PEERS)/bin/sac-rag bench quality --data $(DATA) -k 1 -n $(N) --ratio 5 --ratio 15 --out runs/peers
+	$(PEERS)/bin/sac-rag bench peers --data $(DATA) -k 1 -n $(N) --ratio 5 --ratio 15 --out runs/peers
+	$(PEERS)/bin/sac-rag report runs/peers
+endif
+
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(PEERS)/bin/python -m pip install --quiet --no-deps kvpress==0.5.5 llmlingua==0.2.2
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

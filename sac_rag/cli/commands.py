@@ -17,6 +17,7 @@ from sac_rag.cli import (
     evaluate,
     fit,
     models,
+    peers,
     precompress,
     report,
     store,
@@ -50,6 +51,7 @@ for measurement in (
     training.anchors,
     training.sinks,
     training.steps,
+    peers.peers,
 ):
     bench.app.command()(measurement)
 app.add_typer(store.app, name="store")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from sac_rag.benchmarks.dtypes import DtypeRow
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sac_rag.collection import Collection
     from sac_rag.demo import DemoResult
     from sac_rag.evaluation.dropin import DropinResult
+    from sac_rag.evaluation.peers.registry import PeerStatus
     from sac_rag.evaluation.quality import QualityResult
     from sac_rag.precompress.estimate import Estimate
     from sac_rag.precompress.job import JobReport
@@ -435,6 +436,22 @@ def print_sinks(rows: Sequence[SinkScore]) -> None:
         scored = (of_sink[prompt] for prompt in prompts)
         table.add_row(sink, *(f"{row.loss:.3f} / {row.accuracy:.3f}" for row in scored))
     out.print("loss, nats per token / share of tokens right, every token kept\n")
+    out.print(table)
+
+
+def print_peers(rows: Sequence[PeerStatus]) -> None:
+    """A row per peer: what it does, its package, and why it cannot run."""
+    table = Table(
+        Column("peer", no_wrap=True),
+        Column("package", no_wrap=True),
+        "what it does",
+        "cannot run because",
+        box=None,
+        pad_edge=False,
+    )
+    for row in rows:
+        package = f"{row.package} {row.version}".strip() or "sac-rag"
+        table.add_row(row.name, package, row.does, row.reason)
     out.print(table)
 
 

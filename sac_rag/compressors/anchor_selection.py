@@ -141,20 +141,39 @@ def attention_when_read_again(generator: Generator, sink: Sequence[int], tokens:
         The largest attention weight over all queries of a KV head, float32.
         Shape: (layers, kv_heads, tokens)
     """
-    _, kv_heads, _ = generator.kv_shape
-    sink_length, count = len(sink), len(tokens)
+    attentions, _ = read_again(generator, sink, tokens)
+    received = max_received_attention(attentions, generator.kv_shape[1])
+    return received[:, :, len(sink) : len(sink) + len(tokens)]
+
+
+@torch.no_grad()
+def read_again(
+    generator: Generator, sink: Sequence[int], tokens: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Any]]:
+    """Attention and KV of the frozen LM that reads a text, then a prompt and the text again.
+
+    Args:
+        generator: The frozen LM.
+        sink: Token ids read before the text.
+        tokens: Shape: (tokens,)
+
+    Returns:
+        Attention weights of the second reading, one tensor per layer, Shape of each: (1,
+        query_heads, queries, entries); and the layers of the cache, with the entries of the sink,
+        the text and the second reading.
+    """
     text = torch.cat([torch.tensor(sink, dtype=torch.long, device=tokens.device), tokens])
     again = torch.tensor(generator.tokenize(REPEAT_PROMPT), device=tokens.device)
     with generator.running() as model:
         cache = model.base_model(text[None], use_cache=True).past_key_values
         with eager_attention(model):
-            attentions = model.base_model(
+            output = model.base_model(
                 torch.cat([again, tokens])[None],
                 past_key_values=cache,
                 use_cache=True,
                 output_attentions=True,
-            ).attentions
-    return max_received_attention(attentions, kv_heads)[:, :, sink_length : sink_length + count]
+            )
+    return output.attentions, output.past_key_values.layers
 
 
 @contextmanager

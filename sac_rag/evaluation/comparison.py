@@ -138,4 +138,5 @@ def _attended(result: QualityResult, several: bool) -> str:
         return f"anchors, {result.ratio}x{budget}"
     if result.system == "truncated":
         return f"text cut to 1 in {result.ratio}"
-    return "text" if result.system == "full-text" else "nothing"
+    names = {"full-text": "text", "no-text": "nothing"}
+    return names.get(result.system, f"{result.system}, {result.ratio}x")

@@ -7,7 +7,8 @@ full-text    from the chunks' text, read in one piece
 truncated    from the first tokens of each chunk, as many as it would have anchors
 no-text      from the question alone
 
-A compressor's heading, if it has one, is read in front of each chunk by all but the last.
+A compressor's heading, if it has one, is read in front of each chunk by all but the last. Any other
+system (see `peers`) is measured alike, as an Answering.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from sac_rag.cached import CachedCompressor, OnMiss
 from sac_rag.chunk import Chunk
@@ -42,6 +43,7 @@ from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer
 
 System = Literal["compressed", "full-text", "truncated", "no-text"]
+AnswerTrials: TypeAlias = Callable[[Sequence[Trial], Decoding], Sequence[Answer]]
 
 # Padded source tokens of a batch: text takes memory for each pair of them.
 _BATCH_TOKENS = 16_384
@@ -52,7 +54,7 @@ class QualityResult:
     """Scores of one system. EM, F1 and contains are means, from 0 to 1.
 
     Attributes:
-        system: The system that answers.
+        system: The system that answers, a System or the name of a peer.
         ratio: Source tokens per anchor, or per token read; None where no text is read.
         budget: How entries are distributed over heads; None where no anchors are read.
         k: Chunks per question.
@@ -64,7 +66,7 @@ class QualityResult:
         seed: Of the sample.
         dtype: Dtype that the model computes in.
         prompt: Digest of the prompt format; systems are comparable where it is the same.
-        fingerprint: The compressor's; None where no anchors are read.
+        fingerprint: The compressor's or the peer's; None where plain text is read.
         generator_adapter: Rank of the generator's LoRA with the compressor; 0 for the frozen LM.
         seconds: Time of the answers, reading and compressing included.
         ended: Share of answers that ended before max_new_tokens; None where that is not recorded.
@@ -76,7 +78,7 @@ class QualityResult:
             passages are given.
     """
 
-    system: System
+    system: str
     ratio: int | None
     budget: Budget | None
     k: int
@@ -97,6 +99,28 @@ class QualityResult:
     positions: float | None = None
     first_token_s: float | None = None
     recall: float | None = None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A system under measurement, and what its answers depend on besides model and questions.
+
+    Attributes:
+        system: Its name: a System, or that of a peer.
+        ratio: Source tokens per KV entry, or per token read; None where no text is read.
+        answer: Answers trials, in order, all in one batch.
+        budget: How entries are distributed over heads; None where that has no meaning.
+        fingerprint: Digest of everything that determines what it makes of a text; None where that
+            is read as it is.
+        generator_adapter: Rank of the generator's LoRA; 0 for the frozen LM.
+    """
+
+    system: str
+    ratio: int | None
+    answer: AnswerTrials
+    budget: Budget | None = None
+    fingerprint: str | None = None
+    generator_adapter: int = 0
 
 
 def evaluate(
@@ -138,29 +162,78 @@ def evaluate(
     """
     if system not in get_args(System):
         raise ValueError(f"system must be one of {', '.join(get_args(System))}, was: {system!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
     compressor = rag.compressor.inner
     ratio = _ratio(system, ratio, compressor.config.ratio)
     trials = as_read(sample.trials, system, compressor, ratio)
-    reader = _reader(rag, system)
+    reader = _compressed_reader(rag) if system == "compressed" else text_reader(rag)
+    is_compressed = system == "compressed"
+    return evaluate_answering(
+        Answering(
+            system=system,
+            ratio=ratio,
+            answer=answered_by(reader),
+            budget=rag.compressor.config.budget if is_compressed else None,
+            fingerprint=rag.compressor.fingerprint if is_compressed else None,
+            generator_adapter=reader.compressor.config.generator_adapter_rank,
+        ),
+        rag,
+        replace(sample, trials=tuple(trials)),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        out=out,
+        labels=labels,
+        on_progress=on_progress,
+    )
+
+
+def evaluate_answering(
+    answering: Answering,
+    rag: SacRAG,
+    sample: Sample,
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    out: str | os.PathLike[str] | None = None,
+    labels: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> QualityResult:
+    """Answers all questions of a sample with any system, and scores the answers.
+
+    Args:
+        answering: The system.
+        rag: Model and prompt format that the system uses.
+        sample: The questions, with the chunks that the system is asked about.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Questions answered together.
+        out: A JSON Lines file; see `evaluate`.
+        labels: Noted in the first line of `out`.
+        on_progress: Called with the number of questions answered since the last call.
+
+    Raises:
+        ValueError: for an `out` of other settings, or a batch size below 1; and whatever the system
+            raises.
+        OSError: if `out` cannot be written.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
+    trials = sample.trials
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
-    settings = _settings(rag, sample, trials, system, ratio, decoding)
+    settings = _settings(rag, sample, answering, decoding)
     answers = Answers(Path(out) if out is not None else None, settings, labels or {})
     if answers.by_number and on_progress is not None:
         on_progress(len(answers.by_number))
     for batch in _batches(trials, rag.generator, batch_size):
         # Batches do not depend on earlier answers, so neither do the answers: a batch that was left
         # half finished is answered again as a whole.
-        new = _answer(reader, batch, answers, decoding)
+        new = _answer(answering.answer, batch, answers, decoding)
         if new and on_progress is not None:
             on_progress(new)
     rows = [answers.by_number[trial.number] for trial in trials]
     scores = [row["f1"] for row in rows]
     return QualityResult(
-        system=system,
-        ratio=ratio,
-        budget=settings["budget"],
+        system=answering.system,
+        ratio=answering.ratio,
+        budget=answering.budget,
         k=sample.k,
         n=len(rows),
         em=_mean([row["em"] for row in rows]),
@@ -170,8 +243,8 @@ def evaluate(
         seed=sample.seed,
         dtype=settings["dtype"],
         prompt=digest_json(settings["prompt"]),
-        fingerprint=settings["fingerprint"],
-        generator_adapter=reader.compressor.config.generator_adapter_rank,
+        fingerprint=answering.fingerprint,
+        generator_adapter=answering.generator_adapter,
         seconds=sum(row["seconds"] for row in rows),
         ended=_mean_of(rows, "ended"),
         rouge1=_mean([rouge1(row["prediction"], row["golds"]) for row in rows]),
@@ -182,59 +255,62 @@ def evaluate(
     )
 
 
-def _answer(reader: SacRAG, batch: list[Trial], answers: Answers, decoding: Decoding) -> int:
+def _answer(answer: AnswerTrials, batch: list[Trial], answers: Answers, decoding: Decoding) -> int:
     """Answers a batch, unless all of it is answered; returns the number of new answers."""
     if all(trial.number in answers.by_number for trial in batch):
         return 0
     started = time.perf_counter()
-    written = reader.batch([(trial.question.text, trial.chunks) for trial in batch], decoding)
+    written = answer(batch, decoding)
     seconds = (time.perf_counter() - started) / len(batch)
     new = [
-        _scored(trial, answer, seconds)
-        for trial, answer in zip(batch, written, strict=True)
+        _scored(trial, one, seconds)
+        for trial, one in zip(batch, written, strict=True)
         if trial.number not in answers.by_number
     ]
     answers.add(new)
     return len(new)
 
 
-def _reader(rag: SacRAG, system: System) -> SacRAG:
-    """The pipeline that answers for a system."""
-    if system == "compressed":
-        # A chunk that is missing must not be scored as if it were compressed.
-        on_miss: OnMiss = "compress" if rag.compressor.computes else "raise"
-        return SacRAG(rag.compressor, prompt_format=rag.prompt_format, on_miss=on_miss)
+def answered_by(reader: SacRAG) -> AnswerTrials:
+    """Answers of a pipeline to trials, as one batch."""
+    return lambda trials, decoding: reader.batch(
+        [(trial.question.text, trial.chunks) for trial in trials], decoding
+    )
+
+
+def _compressed_reader(rag: SacRAG) -> SacRAG:
+    """The pipeline that answers from anchors."""
+    # A chunk that is missing must not be scored as if it were compressed.
+    on_miss: OnMiss = "compress" if rag.compressor.computes else "raise"
+    return SacRAG(rag.compressor, prompt_format=rag.prompt_format, on_miss=on_miss)
+
+
+def text_reader(rag: SacRAG) -> SacRAG:
+    """The pipeline that answers from the chunks' text, with the frozen LM."""
     # With an empty store and misses read as text, the pipeline is a plain reader.
     plain = CachedCompressor(rag.compressor.inner.without_generator_adapter(), {})
     return SacRAG(plain, prompt_format=rag.prompt_format, on_miss="text")
 
 
 def _settings(
-    rag: SacRAG,
-    sample: Sample,
-    trials: Sequence[Trial],
-    system: System,
-    ratio: int | None,
-    decoding: Decoding,
+    rag: SacRAG, sample: Sample, answering: Answering, decoding: Decoding
 ) -> dict[str, Any]:
     """Everything that determines the answers, for the first line of their file."""
-    config = rag.compressor.config
-    is_compressed = system == "compressed"
     return {
-        "system": system,
-        "ratio": ratio,
-        "budget": config.budget if is_compressed else None,
+        "system": answering.system,
+        "ratio": answering.ratio,
+        "budget": answering.budget,
         "k": sample.k,
         "seed": sample.seed,
-        "n": len(trials),
-        "questions": digest_json([asdict(trial) for trial in trials]),
+        "n": len(sample.trials),
+        "questions": digest_json([asdict(trial) for trial in sample.trials]),
         "prompt": json.loads(rag.prompt_format.to_json()),
-        "heading": config.heading or None,
+        "heading": rag.compressor.config.heading or None,
         "max_new_tokens": decoding.max_new_tokens,
         "stop": list(rag.prompt_format.stop if decoding.stop is None else decoding.stop),
         "dtype": rag.generator.dtype_name,
         "model": digest_json(rag.generator.identity),
-        "fingerprint": rag.compressor.fingerprint if is_compressed else None,
+        "fingerprint": answering.fingerprint,
     }
 
 
@@ -266,17 +342,22 @@ def as_read(
         return list(trials)
 
     def cut(chunk: Chunk) -> Chunk:
-        ids = compressor.generator.tokenize(chunk.text)
-        compressed = len(compressor.heading_ids) + len(ids)
-        bounds = segment_bounds(compressed, compressor.config.segment_tokens)
-        count = sum(num_anchors(end - begin, ratio) for begin, end in bounds)
-        return replace(chunk, text=_beginning(chunk.text, ids, count, compressor.generator))
+        count = token_budget(chunk, compressor, ratio)
+        return replace(chunk, text=beginning(chunk.text, count, compressor.generator))
 
     return [replace(trial, chunks=tuple(map(cut, trial.chunks))) for trial in trials]
 
 
-def _beginning(text: str, ids: list[int], count: int, generator: Generator) -> str:
+def token_budget(chunk: Chunk, compressor: Compressor, ratio: int) -> int:
+    """Tokens, or KV entries per head, that may stand for a chunk: its anchors at a ratio."""
+    count = len(compressor.heading_ids) + len(compressor.generator.tokenize(chunk.text))
+    bounds = segment_bounds(count, compressor.config.segment_tokens)
+    return sum(num_anchors(end - begin, ratio) for begin, end in bounds)
+
+
+def beginning(text: str, count: int, generator: Generator) -> str:
     """The longest beginning of a text that has at most `count` tokens."""
+    ids = generator.tokenize(text)
     if count >= len(ids):
         return text
     for length in range(count, 0, -1):

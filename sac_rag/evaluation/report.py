@@ -55,11 +55,22 @@ class Measured:
             return "anchors, every token" if ratio == 1 else f"anchors, {ratio}x{equal}"
         if system == "truncated":
             return f"text cut to 1 in {ratio}"
-        return str({"full-text": "text", "no-text": "nothing"}.get(system, system))
+        if system in ("full-text", "no-text"):
+            return "text" if system == "full-text" else "nothing"
+        return f"{self.kind}, {ratio}x"
+
+    @property
+    def kind(self) -> str:
+        """What a line of a plot has in common: its name without the ratio."""
+        if self.settings["system"] == "compressed":
+            return "anchors" + (", equal heads" if "equal heads" in self.name else "")
+        if self.settings["system"] in _SYSTEMS:
+            return self.name
+        return str(self.settings["labels"].get("title", self.settings["system"]))
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Position in a table: text first, then anchors from low to high ratios."""
+        """Position in a table: text first, then anchors from low to high ratios, then peers."""
         system = self.settings["system"]
         place = _SYSTEMS.index(system) if system in _SYSTEMS else len(_SYSTEMS)
         return place, system, self.settings["budget"] or "", self.settings["ratio"] or 0
@@ -209,16 +220,14 @@ def _axes(measured: Sequence[Measured]) -> Iterable[tuple[str, Callable[[Measure
 
 
 def _plot(measured: Sequence[Measured], label: str, place: Callable[[Measured], float]) -> str:
-    """F1 with its interval over something, as SVG: lines for anchors, points for the rest."""
+    """F1 with its interval over something, as SVG: lines over ratios, points for the rest."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     lines: dict[str, list[Measured]] = {}
     for one in measured:
         if place(one) > 0:
-            kind = "anchors" if one.settings["system"] == "compressed" else one.name
-            equal = ", equal heads" if "equal heads" in one.name else ""
-            lines.setdefault(f"{kind}{equal}, k={one.settings['k']}", []).append(one)
+            lines.setdefault(f"{one.kind}, k={one.settings['k']}", []).append(one)
     for number, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=place)
         means = [_mean(one.scores("f1")) for one in points]

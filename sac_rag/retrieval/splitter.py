@@ -7,6 +7,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from sac_rag.chunk import Chunk
@@ -84,6 +85,17 @@ def _sentence_ends(text: str) -> Iterator[int]:
             match[0] == "." and _NO_END.search(text, max(0, start - 12), start)
         ):
             yield end
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text in order, without white space around them.
+
+    A paragraph's end ends a sentence too; abbreviations and initials do not.
+    """
+    paragraphs = (match.start() for match in _PARAGRAPH.finditer(text))
+    ends = sorted({0, *paragraphs, *_sentence_ends(text), len(text)})
+    pieces = (text[start:end].strip() for start, end in pairwise(ends))
+    return [piece for piece in pieces if piece]
 
 
 class _Cutter:

@@ -432,6 +432,35 @@ def test_bench_quality_prints_a_table_and_keeps_the_figures(tiny: Path, tmp_path
     assert {row["prompt"] for row in kept} == {printed["rows"][0]["prompt"]}
 
 
+def test_bench_peers_answers_beside_sac_and_lists_what_cannot_run(
+    tiny: Path, tmp_path: Path
+) -> None:
+    listed = CliRunner().invoke(app, ["bench", "peers", "--list", "--json"])
+    rows = {row["name"]: row for row in json.loads(listed.stdout)["peers"]}
+    assert "CUDA" in rows["lmcache"]["reason"]
+    assert not rows["bm25-sentences"]["reason"]
+    assert "bm25-sentences" in CliRunner().invoke(app, ["bench", "peers", "--list"]).stdout
+    command = [
+        *("bench", "peers", "--data", str(tiny / "data.json"), "--model", str(tiny / "model")),
+        *("--compressor", str(tiny / "formatted"), "--out", str(tmp_path / "answers")),
+        *("--dtype", "float32", "--limit", "3", "--ratio", "4", "--max-new-tokens", "3"),
+        *("--peer", "bm25-sentences", "--peer", "random-anchors", "--peer", "lmcache"),
+    ]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.stderr
+    assert "skipped lmcache: needs CUDA" in shown.stderr
+    assert [line.split(" | ")[0] for line in shown.stdout.splitlines()[2:] if line] == [
+        "| bm25-sentences, 4x",
+        "| random-anchors, 4x",
+    ]
+    printed = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert [row["name"] for row in printed["skipped"]] == ["lmcache"]
+    page = CliRunner().invoke(app, ["report", str(tmp_path / "answers")], catch_exceptions=False)
+    assert "BM25 sentences, 4x" in Path(page.stdout.strip()).read_text(encoding="utf-8")
+    refused = CliRunner().invoke(app, ["bench", "peers"])
+    assert "--data" in str(refused.exception)
+
+
 def test_bench_anchors_compares_what_others_would_have_kept(tiny: Path) -> None:
     command = [
         *("bench", "anchors", "--data", str(tiny / "data.json"), "--model", str(tiny / "model")),

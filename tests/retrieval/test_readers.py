@@ -23,7 +23,7 @@ from sac_rag.lm.text_tokenizer import TextTokenizer
 from sac_rag.retrieval import splitter
 from sac_rag.retrieval.readers import read_documents
 from sac_rag.retrieval.readers.files import left_out
-from sac_rag.retrieval.splitter import split
+from sac_rag.retrieval.splitter import sentences, split
 
 
 def read(*paths: str | Path) -> list[Chunk]:
@@ -531,6 +531,20 @@ def test_a_sentence_that_does_not_fit_is_cut_at_spaces(tokenizer: Any) -> None:
     pieces = texts(f"Short one. {sentence}. Another one.", tokenizer, 20)
     assert pieces[0] == "Short one."
     assert " ".join(pieces).split() == f"Short one. {sentence}. Another one.".split()
+
+
+def test_sentences_end_at_full_stops_and_paragraphs_but_not_at_initials() -> None:
+    text = "Dr. J. Smith came. She saw 3.5 owls!\n\nA heading\n\nDone? \u96ea\u3002\u9ed2"
+    expected = [
+        "Dr. J. Smith came.",
+        "She saw 3.5 owls!",
+        "A heading",
+        "Done?",
+        "\u96ea\u3002",
+        "\u9ed2",
+    ]
+    assert sentences(text) == expected
+    assert sentences(" \n\n ") == []
 
 
 def test_a_list_without_full_stops_is_cut_at_lines(tokenizer: Any) -> None:

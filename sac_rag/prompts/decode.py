@@ -162,11 +162,12 @@ class Decoder:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps some rows, in ascending order, and drops all others."""
-        begin, kept = 0, []
-        for choose, count in self._choosers:
-            kept.append((choose, sum(begin <= row < begin + count for row in rows)))
+        begin, counts = 0, []
+        for _, count in self._choosers:
+            counts.append(sum(begin <= row < begin + count for row in rows))
             begin += count
-        self._choosers = [(choose, count) for choose, count in kept if count]
+        pairs = zip(self._choosers, counts, strict=True)
+        self._choosers = [(choose, count) for (choose, _), count in pairs if count]
         if not rows:
             self._rows = None
         elif self._rows is not None:

@@ -18,6 +18,7 @@ from sac_rag.cli import (
     fit,
     models,
     precompress,
+    serve,
     store,
     train,
     training,
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command()(ask.demo)
 app.command()(precompress.precompress)
 app.command()(ask.ask)
+app.command()(serve.serve)
 app.command()(fit.fit)
 app.command()(train.train)
 app.command("train-instructions")(train.train_instructions)

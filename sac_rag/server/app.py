@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -27,8 +26,6 @@ from sac_rag.server.metrics import ServerMetrics
 from sac_rag.server.refusals import RefusalError
 from sac_rag.server.service import Asked, Service, refusal_of
 from sac_rag.server.streams import EventResponse, Stream
-
-log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -94,10 +91,7 @@ class Endpoint:
 
 
 class _Gate:
-    """Around all requests: counts them, refuses those that come too late, answers every error.
-
-    An error of the server's is logged by its type: its message may have a text in it.
-    """
+    """Around all requests: counts them, refuses those that come too late, answers every error."""
 
     def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:
         self._app = app
@@ -129,10 +123,12 @@ class _Gate:
             await self._app(scope, receive, noting)
         except Exception as error:  # noqa: BLE001 (answered, and logged without its text)
             refusal = refusal_of(error)
-            if refusal is None:
-                log.error("a request failed: %s", type(error).__name__)
             if not status:
-                await (refusal or refusals.internal()).response()(scope, receive, noting)
+                await refusal.response()(scope, receive, noting)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if not status:
+                message = "the server has ended before this request was answered"
+                await RefusalError(503, message, code="ended").response()(scope, receive, noting)
         finally:
             endpoint.running -= 1
             if scope["path"] == _CHAT:
@@ -171,7 +167,10 @@ def make_app(
     async def chat_completions(
         request: Request, namespace: str = Depends(namespace_of)
     ) -> Response:
-        return await endpoint.complete(request, namespace)
+        try:
+            return await endpoint.complete(request, namespace)
+        except Exception as error:  # noqa: BLE001 (not raised: FastAPI's traces have messages)
+            return refusal_of(error).response()
 
     @app.get("/v1/models", response_model=None)
     async def models(namespace: str = Depends(namespace_of)) -> Response:

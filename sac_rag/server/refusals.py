@@ -70,13 +70,6 @@ def of_validation(error: ValidationError) -> RefusalError:
     return RefusalError(400, message, code="invalid_value", param=param)
 
 
-def internal() -> RefusalError:
-    """The refusal for an error of the server's."""
-    return RefusalError(
-        500, "the server failed to answer this request; its log names the error", code="internal"
-    )
-
-
 def _name(part: str | int) -> str:
     if isinstance(part, int):
         return str(part)

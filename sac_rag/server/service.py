@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ from sac_rag.retrieval.index import ChunkIndex
 from sac_rag.server.limits import Limits
 from sac_rag.server.refusals import RefusalError
 from sac_rag.server.schemas import ChatRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -226,13 +229,19 @@ class Service:
         return replace(self.rag.decoding, **changes)
 
 
-def refusal_of(error: BaseException) -> RefusalError | None:
-    """The refusal for an error of the pipeline that a request is the reason of; None for others."""
+def refusal_of(error: Exception) -> RefusalError:
+    """The refusal for an error; one that no request is the reason of is logged by its type.
+
+    Its message is neither sent nor logged: it may have a text in it.
+    """
     if isinstance(error, RefusalError):
         return error
     if isinstance(error, PromptTooLongError):  # its message has numbers only
         return RefusalError(400, str(error), code="context_length_exceeded", param="messages")
-    return None
+    log.error("a request failed: %s", type(error).__name__)
+    return RefusalError(
+        500, "the server failed to answer this request; its log names the error", code="internal"
+    )
 
 
 def _in_namespace(rag: SacRAG, namespace: str) -> SacRAG:

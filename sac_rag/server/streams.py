@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from sac_rag.answering import AnswerStream
 from sac_rag.reports import Answer
-from sac_rag.server.refusals import RefusalError, internal
+from sac_rag.server.refusals import RefusalError
 from sac_rag.server.service import refusal_of
 
 log = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ class Stream:
             finally:
                 stream.close()
         except Exception as error:  # noqa: BLE001 (answered, and logged without its text)
-            refusal = refusal_of(error)
-            if refusal is None:
-                log.error("a stream failed: %s", type(error).__name__)
-            self._put(refusal or internal())
+            self._put(refusal_of(error))
 
     def _put(self, item: str | Answer | RefusalError | None) -> bool:
         """Hands an item to the reader; returns False if nobody reads any more."""

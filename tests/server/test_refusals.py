@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.models import PROSE
 from support.serving import Running, blocked, running, until
 
-from sac_rag import Decoding, SacRAG
+from sac_rag import Decoding, DiskStore, SacRAG
 from sac_rag.server.auth import Tokens, is_loopback
 from sac_rag.server.limits import Limits
 from sac_rag.server.running import require_tokens
@@ -323,7 +323,7 @@ VALID = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def fuzzed(make_generator: Any) -> Any:
+def fuzzed(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A server for all bodies: a fixture per test would be one per body."""
     from support.models import make_compressor
     from support.serving import WordEmbedder
@@ -332,12 +332,14 @@ def fuzzed(make_generator: Any) -> Any:
     from sac_rag.cached import CachedCompressor
     from sac_rag.retrieval.index import ChunkIndex
 
-    cached = CachedCompressor(make_compressor(make_generator("llama"), "sac"), {})
+    store = DiskStore(tmp_path_factory.mktemp("fuzzed") / "store")
+    cached = CachedCompressor(make_compressor(make_generator("llama"), "sac"), store)
     index = ChunkIndex.build([Chunk(PROSE[0], id="d0"), Chunk(PROSE[1], id="d1")], WordEmbedder())
     with running(
         Service(SacRAG(cached, decoding=Decoding(max_new_tokens=1)), "tiny", index=index)
     ) as served:
         yield served
+        assert store.check() == []
 
 
 @settings(

@@ -382,6 +382,10 @@ class AnswerStream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def close(self) -> None:
+        """Ends the generation, by the thread that reads the stream; the answer so far stays."""
+        self._pieces.close()
+
     @property
     def answer(self) -> Answer:
         """The answer so far with its account; complete once the stream has ended."""

@@ -40,6 +40,7 @@ from sac_rag.cli.render import (
     print_load,
     print_lookups,
     print_reads,
+    print_serving,
     print_speed,
     print_throughput,
     write,
@@ -330,6 +331,39 @@ def load(
         )
     write(report, lambda: print_load(report), as_json=as_json)
     if not report.is_in_order:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at the same time.")] = 32,
+    model: Model = "smollm2-135m",
+    dtype: DtypeOrDefault = None,
+    as_json: AsJson = False,
+) -> None:
+    """Asks the endpoint from many clients at the same time, in turn with one alone.
+
+    Exit code 1 if a request has failed.
+    """
+    pull_if_default(model, _TEXT)
+    with loading():
+        from sac_rag import SacRAG
+        from sac_rag.benchmarks.serving import measure_serving
+        from sac_rag.demo import wikipedia_leads
+        from sac_rag.server.service import Service
+
+        service = Service(SacRAG.from_pretrained(model, dtype=name_of(dtype)), "served")
+    with progress("asking", show=not as_json) as advance:
+        report = measure_serving(
+            service,
+            wikipedia_leads()[:64],
+            clients=clients,
+            seconds=60 * minutes,
+            on_progress=advance,
+        )
+    write(report, lambda: print_serving(report), as_json=as_json)
+    if report.failed:
         raise typer.Exit(1)
 
 

@@ -20,6 +20,7 @@ from sac_rag.cli import (
     peers,
     precompress,
     report,
+    serve,
     store,
     train,
     training,
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(ask.demo)
 app.command()(precompress.precompress)
 app.command()(ask.ask)
+app.command()(serve.serve)
 app.command()(fit.fit)
 app.command()(train.train)
 app.command("train-instructions")(train.train_instructions)

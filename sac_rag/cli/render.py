@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sac_rag.benchmarks.dtypes import DtypeRow
     from sac_rag.benchmarks.first_token import SpeedRow
     from sac_rag.benchmarks.load import LoadReport
+    from sac_rag.benchmarks.serving import ServingReport
     from sac_rag.benchmarks.store import LookupSpeed, ReadSpeed
     from sac_rag.benchmarks.throughput import ThroughputRow
     from sac_rag.collection import Collection
@@ -415,6 +416,22 @@ def print_load(report: LoadReport) -> None:
     out.print(f"{report.wrong} wrong, {report.lost} lost, {report.hung} hung")
     for problem in report.problems:
         out.print(problem, style="yellow")
+
+
+def print_serving(report: ServingReport) -> None:
+    """What clients got from the endpoint."""
+    out.print(
+        f"{report.requests} requests in {report.seconds:.0f} s, "
+        f"{sum(report.failed.values())} failed"
+    )
+    table = _table("clients", "answers/s", "median", "p99")
+    table.add_row("1", f"{report.alone_per_s:.2f}", f"{report.alone_s:.2f} s", "")
+    waits = (f"{report.together_s:.2f} s", f"{report.together_p99_s:.2f} s")
+    table.add_row(str(report.clients), f"{report.together_per_s:.2f}", *waits)
+    _print_table(table)
+    out.print(f"{report.speedup:.2f} times one by one, the median of rounds")
+    for reason, count in report.failed.items():
+        out.print(f"{count} failed: {reason}", style="yellow")
 
 
 def print_anchors(rows: Sequence[AnchorChoice]) -> None:

@@ -19,6 +19,7 @@ for module, extra in {
     "llama_index_sac": "llama-index",
     "sac_rag.training.trainer": "train",
     "sac_rag.stores.cipher": "encrypt",
+    "sac_rag.stores.redis": "redis",
 }.items():
     try:
         importlib.import_module(module)

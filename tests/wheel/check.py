@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-EXTRAS = ("langchain", "llama-index", "train", "eval", "parquet", "otel", "encrypt")
+EXTRAS = ("langchain", "llama-index", "train", "eval", "parquet", "otel", "encrypt", "redis")
 
 
 def main(extras: Sequence[str]) -> None:

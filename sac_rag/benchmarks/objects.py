@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def measure_object_reads(
     open_requests = store.objects.requests
     draw = random.Random(seed)
     keys = [_key(draw.randrange(entries)) for _ in range(reads)]
-    seconds = sorted(seconds_of(lambda key=key: store[key]) for key in keys)
+    seconds = sorted(seconds_of(partial(store.__getitem__, key)) for key in keys)
     return ObjectReads(
         entries=len(store),
         entry_nbytes=store.nbytes // len(store),

@@ -139,7 +139,7 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
             raise KeyError(key)
         return ()
 
-    def origin(self, key: str) -> tuple[str | None, str | None]:
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
         """The text id and the fingerprint that an entry was put with; None where not known."""
         return None, None
 

@@ -175,7 +175,7 @@ class ObjectStore(EncodedStore):
             raise KeyError(key)
         return self._unsealed(place.documents)
 
-    def origin(self, key: str) -> tuple[str | None, str | None]:
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
         """The text id and the fingerprint that an entry was put with; None where not known."""
         place = self._place(key)
         return (None, None) if place is None else (place.text_id or None, place.fingerprint or None)

@@ -205,7 +205,7 @@ class RedisStore(EncodedStore):
             raise KeyError(key)
         return self._unsealed(_text(name[2:]) for name in names if name.startswith(b"d:"))
 
-    def origin(self, key: str) -> tuple[str | None, str | None]:
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
         """The text id and the fingerprint that an entry was put with; None where not known."""
         with self._server() as client:
             fields = client.hmget(self._name("m", key), ["text_id", "fingerprint"])

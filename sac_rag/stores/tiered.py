@@ -247,9 +247,9 @@ class TieredStore(DocumentStore):
             self._delete_everywhere(drop_copy)
         return max(counts)
 
-    def origin(self, key: str) -> tuple[str | None, str | None]:
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
         """The text id and the fingerprint that an entry was put with; None where not known."""
-        origins = self._ask(lambda tier: tier.origin(key))
+        origins = self._ask(lambda tier: tier.origin_of(key))
         return next((origin for origin in reversed(origins) if any(origin)), (None, None))
 
     # Reasons of misses.
@@ -321,7 +321,7 @@ class TieredStore(DocumentStore):
             return
         text_id = fingerprint = None
         with self._skipped(number):
-            text_id, fingerprint = self.tiers[number].origin(key)
+            text_id, fingerprint = self.tiers[number].origin_of(key)
         with self._changing:
             if generation != self._generation:
                 return

@@ -59,7 +59,7 @@ def test_many_entries_are_few_objects_and_each_read_is_one_request(url: str) -> 
             assert reader[key_of(number)].bit_equal(make_kv(number))
         assert reader.objects.requests - before == 20
         assert reader.documents(key_of(3)) == ("document 3",)
-        assert reader.origin(key_of(3)) == (None, "f1")
+        assert reader.origin_of(key_of(3)) == (None, "f1")
 
 
 def test_of_a_large_entry_little_more_is_read_than_is_wanted(url: str) -> None:

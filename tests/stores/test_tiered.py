@@ -12,8 +12,11 @@ import pytest
 from support.models import PROSE, make_compressor
 from support.stores import key_of, make_kv
 
+from sac_rag import archive
 from sac_rag.cached import CachedCompressor
+from sac_rag.compressors.full import Full
 from sac_rag.lm.generator import Generator
+from sac_rag.origin import Origin
 from sac_rag.stores import DiskStore, MemoryStore, TieredStore
 
 KEY, OTHER = "ab" * 32, "cd" * 32
@@ -210,3 +213,18 @@ def test_an_answer_comes_from_the_tiers_that_are_there(far: Failing, llama: Gene
 def test_a_store_without_tiers_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one tier"):
         TieredStore([])
+
+
+def test_an_archive_may_be_the_last_tier(tmp_path: Path) -> None:
+    config = Full.default_config()
+    origin = Origin(config.fingerprint_fields(), config)
+    archive.write(tmp_path / "archive", origin, [(KEY, make_kv(), ["a"], "5e")])
+    memory = MemoryStore()
+    with TieredStore([memory, archive.Archive(tmp_path / "archive")]) as store:
+        assert store[KEY].bit_equal(make_kv())
+        assert store.origin_of(KEY) == ("5e", origin.fingerprint)
+        store[OTHER] = make_kv(1)
+        assert sorted(memory) == sorted([KEY, OTHER])
+        with pytest.raises(OSError, match="can only be read"):
+            del store[KEY]
+        assert KEY not in memory

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from sac_rag.retrieval.splitter import split
     from sac_rag.stores.disk import DiskStore, StoreStats
     from sac_rag.stores.memory import MemoryStore
+    from sac_rag.stores.objects import ObjectStore
+    from sac_rag.stores.redis import RedisStore
+    from sac_rag.stores.tiered import TieredStore
     from sac_rag.training.fit import fit
 
 __version__ = "0.1.0"
@@ -72,16 +75,19 @@ _HOME = {
     "MemoryStore": "stores.memory",
     "Message": "prompts.chat",
     "ModelUnavailableError": "errors",
+    "ObjectStore": "stores.objects",
     "Origin": "origin",
     "PrecompressJob": "precompress.job",
     "PromptFormat": "prompts.format",
     "PromptTooLongError": "errors",
     "Question": "evaluation.questions",
+    "RedisStore": "stores.redis",
     "SAC": "compressors.sac",
     "SPANS": "prompts.format",
     "SacRAG": "pipeline",
     "Sample": "evaluation.sample",
     "StoreStats": "stores.disk",
+    "TieredStore": "stores.tiered",
     "Trial": "evaluation.sample",
     "UnsupportedModelError": "errors",
     "assemble": "prompts.assemble",
@@ -116,16 +122,19 @@ __all__ = [
     "MemoryStore",
     "Message",
     "ModelUnavailableError",
+    "ObjectStore",
     "Origin",
     "PrecompressJob",
     "PromptFormat",
     "PromptTooLongError",
     "Question",
+    "RedisStore",
     "SAC",
     "SPANS",
     "SacRAG",
     "Sample",
     "StoreStats",
+    "TieredStore",
     "Trial",
     "UnsupportedModelError",
     "assemble",

@@ -165,6 +165,11 @@ class Archive(DocumentStore):
         record = self.records[key]
         return record.num_tokens, record.num_entries
 
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
+        """The text id of an entry, and the fingerprint of all."""
+        record = self.records.get(key)
+        return (None, None) if record is None else (record.text_id, self.origin.fingerprint)
+
     def __setitem__(self, key: str, kv: AnchorKV) -> None:
         self._refuse()
 

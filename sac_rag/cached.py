@@ -21,7 +21,7 @@ from sac_rag.in_flight import InFlight
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.namespace import Namespace
-from sac_rag.stores.base import as_document_store, strings
+from sac_rag.stores.base import Wanted, as_document_store, strings
 
 log = logging.getLogger(__name__)
 
@@ -320,14 +320,9 @@ class CachedCompressor:
         lowest: dict[str, int] = {}
         for key, ratio in zip(keys, asked, strict=True):
             lowest[key] = min(ratio, lowest.get(key, ratio))
-        loaded: dict[str, AnchorKV] = {}
-        reasons: dict[str, str] = {}
-        for key, text in dict(zip(keys, texts, strict=True)).items():
-            entry = self._load(key, text, lowest[key], may_compute)
-            if isinstance(entry, AnchorKV):
-                loaded[key] = entry
-            else:
-                reasons[key] = entry
+        entries = self._load(dict(zip(keys, texts, strict=True)), lowest, may_compute)
+        loaded = {key: kv for key, kv in entries.items() if isinstance(kv, AnchorKV)}
+        reasons = {key: miss for key, miss in entries.items() if isinstance(miss, str)}
         misses = [
             reasons[key] if key in reasons else self._shortage(loaded[key], ratio)
             for key, ratio in zip(keys, asked, strict=True)
@@ -370,12 +365,13 @@ class CachedCompressor:
         """What other threads have stored since a lookup, if they have stored anything."""
         if self._in_flight.ended == lookup.ended:
             return {}
-        stored: dict[str, AnchorKV] = {}
-        for key, ratio in wanted:
-            entry = self._load(key, lookup.missing[key], ratio, may_compute=True)
-            if isinstance(entry, AnchorKV) and self._shortage(entry, ratio) is None:
-                stored[key] = entry
-        return stored
+        ratios = dict(wanted)
+        texts = {key: lookup.missing[key] for key in ratios}
+        return {
+            key: kv
+            for key, kv in self._load(texts, ratios, may_compute=True).items()
+            if isinstance(kv, AnchorKV) and self._shortage(kv, ratios[key]) is None
+        }
 
     def _compress(self, texts: Mapping[str, str], ratios: Mapping[str, int]) -> dict[str, AnchorKV]:
         started = self.clock()
@@ -403,30 +399,50 @@ class CachedCompressor:
                 failed += not self._put(self.store.offer, key, text, computed[key], document)
         return failed
 
-    def _load(self, key: str, text: str, ratio: int, may_compute: bool) -> AnchorKV | str:
-        """A stored chunk, only the entries a ratio needs if possible; or why it was not read."""
+    def _load(
+        self, texts: Mapping[str, str], ratios: Mapping[str, int], may_compute: bool
+    ) -> dict[str, AnchorKV | str]:
+        """Stored chunks, only the entries a ratio needs if possible; or why they were not read."""
+        if len(texts) > 1 and not self.store.reads_many:
+            return {k: self._load({k: t}, ratios, may_compute)[k] for k, t in texts.items()}
         guard = self.guard if may_compute else None
-        try:
-            if guard is not None and guard.prefers_computing(len(text)) and key in self.store:
-                return "slow"
-            started = self.clock()
-            kv = self._read(key, ratio)
+        loaded: dict[str, AnchorKV | str] = {
+            key: "slow" for key, text in texts.items() if guard and self._is_slow(guard, key, text)
+        }
+        started = self.clock()
+        entries = self.store.read_many(
+            {key: self._wanted(ratios[key]) for key in texts if key not in loaded}
+        )
+        seconds = (self.clock() - started) / max(1, len(entries))
+        for key, kv in entries.items():
+            if not isinstance(kv, AnchorKV):
+                loaded[key] = self._reason(kv, key, texts[key])
+                continue
             if guard is not None:
-                guard.loaded(len(text), kv.num_tokens, kv.nbytes, self.clock() - started)
+                guard.loaded(len(texts[key]), kv.num_tokens, kv.nbytes, seconds)
             # Earlier versions stored infinities.
-            return kv if kv.is_finite else "corrupt: its keys or values are not finite"
-        except KeyError as miss:
-            # Stores name the reason (CorruptEntryError); a plain KeyError means it is not there.
-            reason: str | None = getattr(miss, "reason", None)
-            return reason or self._why_absent(key, text)
-        except OSError as error:
-            log.warning("chunk %s could not be read: %s", key[:12], error)
-            return "unreadable"
+            loaded[key] = kv if kv.is_finite else "corrupt: its keys or values are not finite"
+        return loaded
 
-    def _read(self, key: str, ratio: int) -> AnchorKV:
+    def _is_slow(self, guard: Guard, key: str, text: str) -> bool:
+        try:
+            return guard.prefers_computing(len(text)) and key in self.store
+        except OSError:
+            return False  # reading it says why
+
+    def _reason(self, miss: KeyError | OSError, key: str, text: str) -> str:
+        if isinstance(miss, OSError):
+            log.warning("chunk %s could not be read: %s", key[:12], miss)
+            return "unreadable"
+        # Stores name the reason (CorruptEntryError); a plain KeyError means it is not there.
+        reason: str | None = getattr(miss, "reason", None)
+        return reason or self._why_absent(key, text)
+
+    def _wanted(self, ratio: int) -> Wanted | None:
+        """How many KV entries of a chunk a ratio needs; None for all."""
         if not self.is_nested:
-            return self.store[key]
-        return self.store.read(key, lambda num_tokens: self.inner.num_entries(num_tokens, ratio))
+            return None
+        return lambda num_tokens: self.inner.num_entries(num_tokens, ratio)
 
     def _shortage(self, kv: AnchorKV, ratio: int) -> str | None:
         """Why a stored chunk is not enough for a ratio; None if it is."""

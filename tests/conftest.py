@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import uuid
 
 # As the command line does, and before torch is imported: see sac_rag.cli.main.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -16,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 from support.models import ARCHITECTURES, make_model, make_tokenizer
+from support.redis_server import RedisServer
 from transformers import (
     PreTrainedTokenizerFast,
 )
 
 from sac_rag.lm.generator import Generator
-from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
+from sac_rag.stores import AnchorStore, DiskStore, MemoryStore, TieredStore
 
 # pytest-xdist's processes ignore Ctrl-C, and what they start would inherit that: there are tests
 # that send one.
@@ -69,14 +71,50 @@ def disk(tmp_path: Path) -> Iterator[DiskStore]:
         assert store.check() == []
 
 
-@pytest.fixture(params=["dict", "memory", "disk"])
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis server for all tests of a process."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def redis_store(redis_url: str) -> Iterator[Any]:
+    """An empty RedisStore of the test's own."""
+    from sac_rag.stores.redis import RedisStore
+
+    with RedisStore(redis_url, prefix=f"{uuid.uuid4().hex}:") as store:
+        yield store
+        store.clear()
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Iterator[Any]:
+    """Shards of a few entries each, in a folder."""
+    from sac_rag.stores.objects import ObjectStore
+
+    with ObjectStore(str(tmp_path / "objects"), shard_bytes=4000) as store:
+        yield store
+
+
+@pytest.fixture
+def tiered(disk: DiskStore) -> Iterator[TieredStore]:
+    """Memory before a disk."""
+    with TieredStore([MemoryStore(), disk]) as store:
+        yield store
+
+
+@pytest.fixture(params=["dict", "memory", "disk", "redis", "tiered", "objects"])
 def store(request: pytest.FixtureRequest) -> AnchorStore:
     """Every kind of store, empty."""
     if request.param == "dict":
         return {}
     if request.param == "memory":
         return MemoryStore()
-    found: AnchorStore = request.getfixturevalue("disk")
+    name = {"disk": "disk", "redis": "redis_store", "tiered": "tiered", "objects": "objects"}[
+        request.param
+    ]
+    found: AnchorStore = request.getfixturevalue(name)
     return found
 
 

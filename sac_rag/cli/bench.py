@@ -312,6 +312,34 @@ def store(
 
 
 @app.command()
+def objects(
+    url: Annotated[
+        str | None,
+        typer.Option(help="An empty folder, for fsspec. Default: a temporary one."),
+    ] = None,
+    entries: Annotated[int, typer.Option(min=1, help="Entries to fill the store with.")] = 100_000,
+    reads: Annotated[int, typer.Option(min=1, help="Random reads to time.")] = 2000,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Times random reads of an object store; its entries are small and synthetic."""
+    with tempfile.TemporaryDirectory() as place:
+        with loading():
+            from sac_rag.benchmarks.objects import measure_object_reads
+        with progress("filling a store", total=entries, show=not as_json) as advance:
+            figures = measure_object_reads(
+                url or place, entries, reads, seed=seed, on_progress=advance
+            )
+    line = (
+        f"{figures.entries} synthetic entries of {figures.entry_nbytes} bytes in {figures.shards} "
+        f"shards: opened in {figures.open_s:.2f} s with {figures.open_requests} requests; read in "
+        f"{figures.p50_ms:.2f} ms (p50), {figures.p99_ms:.2f} ms (p99), "
+        f"{figures.requests_per_read:.2f} requests per read"
+    )
+    write(figures.to_dict(), lambda: out.print(line), as_json=as_json)
+
+
+@app.command()
 def load(
     folder: Annotated[Path, typer.Argument(help="An empty folder, on the disk to try.")],
     minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,

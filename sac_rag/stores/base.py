@@ -42,9 +42,11 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
         remembers_documents: Whether the store records which documents an entry belongs to.
         read_only: Whether writing raises an OSError.
         evictions: Entries that this object evicted, or did not keep because there was no room.
+        reads_many: Whether reading several entries at once takes less time than one by one.
     """
 
     remembers_documents: bool = False
+    reads_many: bool = False
     read_only: bool = False
     evictions: int = 0
 
@@ -58,6 +60,25 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
         """
         kv = self[key]
         return kv.first(min(wanted(kv.num_tokens), kv.num_entries))
+
+    def read_many(
+        self, wanted: Mapping[str, Wanted | None]
+    ) -> dict[str, AnchorKV | KeyError | OSError]:
+        """Reads several entries.
+
+        Args:
+            wanted: By key, as `read` takes it; None reads all KV entries.
+
+        Returns:
+            By key, the entry, or the error that reading it alone raises.
+        """
+        entries: dict[str, AnchorKV | KeyError | OSError] = {}
+        for key, count in wanted.items():
+            try:
+                entries[key] = self[key] if count is None else self.read(key, count)
+            except (KeyError, OSError) as error:
+                entries[key] = error
+        return entries
 
     def extent(self, key: str) -> tuple[int, int]:
         """Source tokens and stored KV entries of a chunk.
@@ -117,6 +138,10 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
         if key not in self:
             raise KeyError(key)
         return ()
+
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
+        """The text id and the fingerprint that an entry was put with; None where not known."""
+        return None, None
 
     def keys_of(self, document: str) -> list[str]:
         """Keys of a document's entries."""

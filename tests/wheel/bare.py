@@ -20,6 +20,7 @@ for module, extra in {
     "sac_rag.training.trainer": "train",
     "sac_rag.stores.cipher": "encrypt",
     "sac_rag.server.app": "serve",
+    "sac_rag.stores.redis": "redis",
 }.items():
     try:
         importlib.import_module(module)

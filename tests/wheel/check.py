@@ -19,7 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-EXTRAS = ("langchain", "llama-index", "train", "eval", "parquet", "otel", "encrypt", "serve")
+EXTRAS = (
+    *("langchain", "llama-index", "train", "eval", "parquet", "otel", "encrypt", "serve"),
+    "redis",
+)
 
 
 def main(extras: Sequence[str]) -> None:

@@ -8,12 +8,18 @@ from pathlib import Path
 
 from sac_rag.stores.disk.files import make_folder, read_plain, write_whole
 from sac_rag.stores.entry import is_key
+from sac_rag.stores.fingerprints import (
+    Fields,
+    fields_from_json,
+    fields_to_json,
+    nearest,
+    require_fields,
+)
 
 MAGIC = "sac_rag.DiskStore"
 FORMAT = 3
 _UPGRADABLE = (1, 2)
 _LIMIT = 2**20  # bytes of a manifest; ours have two or three thousand
-_SHOWN = 24  # characters of a value: enough of a digest to tell two apart
 
 
 def open_folder(folder: Path, read_only: bool = False) -> int:
@@ -74,7 +80,7 @@ class Manifests:
     def __init__(self, folder: Path, read_only: bool) -> None:
         self.folder = folder / "fingerprints"
         self._read_only = read_only
-        self._remembered: dict[str, dict[str, str]] = {}
+        self._remembered: dict[str, Fields] = {}
 
     def note(self, fingerprint: str, fields: Mapping[str, str]) -> None:
         """Writes the fields of a fingerprint, unless they are there.
@@ -83,63 +89,30 @@ class Manifests:
             ValueError: if the fingerprint is not a hex digest.
             TypeError: if a field is not a str.
         """
-        if not is_key(fingerprint):
-            raise ValueError(
-                f"a fingerprint must be a lower-case hex digest, was: {fingerprint!r:.100}"
-            )
-        for name, value in fields.items():
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise TypeError(f"a fingerprint's fields must be str, {name!r} was: {value!r:.100}")
+        require_fields(fingerprint, fields)
         self._remembered[fingerprint] = dict(fields)
         if not self._read_only and self._read(fingerprint) != dict(fields):
             make_folder(self.folder, parents=False)
-            text = json.dumps(dict(fields), indent=1, sort_keys=True)
-            write_whole(self.folder / f"{fingerprint}.json", text.encode())
+            write_whole(self.folder / f"{fingerprint}.json", fields_to_json(fields))
 
-    def fields(self, fingerprint: str) -> dict[str, str] | None:
+    def fields(self, fingerprint: str) -> Fields | None:
         """The fields of a fingerprint; None if there are none that can be read."""
         return self._remembered.get(fingerprint) or self._read(fingerprint)
 
     def nearest(self, olds: Sequence[str], new: str) -> str:
         """How a fingerprint differs from the most similar of others, as "name was …, is …"."""
-        known = [fields for old in olds if (fields := self._difference(old, new))]
-        if not known:
-            return f"was {olds[0]:.12}, is {new:.12}"
-        fewest = min(len(fields) for fields in known)
-        return "; ".join(next(fields for fields in known if len(fields) == fewest))
+        return nearest(olds, new, self.fields)
 
-    def _difference(self, old: str, new: str) -> list[str]:
-        before, after = self.fields(old), self.fields(new)
-        if before is None or after is None:
-            return []
-        names = sorted(before.keys() | after.keys())
-        return [
-            f"{name} was {_shown(name, before)}, is {_shown(name, after)}"
-            for name in names
-            if before.get(name) != after.get(name)
-        ]
-
-    def _read(self, fingerprint: str) -> dict[str, str] | None:
+    def _read(self, fingerprint: str) -> Fields | None:
         if not is_key(fingerprint):
             return None
         try:
-            fields = json.loads(read_plain(self.folder / f"{fingerprint}.json", _LIMIT))
-        except (OSError, ValueError, RecursionError):
+            return fields_from_json(read_plain(self.folder / f"{fingerprint}.json", _LIMIT))
+        except OSError:
             return None
-        if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
-            return None
-        return fields
 
 
 def _described(foreign: list[str]) -> str:
     if not foreign:
         return "an empty folder and not a store"
     return f"not empty and not a store (it has {foreign[0]!r}, but no store.json)"
-
-
-def _shown(name: str, fields: Mapping[str, str]) -> str:
-    value = fields.get(name)
-    if value is None:
-        # A compressor's fingerprint covers only those config fields that are not at their default.
-        return "its default" if name.startswith("config.") else "not there"
-    return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"

@@ -325,6 +325,10 @@ class DiskStore(StoredValues):
         with self._named_errors():
             return self._entries.index.origin(key)
 
+    def origin_of(self, key: str) -> tuple[str | None, str | None]:
+        """The same as `origin`."""
+        return self.origin(key)
+
     def why_absent(
         self, key: str, *, text_id: str | None = None, fingerprint: str | None = None
     ) -> str:

@@ -21,9 +21,12 @@ from sac_rag import (
     DiskStore,
     Full,
     Generator,
+    MemoryStore,
+    ObjectStore,
     PrecompressJob,
     PromptFormat,
     SacRAG,
+    TieredStore,
 )
 
 # Types whose items may be texts, so that one text would be taken for its letters.
@@ -107,6 +110,10 @@ class _Embedder:
     identity, dimension = "none", 4
 
 
+def _tiers() -> TieredStore:
+    return TieredStore([MemoryStore(), MemoryStore()])
+
+
 TEXT = "The red lighthouse"
 ONE_TEXT: dict[str, Callable[[SacRAG, Path], Any]] = {
     "CachedCompressor.compress": lambda rag, _: rag.compressor.compress(TEXT),
@@ -131,6 +138,18 @@ ONE_TEXT: dict[str, Callable[[SacRAG, Path], Any]] = {
         {"a": TEXT}  # type: ignore[dict-item]
     ),
     "DiskStore.unpin": lambda rag, place: DiskStore(place / "store").unpin("ab" * 32),
+    "ObjectStore.put": lambda rag, place: ObjectStore(str(place / "shards")).put(
+        "ab" * 32, _kv(rag), TEXT
+    ),
+    "ObjectStore.replace_documents": lambda rag, place: ObjectStore(
+        str(place / "shards")
+    ).replace_documents({"a": TEXT}),  # type: ignore[dict-item]
+    "TieredStore.offer": lambda rag, _: _tiers().offer("ab" * 32, _kv(rag), TEXT),
+    "TieredStore.prefetch": lambda rag, _: _tiers().prefetch("ab" * 32),
+    "TieredStore.put": lambda rag, _: _tiers().put("ab" * 32, _kv(rag), TEXT),
+    "TieredStore.replace_documents": lambda rag, _: _tiers().replace_documents(
+        {"a": TEXT}  # type: ignore[dict-item]
+    ),
     "Embedder.embed": lambda rag, _: sac_rag.Embedder(rag.generator.model, None).embed(TEXT),
     "PrecompressJob": lambda rag, _: PrecompressJob(rag.compressor, TEXT),
     "PromptFormat.messages": lambda rag, _: PromptFormat().messages("Who?", TEXT),  # type: ignore[arg-type]
@@ -172,6 +191,8 @@ def test_every_public_name_that_takes_several_texts_is_tried() -> None:
     }
     # A text is matched as its letters are; a conversation has no texts among its items.
     others = {"PromptFormat.matches", *(f"SacRAG.{name}" for name in CONVERSATIONS)}
+    # It needs a server, and has the checks of ObjectStore.
+    others |= {"RedisStore.put", "RedisStore.replace_documents"}
     assert takes_several - set(ONE_TEXT) - others == set()
     assert set(ONE_TEXT) - set(FUNCTIONS) == set()
 

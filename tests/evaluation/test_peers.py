@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.models import PROSE, make_compressor
+from support.models import PROSE, make_compressor, make_model, make_tokenizer
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
@@ -66,11 +66,11 @@ class Letters(Embedder):
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory: Any, llama: Generator) -> Generator:
+def generator(tmp_path_factory: Any) -> Generator:
     """A tiny Llama that was loaded from a folder: kvpress loads its tokenizer from there again."""
     folder = tmp_path_factory.mktemp("model")
-    llama.model.save_pretrained(folder)
-    llama.tokenizer.save_pretrained(folder)
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return Generator.from_pretrained(folder, dtype="float32")
 
 

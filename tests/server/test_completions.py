@@ -123,7 +123,7 @@ def test_decoding_is_that_of_the_request(served: Running, rag: SacRAG) -> None:
 def test_concurrent_requests_are_answered_together(
     served: Running, rag: SacRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rag, "_gatherer", Gatherer(window_s=1.0))
+    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, window_s=1.0))
     texts: list[str] = []
     threads = [
         threading.Thread(target=lambda: texts.append(content(served.ask()))) for _ in range(4)

@@ -94,7 +94,7 @@ def test_a_request_that_waits_for_the_model_is_cancelled_with_its_client(
     served: Running, rag: SacRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     futures: list[Future[Any]] = []
-    gatherer = Gatherer()
+    gatherer = Gatherer(rag.generator)
     submit = gatherer.submit
 
     def noting(*args: Any) -> Future[Any]:

@@ -87,7 +87,7 @@ def precompress(
     """
     from sac_rag.retrieval.readers.files import left_out, read_documents
 
-    read_documents(paths)  # what is wrong with them is told before anything is loaded or made
+    read_documents(paths)  # raises before anything is loaded or made
     others = left_out(paths)
     if others:
         listed = ", ".join(f"{count} {ending}" for ending, count in others.items())

@@ -16,7 +16,7 @@ from sac_rag.prompts.assemble import Prompt
 from sac_rag.prompts.decode import Decoder
 from sac_rag.prompts.decoding import Decoding
 
-__all__ = ["Decoding", "FinishReason", "Generation", "next_tokens"]
+__all__ = ["Decoding", "FinishReason", "Generation"]
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -126,18 +126,6 @@ class Generation:
             piece += writer.flush()
             self.finish_reasons[row] = "stop" if writer.stopped else "length"
         return piece
-
-
-def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Iterator[Tensor]:
-    """Reads a prompt in one forward pass, then generates token by token, whatever the tokens are.
-
-    Yields:
-        The next token of every row. Shape: (rows,)
-    """
-    decoder = Decoder(generator)
-    yield decoder.join(prompt, decoding)
-    for _ in range(decoding.max_new_tokens - 1):
-        yield decoder.step()
 
 
 class _Writer:

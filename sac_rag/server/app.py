@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 from fastapi import Depends, FastAPI, Request, Response
@@ -196,9 +196,9 @@ def make_app(
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """FastAPI's own errors, such as an unknown path, in OpenAI's format."""
-    assert isinstance(error, HTTPException)  # noqa: S101 (registered for this type)
-    headers = dict(error.headers or {})
-    return RefusalError(error.status_code, str(error.detail).lower(), headers=headers).response()
+    http = cast("HTTPException", error)  # it is registered for this type
+    headers = dict(http.headers or {})
+    return RefusalError(http.status_code, str(http.detail).lower(), headers=headers).response()
 
 
 async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:

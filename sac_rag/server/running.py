@@ -1,4 +1,4 @@
-"""Runs the app with uvicorn until it is told to end, and then ends without losing a request."""
+"""Runs the app with uvicorn until a signal, and ends without losing a request."""
 
 from __future__ import annotations
 

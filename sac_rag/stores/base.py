@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sac_rag.kv import AnchorKV
 
 # How many of the first KV entries are wanted of a chunk of that many source tokens.
 Wanted: TypeAlias = Callable[[int], int]
+# Stands for an argument that was not given.
+NO_DEFAULT = object()
 
 
 def strings(values: Iterable[str], what: str) -> list[str]:
@@ -49,6 +52,18 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
     reads_many: bool = False
     read_only: bool = False
     evictions: int = 0
+
+    def pop(self, key: str, default: Any = NO_DEFAULT) -> Any:
+        """Removes an entry and returns it, or the default; others may remove it meanwhile."""
+        try:
+            kv = self[key]
+        except KeyError:
+            if default is NO_DEFAULT:
+                raise
+            return default
+        with contextlib.suppress(KeyError):
+            del self[key]
+        return kv
 
     def read(self, key: str, wanted: Wanted) -> AnchorKV:
         """Reads an entry's first KV entries: the chunk at a higher ratio than it is stored at.

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from typing_extensions import Self
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
 
 Read: TypeAlias = AnchorKV | KeyError | OSError
-
-_NO_DEFAULT = object()
 
 
 @dataclass(frozen=True)
@@ -123,18 +121,6 @@ class EncodedStore(DocumentStore):
             asked = again
         self._count_reads(results)
         return {key: results[key] for key in wanted}
-
-    def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
-        """Removes an entry and returns it, or the default; others may remove it meanwhile."""
-        try:
-            kv = self[key]
-        except KeyError:
-            if default is _NO_DEFAULT:
-                raise
-            return default
-        with contextlib.suppress(KeyError):
-            del self[key]
-        return kv
 
     def replace_document(self, document: str, keys: Iterable[str]) -> int:
         """Does for one document what `replace_documents` does for several."""

@@ -10,11 +10,10 @@ from typing import Any
 
 from sac_rag import forks
 from sac_rag.kv import AnchorKV
-from sac_rag.stores.base import DocumentStore
+from sac_rag.stores.base import NO_DEFAULT, DocumentStore
 
 logger = logging.getLogger(__name__)
 
-_NO_DEFAULT = object()
 
 # Bytes of an entry read from disk beside its tensors: two headers and their padding.
 _SLACK_BYTES = 16 * 1024
@@ -88,14 +87,14 @@ class MemoryStore(DocumentStore):
                 raise KeyError(key)
             self._drop(key)
 
-    def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
+    def pop(self, key: str, default: Any = NO_DEFAULT) -> Any:
         """Removes an entry and returns it, or the default; one step to other threads."""
         with self._lock, self._counted():
             kv = self._entries.get(key)
             if kv is not None:
                 self._drop(key)
                 return kv
-        if default is _NO_DEFAULT:
+        if default is NO_DEFAULT:
             raise KeyError(key)
         return default
 

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from typing_extensions import Self
 
@@ -20,7 +20,6 @@ from sac_rag.stores.encoded import Read, kept_keys
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_NO_DEFAULT = object()
 
 
 class TieredStore(DocumentStore):
@@ -128,18 +127,6 @@ class TieredStore(DocumentStore):
         self._delete_everywhere(delete)
         if not deleted:
             raise KeyError(key)
-
-    def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
-        """Removes an entry from every tier and returns it, or the default."""
-        try:
-            kv = self[key]
-        except KeyError:
-            if default is _NO_DEFAULT:
-                raise
-            return default
-        with contextlib.suppress(KeyError):
-            del self[key]
-        return kv
 
     def __contains__(self, key: object) -> bool:
         return any(self._ask(lambda tier: key in tier))

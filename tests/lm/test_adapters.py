@@ -22,8 +22,9 @@ from sac_rag.kv import AnchorKV
 from sac_rag.lm.adapters import AdapterName, Adapters
 from sac_rag.lm.generator import Generator
 from sac_rag.pipeline import SacRAG
+from sac_rag.prompts.decode import Decoder
 from sac_rag.prompts.format import SPANS
-from sac_rag.prompts.generate import Decoding, next_tokens
+from sac_rag.prompts.generate import Decoding
 
 IDS = torch.tensor([[5, 300, 17, 44, 301, 8]])
 LORA_ARGUMENTS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -141,7 +142,7 @@ def test_interrupted_answers_and_precompression_leave_the_next_ones_right(
 
     work()
     kept = dict(store)
-    inside = [Generator.running, Adapters, Compressor._encoder, next_tokens, CachedCompressor]
+    inside = [Generator.running, Adapters, Compressor._encoder, Decoder, CachedCompressor]
     for line in interruptions(work, inside, stride=23):
         assert elsewhere(lambda: other.compress(PROSE[:1])[0]).bit_equal(expected_kv), line
         assert all(kv.bit_equal(kept[key]) for key, kv in store.items()), line

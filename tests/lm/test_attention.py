@@ -19,6 +19,7 @@ from support.models import (
     make_compressor,
     make_model,
     make_tokenizer,
+    next_tokens,
 )
 from support.slow_reading import read_slowly
 from torch import Tensor
@@ -30,7 +31,7 @@ from sac_rag.kv import AnchorKV
 from sac_rag.lm.attention import NAMES, Masks
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import Branches, Part, Prompt, assemble
-from sac_rag.prompts.generate import Decoding, Generation, next_tokens
+from sac_rag.prompts.generate import Decoding, Generation
 
 TOLERANCE = 1e-4  # as in test_exactness
 # bfloat16 has 8 binary digits; measured on these models: at most 0.03 of the largest logit.

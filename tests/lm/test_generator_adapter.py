@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import PROSE, logits_of, make_compressor, make_model, make_tokenizer
+from support.models import (
+    PROSE,
+    logits_of,
+    make_compressor,
+    make_model,
+    make_tokenizer,
+    next_tokens,
+)
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
@@ -22,7 +29,7 @@ from sac_rag.origin import Origin
 from sac_rag.pipeline import SacRAG
 from sac_rag.prompts.assemble import Prompt, assemble
 from sac_rag.prompts.format import SPANS
-from sac_rag.prompts.generate import Decoding, next_tokens
+from sac_rag.prompts.generate import Decoding
 from sac_rag.training.objective import Objective
 from sac_rag.training.rows import RowMaker
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-from support.models import PROSE, make_compressor
+from support.models import PROSE, make_compressor, next_tokens
 from torch import Tensor
 
 from sac_rag.compressors.base import Compressor
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import Prompt, assemble
 from sac_rag.prompts.decode import Decoder
-from sac_rag.prompts.generate import Decoding, next_tokens
+from sac_rag.prompts.generate import Decoding
 
 GREEDY = Decoding(max_new_tokens=80)
 QUESTIONS = ("Who counted?", "What conducts electricity, and what does it better?", "And then?")

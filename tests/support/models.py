@@ -31,6 +31,8 @@ from sac_rag.compressors.full import Full
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.assemble import Prompt
 from sac_rag.prompts.chat import opening
+from sac_rag.prompts.decode import Decoder
+from sac_rag.prompts.decoding import Decoding
 
 ARCHITECTURES = ("llama", "llama3", "qwen2", "qwen3")
 
@@ -178,3 +180,15 @@ def elsewhere(work: Callable[[], Any]) -> Any:
     thread.join(timeout=30)
     assert results, "the other thread did not get the model"
     return results[0]
+
+
+def next_tokens(generator: Generator, prompt: Prompt, decoding: Decoding) -> Iterator[Tensor]:
+    """Reads a prompt in one forward pass, then generates token by token, whatever the tokens are.
+
+    Yields:
+        The next token of every row. Shape: (rows,)
+    """
+    decoder = Decoder(generator)
+    yield decoder.join(prompt, decoding)
+    for _ in range(decoding.max_new_tokens - 1):
+        yield decoder.step()

@@ -14,7 +14,6 @@ values.py, what is done to rows and files in entries.py, index.py and the files 
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -32,8 +31,6 @@ from sac_rag.stores.disk.values import StoredValues
 
 if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
-
-_NO_DEFAULT = object()
 
 
 class DiskStore(StoredValues):
@@ -107,18 +104,6 @@ class DiskStore(StoredValues):
             row = self._entries.index.row(key)
             if row is None or not self._entries.drop([row], reason=None):
                 raise KeyError(key)
-
-    def pop(self, key: str, default: Any = _NO_DEFAULT) -> Any:
-        """Removes an entry and returns it, or the default; others may remove it meanwhile."""
-        try:
-            kv = self[key]
-        except KeyError:
-            if default is _NO_DEFAULT:
-                raise
-            return default
-        with contextlib.suppress(KeyError):
-            del self[key]
-        return kv
 
     def __contains__(self, key: object) -> bool:
         with self._named_errors():

@@ -262,16 +262,18 @@ class Run:
                     return
                 yield pieces
 
-    def begin(self, decoder: Decoder) -> None:
-        """Reads the prompt as rows of a decoder that others share."""
+    def begin(self, decoder: Decoder) -> list[str]:
+        """Reads the prompt as rows of a decoder that others share; see `Generation.begin`."""
         started = time.perf_counter()
-        self.generation.begin(decoder)
+        pieces = self.generation.begin(decoder)
         self._spent(time.perf_counter() - started)
+        return pieces
 
-    def take(self, tokens: Tensor, rows: Sequence[int], seconds: float) -> None:
+    def take(self, tokens: Tensor, rows: Sequence[int], seconds: float) -> list[str]:
         """Adds a token to some rows, from a step that took this long; see `Generation.take`."""
-        self.generation.take(tokens, rows)
+        pieces = self.generation.take(tokens, rows)
         self._spent(seconds)
+        return pieces
 
     @contextmanager
     def accounted(self) -> Iterator[None]:

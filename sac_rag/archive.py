@@ -35,7 +35,7 @@ from sac_rag.origin import Origin
 from sac_rag.stores.base import DocumentStore, Wanted, as_document_store, strings
 from sac_rag.stores.disk import DiskStore
 from sac_rag.stores.entry import decode, decode_first, encode, is_key
-from sac_rag.whole_file import owner_only, whole_file
+from sac_rag.whole_file import owner_only, require_free, whole_file
 
 MAGIC = "sac_rag.archive"
 FORMAT = 2
@@ -84,7 +84,7 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
         TypeError: for documents that are one str.
     """
     path = Path(path)
-    _require_free(path)
+    require_free(path)
     records: dict[str, Record] = {}
     fingerprint = origin.fingerprint
     with whole_file(path) as draft:
@@ -107,7 +107,7 @@ def write(path: str | os.PathLike[str], origin: Origin, entries: Iterable[Entry]
                 archive.writestr(_member(_MANIFEST), _manifest(origin, cue, records))
             file.flush()
             os.fsync(file.fileno())
-        _require_free(path)
+        require_free(path)
     return len(records)
 
 
@@ -422,8 +422,3 @@ def _place(key: str) -> str:
 
 def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _require_free(path: Path) -> None:
-    if path.exists():
-        raise FileExistsError(errno.EEXIST, "there is something already; give another name", path)

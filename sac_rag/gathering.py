@@ -29,6 +29,8 @@ from sac_rag.reports import Answer
 
 # Starts prompts of one kind; the ratio is that of chunks without one.
 Start = Callable[[Sequence[Any], Decoding, int | None], Run]
+# Called with each piece of a text.
+OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class _Waiting:
     prompt: Any
     decoding: Decoding
     ratio: int | None
+    on_text: OnText | None
     context: Context = field(default_factory=copy_context)
     future: Future[Answer] = field(default_factory=Future)
 
@@ -49,9 +52,18 @@ class _Waiting:
             not is_seeded and mine == (other.start, other.decoding, other.ratio)
         )
 
+    def hand_over(self, piece: str) -> None:
+        """Gives the caller a piece of the text; one who does not take it gets the error."""
+        if piece and self.on_text is not None and not self.future.done():
+            try:
+                self.on_text(piece)
+            except Exception as error:  # noqa: BLE001 (raised by the future)
+                self.settle(error)
+
     def settle(self, answer: Answer | BaseException) -> None:
-        """Gives the caller an answer or an error, unless the caller has cancelled."""
-        if not self.future.set_running_or_notify_cancel():
+        """Gives the caller an answer or an error, unless the caller has cancelled or has one."""
+        has_error = self.future.done() and not self.future.cancelled()
+        if has_error or not self.future.set_running_or_notify_cancel():
             return
         if isinstance(answer, BaseException):
             self.future.set_exception(answer)
@@ -74,17 +86,16 @@ class _Running:
         self._run = first.start([one.prompt for one in members], first.decoding, first.ratio)
         self._account.enter_context(self._run.accounted())
         try:
-            self._run.begin(decoder)
+            pieces = self._run.begin(decoder)
         except BaseException as error:
             self._account.__exit__(type(error), error, error.__traceback__)
             raise
         self.rows = list(range(len(members)))
-        self._settle()
+        self._settle(pieces)
 
     def take(self, tokens: Tensor, seconds: float) -> None:
         """Adds a token to each row."""
-        self._run.take(tokens, self.rows, seconds)
-        self._settle()
+        self._settle(self._run.take(tokens, self.rows, seconds))
 
     @property
     def num_open(self) -> int:
@@ -107,13 +118,18 @@ class _Running:
                 member.settle(error)
         self._account.close()
 
-    def _settle(self) -> None:
-        """Answers the callers whose rows have ended; those that have cancelled end too."""
+    def _settle(self, pieces: Sequence[str]) -> None:
+        """Hands over the new text of every row, and answers the callers whose rows have ended.
+
+        Rows of callers that have left end too.
+        """
+        for member, piece in zip(self._members, pieces, strict=True):
+            member.hand_over(piece)
         open_rows = self._run.generation.open_rows
         new = {
             row
             for row, member in enumerate(self._members)
-            if row not in self._ended and (row not in open_rows or member.future.cancelled())
+            if row not in self._ended and (row not in open_rows or member.future.done())
         }
         if not new:
             return
@@ -148,7 +164,12 @@ class Gatherer:
         forks.in_child(self, Gatherer._renew)
 
     def submit(
-        self, start: Start, prompt: Any, decoding: Decoding, ratio: int | None
+        self,
+        start: Start,
+        prompt: Any,
+        decoding: Decoding,
+        ratio: int | None,
+        on_text: OnText | None = None,
     ) -> Future[Answer]:
         """Adds a prompt.
 
@@ -157,11 +178,13 @@ class Gatherer:
             prompt: One of them.
             decoding: How to answer.
             ratio: Of chunks that have none of their own.
+            on_text: Called with each piece of the text, in the thread that answers: all others wait
+                for it. What it raises is the prompt's error.
 
         Returns:
             Its answer or error. It can be cancelled at any time before that, which ends its work.
         """
-        one = _Waiting(start, prompt, decoding, ratio)
+        one = _Waiting(start, prompt, decoding, ratio, on_text)
         with self._arrival:
             self._waiting.append(one)
             self._arrival.notify()

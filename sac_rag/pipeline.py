@@ -15,7 +15,7 @@ from sac_rag.archive import Archive, Exported, export
 from sac_rag.cached import CachedCompressor, OnMiss, require_on_miss
 from sac_rag.chunk import Chunk, ChunkLike
 from sac_rag.compressors.config import StoredDtype
-from sac_rag.gathering import Gatherer
+from sac_rag.gathering import Gatherer, OnText
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
 from sac_rag.loading import load_compressor, load_stored
@@ -211,10 +211,8 @@ class SacRAG:
     def self_check(self) -> float:
         """Tests on the loaded model that moved chunks give the logits of plain text.
 
-        Called at construction; the result is recorded, so that it runs once per model.
-
-        Returns:
-            The largest relative error.
+        Called at construction; the result is recorded, so that it runs once per model. Returns the
+        largest relative error.
 
         Raises:
             UnsupportedModelError: if the error is more than rounding.
@@ -232,8 +230,7 @@ class SacRAG:
     ) -> PrecompressReport:
         """Compresses and stores chunks ahead of any question.
 
-        Chunks that are in the store are not computed again, so an interrupted run is resumed by
-        repeating it.
+        Chunks that are in the store are not computed again: repeating it resumes it.
 
         Args:
             chunks: Texts, (document id, text) pairs or Chunks; streamed, never all in memory.
@@ -257,10 +254,7 @@ class SacRAG:
         )
 
     def forget(self, document_id: str) -> int:
-        """Deletes the entries that only this document uses; texts of other documents stay.
-
-        Returns:
-            Number of entries deleted.
+        """Deletes the entries that only this document uses; returns their number.
 
         Raises:
             TypeError: if the store does not record documents.
@@ -269,13 +263,11 @@ class SacRAG:
         return self.compressor.forget(document_id)
 
     def export(self, archive: str | os.PathLike[str], *, decrypt: bool = False) -> Exported:
-        """Writes this compressor's entries of a DiskStore into one file, for `from_archive`.
+        """Writes this compressor's entries of a DiskStore into one file; see `archive.export`.
 
         Args:
             archive: A file that does not exist.
             decrypt: Must be True for an encrypted store, because an archive is not encrypted.
-
-        Raises as `archive.export` does.
         """
         origin = Origin.of(self.compressor.inner, self.prompt_format)
         return export(self.compressor.store, archive, origin, decrypt=decrypt)
@@ -394,20 +386,34 @@ class SacRAG:
         """Continues a plain prompt piece by piece."""
         return AnswerStream(self._start_plain([prompt], decoding, ratio))
 
+    def submit(
+        self,
+        question: str,
+        chunks: Sequence[ChunkLike],
+        decoding: Decoding | None = None,
+        *,
+        ratio: int | None = None,
+        on_text: OnText | None = None,
+    ) -> Future[Answer]:
+        """As `answer`, generated together with what others submit meanwhile.
+
+        `on_text` is called with each piece of the text in the thread that generates, and must not
+        wait. The future can be cancelled until it has the answer or error, which ends its work.
+        """
+        asked, used = (question, chunks), decoding or self.decoding
+        return self._gatherer.submit(self._start, asked, used, ratio, on_text)
+
     def submit_chat(
         self,
         conversation: Sequence[Message],
         decoding: Decoding | None = None,
         *,
         ratio: int | None = None,
+        on_text: OnText | None = None,
     ) -> Future[Answer]:
-        """As `chat` for one conversation, answered in a batch with others submitted meanwhile.
-
-        Returns:
-            The answer or error. It can be cancelled at any time before that.
-        """
+        """As `chat` for one conversation; see `submit`."""
         used = decoding or self.decoding
-        return self._gatherer.submit(self._start_chat, conversation, used, ratio)
+        return self._gatherer.submit(self._start_chat, conversation, used, ratio, on_text)
 
     def submit_complete(
         self,
@@ -416,11 +422,7 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> Future[Answer]:
-        """As `complete` for one prompt, answered in a batch with others submitted meanwhile.
-
-        Returns:
-            The answer or error. It can be cancelled at any time before that.
-        """
+        """As `complete` for one prompt; see `submit`."""
         return self._gatherer.submit(self._start_plain, prompt, decoding or self.decoding, ratio)
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,3 +50,9 @@ def one_writer(lock: Path) -> Iterator[None]:
 def owner_only(path: str, flags: int) -> int:
     """Opener of new owner-only files (0600), for `open`."""
     return os.open(path, flags, 0o600)
+
+
+def require_free(path: Path) -> None:
+    """Raises FileExistsError if there is something at a path."""
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "there is something already; give another name", path)

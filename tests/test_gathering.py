@@ -151,6 +151,30 @@ def test_a_prompt_joins_those_that_are_answered_and_takes_the_place_of_one_that_
     assert metrics.questions == 6
 
 
+def test_the_text_comes_in_pieces_while_it_is_written(rag: SacRAG) -> None:
+    pieces: list[list[str]] = [[], [], []]
+    futures = [
+        rag.submit("What is it?", PROSE[:1], on_text=pieces[0].append),
+        rag.submit_chat(asking(1), on_text=pieces[1].append),
+        rag.submit("What is it?", PROSE[2:3], on_text=pieces[2].append),
+    ]
+    answers = results(futures)
+    assert ["".join(texts) for texts in pieces] == [answer.text for answer in answers]
+    assert max(len(texts) for texts in pieces) > 1
+    assert answers[0].text == rag.answer("What is it?", PROSE[:1]).text
+    assert answers[1].text == rag.chat([asking(1)])[0].text
+
+
+def test_a_caller_that_does_not_take_the_text_fails_alone(rag: SacRAG) -> None:
+    def refuse(piece: str) -> None:
+        raise RuntimeError("no more")
+
+    futures = [rag.submit_chat(asking(0)), rag.submit_chat(asking(1), on_text=refuse)]
+    assert futures[0].result(timeout=TIMEOUT).text == rag.chat([asking(0)])[0].text
+    with pytest.raises(RuntimeError, match="no more"):
+        futures[1].result(timeout=TIMEOUT)
+
+
 def test_a_prompt_cancelled_while_it_waits_is_not_answered(rag: SacRAG, batches: list[int]) -> None:
     futures = [rag.submit_chat(asking(number)) for number in range(3)]
     assert futures[1].cancel()

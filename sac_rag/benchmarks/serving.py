@@ -23,6 +23,7 @@ from sac_rag.server.service import Service
 
 _ALONE = 0.2  # share of the time with one client
 _TIMEOUT_S = 600.0
+_DONE = "data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def measure_serving(
 ) -> ServingReport:
     """Serves a pipeline in a thread and asks it over HTTP.
 
-    Each request brings two titled chunks, which are in the store, and asks about the second.
+    Each request brings two titled chunks, which are in the store, and asks about the second. Every
+    second answer is streamed.
 
     Args:
         service: What is served; its store is closed at the end.
@@ -92,7 +94,10 @@ def measure_serving(
     """
     service.rag.precompress(chunks)
     pairs = zip(chunks, (*chunks[1:], chunks[0]), strict=True)
-    bodies = [_body(service.name, pair, answer_tokens) for pair in pairs]
+    bodies = [
+        {**_body(service.name, pair, answer_tokens), "stream": bool(number % 2)}
+        for number, pair in enumerate(pairs)
+    ]
     alone: list[_Part] = []
     together: list[_Part] = []
     started = time.perf_counter()
@@ -166,16 +171,18 @@ async def _ask(
     async def work(client: httpx.AsyncClient) -> None:
         is_first = True
         while is_first or time.perf_counter() - started < seconds:
-            is_first, asked = False, time.perf_counter()
+            is_first, asked, body = False, time.perf_counter(), next(bodies)
             try:
-                answer = await client.post("/v1/chat/completions", json=next(bodies))
+                answer = await client.post("/v1/chat/completions", json=body)
             except httpx.HTTPError as error:
                 part.failed[type(error).__name__] += 1
             else:
-                if answer.status_code == 200:
-                    part.waits.append(time.perf_counter() - asked)
-                else:
+                if answer.status_code != 200:
                     part.failed[str(answer.status_code)] += 1
+                elif body["stream"] and not answer.text.endswith(_DONE):
+                    part.failed["stream"] += 1
+                else:
+                    part.waits.append(time.perf_counter() - asked)
             if on_progress is not None:
                 on_progress(1)
 

@@ -47,6 +47,8 @@ app.command()(report.report)
 app.command()(convert.convert)
 store.app.command("export")(archive.export)
 store.app.command("import")(archive.import_)
+store.app.command()(archive.push)
+store.app.command()(archive.pull)
 for measurement in (
     training.choices,
     training.methods,

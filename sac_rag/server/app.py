@@ -60,18 +60,15 @@ class Endpoint:
             stack.enter_context(self._answering.taken())
             wanted, asked = await anyio.to_thread.run_sync(self._prepare, body, namespace)
             header = self._header()
-            if asked.is_gathered and not wanted.stream:
+            if not wanted.stream:
                 answer = await _unless_gone(request, asyncio.wrap_future(asked.submit()))
                 return _json(_completion(answer, header))
-            stream = Stream(asked.stream, self.limits.stall_s)
+            stream = Stream(asked.submit)
             stack.callback(stream.close)
-            await _unless_gone(request, stream.started())
-            if not wanted.stream:
-                answer = await _unless_gone(request, _last(stream))
-                return _json(_completion(answer, header))
+            await _unless_gone(request, stream.start())
             options = wanted.stream_options or schemas.StreamOptions()
             events = _events(stream, header, with_usage=options.include_usage)
-            return EventResponse(stream, events, stack.pop_all().close)
+            return EventResponse(events, self.limits.stall_s, stack.pop_all().close)
         raise AssertionError  # for mypy: an ExitStack may swallow exceptions
 
     def _prepare(self, body: bytes, namespace: str) -> tuple[schemas.ChatRequest, Asked]:
@@ -223,23 +220,13 @@ async def _leaves(request: Request) -> None:
         pass
 
 
-async def _last(stream: Stream) -> Answer:
-    """The answer at the end of a stream."""
-    async for item in stream.pieces():
-        if isinstance(item, Answer):
-            return item
-        if isinstance(item, RefusalError):
-            raise item
-    raise RefusalError(499, "the stream has ended early")
-
-
 async def _events(
     stream: Stream, header: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
     """A stream as OpenAI's events."""
     chunk = partial(schemas.CompletionChunk, **header)
     yield _event(chunk(choices=[_delta(role="assistant", content="")]))
-    async for item in stream.pieces():
+    async for item in stream.items():
         if isinstance(item, str):
             yield _event(chunk(choices=[_delta(content=item)]))
         elif isinstance(item, RefusalError):

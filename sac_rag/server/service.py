@@ -9,13 +9,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sac_rag.answering import AnswerStream
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.collection import in_reading_order
 from sac_rag.errors import PromptTooLongError
+from sac_rag.gathering import OnText
 from sac_rag.pipeline import SacRAG
-from sac_rag.prompts.chat import Markup, Message, joined, render
+from sac_rag.prompts.chat import Message, joined, render
 from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer
 from sac_rag.retrieval.index import ChunkIndex
@@ -46,31 +46,12 @@ class Asked:
     decoding: Decoding
     ratio: int | None
 
-    @property
-    def is_gathered(self) -> bool:
-        """Whether it can be answered together with others: all except raw prompts can."""
-        return not (self.question and self.rag.prompt_format.raw)
-
-    def stream(self) -> AnswerStream:
-        """Starts the answer; raises as `SacRAG.stream` and `SacRAG.stream_chat` do."""
+    def submit(self, on_text: OnText | None = None) -> Future[Answer]:
+        """The answer, generated together with others; see `SacRAG.submit`."""
+        options: Any = {"ratio": self.ratio, "on_text": on_text}
         if self.question:
-            return self.rag.stream(self.question, self.chunks, self.decoding, ratio=self.ratio)
-        return self.rag.stream_chat(self.messages, self.decoding, ratio=self.ratio)
-
-    def submit(self) -> Future[Answer]:
-        """The answer, in a batch with others; the future can be cancelled."""
-        if not self.question:
-            return self.rag.submit_chat(self.messages, self.decoding, ratio=self.ratio)
-        form, decoding = self.rag.prompt_format, self.decoding
-        if decoding.stop is None:
-            decoding = replace(decoding, stop=form.stop)
-        if form.chat:
-            messages = form.messages(self.question, self.chunks)
-            return self.rag.submit_chat(messages, decoding, ratio=self.ratio)
-        pieces = form.pieces(self.rag.generator.tokenizer, self.question, self.chunks)
-        # `submit_complete` puts the BOS, the one piece of markup, before the prompt itself.
-        prompt = joined([piece for piece in pieces if not isinstance(piece, Markup)])
-        return self.rag.submit_complete(prompt, decoding, ratio=self.ratio)
+            return self.rag.submit(self.question, self.chunks, self.decoding, **options)
+        return self.rag.submit_chat(self.messages, self.decoding, **options)
 
 
 class Service:
@@ -229,7 +210,7 @@ class Service:
         return replace(self.rag.decoding, **changes)
 
 
-def refusal_of(error: Exception) -> RefusalError:
+def refusal_of(error: BaseException) -> RefusalError:
     """The refusal for an error; one that no request is the reason of is logged by its type.
 
     Its message is neither sent nor logged: it may have a text in it.

@@ -6,7 +6,8 @@ import asyncio
 import json
 import socket
 import threading
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -115,45 +116,108 @@ def test_a_request_that_waits_for_the_model_is_cancelled_with_its_client(
         first.close()
 
 
-def test_a_client_that_does_not_read_is_left_and_others_are_answered(
-    service: Service,
-) -> None:
-    """Driven below the socket, whose buffers would take a tiny model's whole answer."""
-    app = make_app(service, limits=Limits(stall_s=0.2, queue=2))
-    endpoint = app.state.endpoint
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
-        "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
-        "headers": headers, "scheme": "http", "root_path": "", "server": ("localhost", 80),
-        "client": ("localhost", 1),
-    }  # fmt: skip
-    body = json.dumps({**BODY, "stream": True, "max_tokens": 1000}).encode()
+class Stalled:
+    """A client that sends a request and reads nothing, for ever.
 
-    async def stalled() -> None:
-        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+    Driven below the socket, whose buffers would take a tiny model's whole answer.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.body = json.dumps({**BODY, "stream": True, **fields}).encode()
+        self.is_full = asyncio.Event()
+
+    async def ask(self, app: Any) -> None:
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST",
+            "http_version": "1.1", "path": "/v1/chat/completions", "raw_path": b"",
+            "query_string": b"", "headers": headers, "root_path": "", "scheme": "http",
+            "server": ("localhost", 80), "client": ("localhost", 1),
+        }  # fmt: skip
+        requests = iter([{"type": "http.request", "body": self.body, "more_body": False}])
 
         async def receive() -> Any:
             return next(requests, None) or await asyncio.Event().wait()
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.body":
-                await asyncio.Event().wait()  # the client's buffers are full, for ever
+                self.is_full.set()
+                await asyncio.Event().wait()
 
         await app(scope, receive, send)
 
-    async def both() -> httpx.Response:
-        slow = asyncio.create_task(stalled())
+
+@pytest.fixture
+def ask() -> Callable[..., Any]:
+    async def ask(app: Any, **fields: Any) -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            answer = await client.post("/v1/chat/completions", json=BODY, timeout=TIMEOUT)
-        await asyncio.wait_for(slow, TIMEOUT)
-        return answer
+            return await client.post(
+                "/v1/chat/completions", json={**BODY, **fields}, timeout=TIMEOUT
+            )
 
-    assert asyncio.run(both()).status_code == 200
-    assert endpoint.running == endpoint._answering.used == 0
-    until(lambda: not [t for t in threading.enumerate() if t.name == "sac-rag-stream"])
-    assert service.rag.metrics().generated_tokens < 200
+    return ask
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(
+    service: Service, ask: Callable[..., Any]
+) -> None:
+    """Eight of them take all places of the batch; their answers end without being read."""
+    app = make_app(service, limits=Limits(stall_s=10 * TIMEOUT))
+    clients = 8
+
+    async def beside() -> list[httpx.Response]:
+        stalled = [Stalled(max_tokens=20) for _ in range(clients)]
+        tasks = [asyncio.create_task(client.ask(app)) for client in stalled]
+        for client in stalled:
+            await asyncio.wait_for(client.is_full.wait(), TIMEOUT)
+        answers = [await ask(app), await ask(app, stream=True)]
+        assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=TIMEOUT)
+        return answers
+
+    assert [answer.status_code for answer in asyncio.run(beside())] == [200, 200]
+    assert app.state.endpoint.running == 0
+
+
+def test_a_client_that_does_not_read_is_left(service: Service) -> None:
+    app = make_app(service, limits=Limits(stall_s=0.2))
+    asyncio.run(asyncio.wait_for(Stalled(max_tokens=1000).ask(app), TIMEOUT))
+    assert app.state.endpoint.running == app.state.endpoint._answering.used == 0
+
+
+def test_streams_and_answers_are_rows_of_one_batch(
+    served: Running, rag: SacRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, size=4))
+    rows: list[int] = []
+    running, submitted = threading.Event(), threading.Event()
+
+    def seen(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        rows.append(len(keywords["inputs_embeds"]))
+        running.set()
+        assert submitted.wait(TIMEOUT)
+
+    handle = rag.generator.model.base_model.register_forward_pre_hook(seen, with_kwargs=True)
+    with ThreadPoolExecutor(4) as clients:
+        first = clients.submit(served.ask, max_tokens=30, stream=True)
+        assert running.wait(TIMEOUT)
+        others = [
+            clients.submit(served.ask, max_tokens=30, stream=stream)
+            for stream in (True, False, True)
+        ]
+        until(lambda: served.endpoint._answering.used == 4)
+        until(lambda: len(rag._gatherer._waiting) == 3)
+        submitted.set()
+        answers = [client.result(TIMEOUT) for client in (first, *others)]
+    handle.remove()
+    assert max(rows) == 4
+    whole = answers[2].json()["choices"][0]["message"]["content"]
+    for answer in (answers[0], answers[1], answers[3]):
+        *events, _ = events_of(answer.text)
+        assert "".join(event["choices"][0]["delta"]["content"] for event in events) == whole
 
 
 def test_a_body_that_does_not_arrive_is_408(service: Service) -> None:

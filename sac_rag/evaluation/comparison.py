@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
@@ -33,6 +34,7 @@ def compare(
     kinds: Collection[str] = KINDS,
     cut: int = 5,
     max_new_tokens: int = 32,
+    labels: Mapping[str, Any] | None = None,
 ) -> Iterator[QualityResult]:
     """Measures text, no text, truncated text, and anchors at several ratios, with one prompt.
 
@@ -48,6 +50,7 @@ def compare(
         kinds: Systems to measure: some of KINDS, where "uniform" is anchors with equal heads.
         cut: Source tokens per token of truncated text.
         max_new_tokens: Longest answer, in tokens.
+        labels: As for `evaluate`.
 
     Raises:
         ValueError: for an unknown kind, or as `evaluate` does.
@@ -78,6 +81,7 @@ def compare(
                 system=system,
                 ratio=ratio,
                 max_new_tokens=max_new_tokens,
+                labels=labels,
                 out=folder / f"{_file(system, ratio, compressor)}-k{sample.k}.jsonl",
             )
             results.append(result)

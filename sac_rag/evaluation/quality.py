@@ -76,6 +76,7 @@ class QualityResult:
         first_token_s: Mean time until the first token of a batch, in seconds.
         recall: Share of questions of which a gold passage was retrieved; None where the gold
             passages are given.
+        provenance: Labels of the answers: see `provenance.provenance`. None where there are none.
     """
 
     system: str
@@ -99,6 +100,7 @@ class QualityResult:
     positions: float | None = None
     first_token_s: float | None = None
     recall: float | None = None
+    provenance: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def evaluate(
         out: A JSON Lines file. Its first line holds the settings, each other line a question, its
             answer and the scores. If it exists with the same settings, its questions are not
             answered again.
-        labels: Noted in the first line of `out` for its readers: the model's name, for example.
+        labels: Noted in the first line of `out` for its readers, and in the result; of an `out`
+            that exists, those that it was begun with.
         on_progress: Called with the number of questions answered since the last call; first, if
             there are any, with that of the answers in `out`.
 
@@ -252,6 +255,7 @@ def evaluate_answering(
         positions=_mean_of(rows, "positions"),
         first_token_s=_mean_of(rows, "first_token_s"),
         recall=sample.recall,
+        provenance=answers.labels or None,
     )
 
 

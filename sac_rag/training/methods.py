@@ -12,7 +12,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -25,6 +25,7 @@ import torch
 from sac_rag.benchmarks.timing import time_in_turn
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.checkpoint import load
+from sac_rag.evaluation.provenance import provenance
 from sac_rag.lm.generator import Generator
 from sac_rag.training.batches import Batch, BatchStream, read_documents, split_examples
 from sac_rag.training.config import TrainConfig
@@ -78,6 +79,7 @@ class MethodOutcome:
         perplexity: Of held-out continued text, from the anchors of the text before it, after the
             stage of prose.
         loss, accuracy, content, f1: Of the last validation on held-out questions.
+        provenance: See `provenance.provenance`; None where it was not recorded.
     """
 
     method: str
@@ -89,6 +91,7 @@ class MethodOutcome:
     accuracy: float
     content: float
     f1: float
+    provenance: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ class _Run:
             tokens=sum(step["tokens"] for step in (*of_prose["steps"], *of_questions["steps"])),
             perplexity=perplexity,
             **{name: last[name] for name in ("loss", "accuracy", "content", "f1")},
+            provenance=provenance(self.base.model, (*self.base.data, *self.base.text)),
         )
 
     def _train(self, config: TrainConfig, stage: str) -> tuple[Path, dict[str, Any]]:

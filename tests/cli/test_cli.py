@@ -333,7 +333,10 @@ def test_evaluate_takes_every_system(
     assert (printed["system"], printed["ratio"], printed["n"]) == (arguments[1], ratio, 2)
     settings, *answers = map(json.loads, out.read_text().splitlines())
     assert PromptFormat(**settings["prompt"]) == SPANS
-    assert [len(answers), settings["labels"]["model"]] == [2, str(tiny / "model")]
+    assert len(answers) == 2
+    assert settings["labels"] == printed["provenance"]
+    assert settings["labels"]["model"] == "model", "its name, not the place of its folder"
+    assert list(settings["labels"]["data"]) == ["data.json"]
 
 
 def test_evaluate_shows_every_system_the_prompt_of_the_compressor(tiny: Path) -> None:

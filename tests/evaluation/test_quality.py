@@ -279,6 +279,28 @@ def test_a_measurement_that_was_cut_off_goes_on(
     assert replace(resumed, **times) == replace(whole, **times)
 
 
+def test_a_kept_file_gives_the_same_result_to_the_bit(rag: SacRAG, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    first = evaluate(rag, sample(), out=out, labels={"date": "2026-01-01"})
+    kept = out.read_bytes()
+    with passes_of(rag.generator) as passes:
+        again = evaluate(rag, sample(), out=out, labels={"date": "2026-01-02"})
+    assert not passes, "nothing is answered again"
+    assert again == first
+    assert again.provenance == {"date": "2026-01-01"}, "of the day that it was measured"
+    assert out.read_bytes() == kept
+
+
+def test_a_header_that_was_cut_off_is_written_again_on_any_day(rag: SacRAG, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    evaluate(rag, sample(), out=out, labels={"date": "2026-01-01"})
+    header = out.read_bytes().split(b"\n")[0]
+    for length in (0, 9, len(header) - 2):
+        out.write_bytes(header[:length])
+        result = evaluate(rag, sample(), out=out, labels={"date": "2026-01-02"})
+        assert result.provenance == {"date": "2026-01-02"}
+
+
 def test_ctrl_c_keeps_all_batches_that_were_finished(rag: SacRAG, tmp_path: Path) -> None:
     asked, out = sample(), tmp_path / "a.jsonl"
 

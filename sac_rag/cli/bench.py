@@ -110,7 +110,7 @@ def quality(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="full-text, truncated, no-text, compressed or uniform (anchors, equal heads) "
+            help="full-text, truncated, closed-book, compressed or uniform (anchors, equal heads) "
             "alone; may be repeated. Default: all."
         ),
     ] = None,

@@ -38,10 +38,10 @@ class System(str, Enum):
     compressed = "compressed"
     full_text = "full-text"
     truncated = "truncated"
-    no_text = "no-text"
+    closed_book = "closed-book"
 
 
-_WITHOUT_RATIO = (System.full_text, System.no_text)
+_WITHOUT_RATIO = (System.full_text, System.closed_book)
 
 
 def evaluate(
@@ -54,7 +54,7 @@ def evaluate(
         typer.Option(
             min=1,
             help="Source tokens per anchor, or per token of the truncated. Default: the "
-            "compressor's; full-text and no-text have none.",
+            "compressor's; full-text and closed-book have none.",
         ),
     ] = None,
     k: NumChunks = 1,

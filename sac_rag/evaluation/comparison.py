@@ -19,7 +19,7 @@ from sac_rag.stores.memory import MemoryStore
 # All results in one file; the answers of each are in a file beside it.
 FIGURES = "figures.json"
 
-KINDS = ("full-text", "truncated", "no-text", "compressed", "uniform")
+KINDS = ("full-text", "truncated", "closed-book", "compressed", "uniform")
 
 _STORE_BYTES = 6 * 2**30
 _BUDGETS = {"shared": "", "layers": ", equal heads in a layer", "uniform": ", equal heads"}
@@ -65,7 +65,7 @@ def compare(
     for number, sample in enumerate(samples):
         texts: list[tuple[System, int | None]] = [("full-text", None), ("truncated", cut)]
         if number == 0:
-            texts.append(("no-text", None))
+            texts.append(("closed-book", None))
         compressor = rag.compressor.inner
         runs = [(system, ratio, compressor) for system, ratio in texts if system in kinds]
         runs += _compressed(compressor, sorted(ratios), kinds)
@@ -142,5 +142,5 @@ def _attended(result: QualityResult, several: bool) -> str:
         return f"anchors, {result.ratio}x{budget}"
     if result.system == "truncated":
         return f"text cut to 1 in {result.ratio}"
-    names = {"full-text": "text", "no-text": "nothing"}
+    names = {"full-text": "text", "closed-book": "nothing (closed-book)"}
     return names.get(result.system, f"{result.system}, {result.ratio}x")

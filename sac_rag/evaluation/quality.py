@@ -5,7 +5,7 @@ Four systems answer the same questions, with the same model, prompt format and g
 compressed   from the chunks' anchors
 full-text    from the chunks' text, read in one piece
 truncated    from the first tokens of each chunk, as many as it would have anchors
-no-text      from the question alone
+closed-book  from the question alone
 
 A compressor's heading, if it has one, is read in front of each chunk by all but the last. Any other
 system (see `peers`) is measured alike, as an Answering.
@@ -42,7 +42,7 @@ from sac_rag.pipeline import SacRAG
 from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer
 
-System = Literal["compressed", "full-text", "truncated", "no-text"]
+System = Literal["compressed", "full-text", "truncated", "closed-book"]
 AnswerTrials: TypeAlias = Callable[[Sequence[Trial], Decoding], Sequence[Answer]]
 
 # Padded source tokens of a batch: text takes memory for each pair of them.
@@ -323,7 +323,7 @@ def _ratio(system: System, wanted: int | None, of_compressor: int) -> int | None
         if wanted is not None and wanted < 1:
             raise ValueError(f"ratio must be at least 1, was: {wanted}")
         return wanted or of_compressor
-    fixed = {"compressed": of_compressor, "full-text": 1, "no-text": None}[system]
+    fixed = {"compressed": of_compressor, "full-text": 1, "closed-book": None}[system]
     if wanted not in (None, fixed):
         raise ValueError(f"the ratio of {system!r} is {fixed} here, was asked for: {wanted}")
     return fixed
@@ -340,7 +340,7 @@ def as_read(
         compressor: Its heading and segments determine the number of anchors; it computes nothing.
         ratio: Source tokens per token that "truncated" reads; other systems ignore it.
     """
-    if system == "no-text":
+    if system == "closed-book":
         return [replace(trial, chunks=()) for trial in trials]
     if system != "truncated" or ratio is None:
         return list(trials)

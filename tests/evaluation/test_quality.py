@@ -124,7 +124,7 @@ def test_compressed_answers_are_those_of_the_pipeline(rag: SacRAG, tmp_path: Pat
     assert result.fingerprint == rag.compressor.fingerprint
 
 
-@pytest.mark.parametrize("system", ["full-text", "no-text"])
+@pytest.mark.parametrize("system", ["full-text", "closed-book"])
 def test_text_is_read_in_one_piece_by_the_model_alone(
     rag: SacRAG, tmp_path: Path, system: System
 ) -> None:
@@ -226,7 +226,7 @@ def test_results_name_the_prompt_so_that_comparisons_can_be_trusted(
     )
     same = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), prompt_format=SPANS)
     mine, theirs, equal = (
-        evaluate(r, sample(limit=1), system="no-text", max_new_tokens=1).prompt
+        evaluate(r, sample(limit=1), system="closed-book", max_new_tokens=1).prompt
         for r in (rag, other, same)
     )
     assert mine == equal != theirs
@@ -328,7 +328,7 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(rag: SacRAG, tmp_pat
     headed = make_compressor(rag.generator, "full", heading="Text: ")
     for reader, asked, changes, named in (
         (rag, sample(limit=2), {"max_new_tokens": 3}, "max_new_tokens"),
-        (rag, sample(limit=2), {"system": "no-text"}, "system"),
+        (rag, sample(limit=2), {"system": "closed-book"}, "system"),
         (rag, sample(limit=2, k=2), {}, "'k': .1, 2."),
         (rag, sample(limit=2, seed=1), {}, "questions"),
         (chat, sample(limit=2), {}, "prompt"),
@@ -395,7 +395,7 @@ def test_a_comparison_is_what_its_runs_are_alone(rag: SacRAG, tmp_path: Path) ->
     assert [(r.system, r.ratio, r.k) for r in results] == [
         ("full-text", 1, 1),
         ("truncated", 3, 1),
-        ("no-text", None, 1),
+        ("closed-book", None, 1),
         ("compressed", 1, 1),
         ("compressed", 3, 1),
         ("full-text", 1, 2),
@@ -448,10 +448,14 @@ def test_the_table_sets_anchors_against_keeping_all() -> None:
         )
 
     table = to_markdown(
-        [result("no-text", None, 0.1), result("compressed", 1, 0.5), result("compressed", 5, 0.4)]
+        [
+            result("closed-book", None, 0.1),
+            result("compressed", 1, 0.5),
+            result("compressed", 5, 0.4),
+        ]
     )
     assert table.splitlines()[2:] == [
-        "| nothing | 1 | 0.100 (0.000 to 1.000) | 0.100 | 0.200 | 20% |",
+        "| nothing (closed-book) | 1 | 0.100 (0.000 to 1.000) | 0.100 | 0.200 | 20% |",
         "| anchors, every token | 1 | 0.500 (0.000 to 1.000) | 0.100 | 0.200 | 100% |",
         "| anchors, 5x | 1 | 0.400 (0.000 to 1.000) | 0.100 | 0.200 | 80% |",
     ]

@@ -96,7 +96,7 @@ def measure_perplexity(
     generator, is_compressed = compressor.generator, system == "compressed"
     halves = _halves(map(generator.tokenize, texts), half_tokens)
     ratio = compressor.config.ratio if system in ("compressed", "truncated") else None
-    settings = {
+    settings: dict[str, Any] = {
         "system": system,
         "ratio": ratio,
         "n": len(halves),

@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).parents[1]
 def provenance(
     model: str | os.PathLike[str], data: Iterable[str | os.PathLike[str]]
 ) -> dict[str, Any]:
-    """What figures are to be kept with, as JSON values.
+    """Where figures come from, as JSON values.
 
     Args:
         model: Name of the model; of a folder, its last part.
@@ -43,12 +43,12 @@ def _commit() -> str | None:
         return None  # installed, perhaps inside of another project's repository
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     try:
-        done = subprocess.run(  # noqa: S603 (nothing but words of our own)
+        described = subprocess.run(  # noqa: S603 (nothing but words of our own)
             command, cwd=_PACKAGE, capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return described.stdout.strip()
 
 
 def _sha256(path: str | os.PathLike[str]) -> str:

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +126,54 @@ def test_the_tables_of_choices_in_the_guide_are_those_of_their_figures() -> None
         compared |= {outcome.choice for outcome in outcomes}
         assert f"<!-- choices -->\n{to_markdown(outcomes)}<!-- /choices -->" in page
     assert compared == CHOICES.keys()
+
+
+def rows_of(path: str) -> list[dict[str, Any]]:
+    """Rows of a committed file of figures."""
+    kept = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    if isinstance(kept, dict):
+        return [{**kept, **row} for row in kept["figures"]]
+    return [row for part in kept for row in (part if isinstance(part, list) else [part])]
+
+
+def test_all_committed_figures_say_where_they_come_from() -> None:
+    paths = [*ROOT.glob("sac_rag/weights/**/figures.json"), *ROOT.glob("docs/*.json")]
+    assert len(paths) >= 4
+    commits = set()
+    for path in paths:
+        for row in rows_of(path.relative_to(ROOT).as_posix()):
+            source = row["provenance"]
+            assert re.fullmatch("[0-9a-f]{40}", source["commit"]), path
+            assert date.fromisoformat(source["date"])
+            assert source["model"] and source["data"]
+            is_sampled = "ttft_s" not in row  # times are of the whole text, without a draw
+            assert not is_sampled or "seed" in row or "seed" in source, path
+            commits.add(source["commit"])
+    known = ["git", "cat-file", "--batch-check=%(objecttype)"]
+    asked = "".join(f"{commit}\n" for commit in sorted(commits))
+    done = subprocess.run(known, cwd=ROOT, input=asked, capture_output=True, text=True, check=False)
+    is_whole = (ROOT / ".git").exists() and not (ROOT / ".git/shallow").exists()
+    assert not is_whole or done.stdout.split() == ["commit"] * len(commits)
+
+
+def test_the_times_in_the_documentation_are_those_of_their_figures() -> None:
+    rows = rows_of("docs/speed.json")
+    page = (ROOT / "docs/costs.md").read_text(encoding="utf-8")
+    for row in rows[:-2]:
+        kept = "full" if row["ratio"] == 1 else f"{row['ratio']}x"
+        first, text = row["ttft_s"], row["full_text_s"]
+        assert (
+            f"| {row['k']} | {kept} | {row['kv_entries']:,} | {row['kv_mib']:.1f} MiB | "
+            f"{first:.2f} s | {text:.2f} s | " in page
+        )
+    shared, equal = rows[-2:]
+    assert f"{shared['ttft_s']} s against\n{equal['ttft_s']} s from disk" in page
+    first, text = shared["ttft_s"], shared["full_text_s"]
+    start = " ".join(README.split())
+    assert f"after {first} s at 5x from disk, against {text} s for reading the text" in start
+    whole = 2 * 32 * 8 * 128 * 2 * 510  # keys and values, layers, heads, head_dim, bytes, tokens
+    of_8b = f"takes {whole / 2**20:.1f} MiB whole and {whole / 5 / 2**20:.1f} MiB at 5x"
+    assert of_8b in start
 
 
 @pytest.mark.real_model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
 import pytest
 from langchain_core.documents import Document
@@ -11,8 +13,11 @@ from langchain_sac import ChatSAC, SACCompressor, format_docs, prompt_template
 from llama_index.core import SummaryIndex
 from llama_index.core.schema import TextNode
 from llama_index_sac import SACLLM, SACPostprocessor, text_qa_template
+from support.models import PROSE, make_compressor
 
-from sac_rag import Decoding, SacRAG
+from sac_rag import CachedCompressor, Decoding, DiskStore, SacRAG
+from sac_rag.lm.generator import Generator
+from sac_rag.prompts.format import SPANS
 
 TEXTS = (
     "The observatory on Mount Brannock was opened in 1924 by the astronomer Ida Vossberg.",
@@ -26,11 +31,10 @@ QUESTIONS = (
 )
 
 
-@pytest.mark.real_model
-def test_pipeline_langchain_and_llama_index_answer_the_same() -> None:
-    rag = SacRAG.from_pretrained("smollm2-135m", decoding=Decoding(max_new_tokens=12))
-    retriever = RunnableLambda(lambda question: [Document(text) for text in TEXTS])
-    chain = (
+def chain_over(rag: SacRAG, texts: tuple[str, ...]) -> Any:
+    """A chain of LangChain whose retriever returns all texts."""
+    retriever = RunnableLambda(lambda question: [Document(text) for text in texts])
+    return (
         {
             "context": retriever | SACCompressor(rag) | format_docs(rag),
             "question": RunnablePassthrough(),
@@ -38,13 +42,53 @@ def test_pipeline_langchain_and_llama_index_answer_the_same() -> None:
         | prompt_template(rag)
         | ChatSAC(rag)
     )
+
+
+def engine_over(rag: SacRAG, texts: tuple[str, ...]) -> Any:
+    """A query engine of LlamaIndex that retrieves all texts."""
     asyncio.set_event_loop(None)  # LlamaIndex's sync calls would make one and not close it
-    engine = SummaryIndex([TextNode(text=text) for text in TEXTS]).as_query_engine(
+    return SummaryIndex([TextNode(text=text) for text in texts]).as_query_engine(
         llm=SACLLM(rag),
         node_postprocessors=[SACPostprocessor(rag)],
         text_qa_template=text_qa_template(rag),
     )
+
+
+@pytest.mark.real_model
+def test_pipeline_langchain_and_llama_index_answer_the_same() -> None:
+    rag = SacRAG.from_pretrained("smollm2-135m", decoding=Decoding(max_new_tokens=12))
+    chain, engine = chain_over(rag, TEXTS), engine_over(rag, TEXTS)
     expected = [rag.answer(question, TEXTS).text for question in QUESTIONS]
     assert all(expected) and len(set(expected)) == len(QUESTIONS)
     assert [chain.invoke(question).text for question in QUESTIONS] == expected
     assert [engine.query(question).response for question in QUESTIONS] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("full", {}),
+        ("shared", {}),
+        ("icae", {}),
+        ("icae", {"positions": "uniform"}),
+        ("x500", {}),
+        ("x500", {"positions": "uniform"}),
+    ],
+)
+def test_they_answer_alike_from_a_store_that_any_method_has_filled(
+    llama: Generator, home: Path, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    compressor, question = make_compressor(llama, method, **changes), QUESTIONS[0]
+    with DiskStore(tmp_path / "anchors") as store:
+        rag = SacRAG(
+            CachedCompressor(compressor, store, guard=False),
+            prompt_format=SPANS,
+            decoding=Decoding(max_new_tokens=8),
+            on_miss="raise",  # whatever is not a hit
+        )
+        assert rag.precompress(PROSE[:3]).computed == 3
+        expected = rag.answer(question, PROSE[:3]).text
+        assert expected
+        assert chain_over(rag, PROSE[:3]).invoke(question).text == expected
+        assert engine_over(rag, PROSE[:3]).query(question).response == expected
+        assert rag.metrics().hits == 9

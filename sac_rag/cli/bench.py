@@ -110,7 +110,7 @@ def quality(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="full-text, truncated, no-text, compressed or uniform (anchors, equal heads) "
+            help="full-text, truncated, closed-book, compressed or uniform (anchors, equal heads) "
             "alone; may be repeated. Default: all."
         ),
     ] = None,
@@ -123,11 +123,19 @@ def quality(
     with loading():
         from sac_rag import SacRAG
         from sac_rag.evaluation import comparison
+        from sac_rag.evaluation.provenance import provenance
 
         rag = SacRAG.from_pretrained(model, compressor=compressor, dtype=name_of(dtype))
     results = []
     kinds = only or comparison.KINDS
-    for result in comparison.compare(rag, samples, ratio or (1, 2, 5, 15), folder, kinds=kinds):
+    for result in comparison.compare(
+        rag,
+        samples,
+        ratio or (1, 2, 5, 15),
+        folder,
+        kinds=kinds,
+        labels=provenance(model, data),
+    ):
         results.append(result)
         notes.print(
             f"{result.system}, ratio {result.ratio or 'none'}, {result.budget or 'no'} budget, "

@@ -18,6 +18,7 @@ from sac_rag.cli import (
     fit,
     models,
     peers,
+    perplexity,
     precompress,
     report,
     serve,
@@ -56,6 +57,7 @@ for measurement in (
     training.sinks,
     training.steps,
     peers.peers,
+    perplexity.perplexity,
 ):
     bench.app.command()(measurement)
 app.add_typer(store.app, name="store")

@@ -38,10 +38,10 @@ class System(str, Enum):
     compressed = "compressed"
     full_text = "full-text"
     truncated = "truncated"
-    no_text = "no-text"
+    closed_book = "closed-book"
 
 
-_WITHOUT_RATIO = (System.full_text, System.no_text)
+_WITHOUT_RATIO = (System.full_text, System.closed_book)
 
 
 def evaluate(
@@ -54,7 +54,7 @@ def evaluate(
         typer.Option(
             min=1,
             help="Source tokens per anchor, or per token of the truncated. Default: the "
-            "compressor's; full-text and no-text have none.",
+            "compressor's; full-text and closed-book have none.",
         ),
     ] = None,
     k: NumChunks = 1,
@@ -96,6 +96,7 @@ def evaluate(
         from sac_rag import SacRAG
         from sac_rag.compressors import checkpoint
         from sac_rag.evaluation import quality
+        from sac_rag.evaluation.provenance import provenance
         from sac_rag.prompts.format import SPANS, PromptFormat
 
         # One and the same prompt for every system, whether or not it needs the compressor.
@@ -121,7 +122,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 out=out,
-                labels={"model": model, "data": [str(path) for path in data]},
+                labels=provenance(model, data),
                 on_progress=advance,
             )
     except KeyboardInterrupt:

@@ -77,6 +77,7 @@ def peers(
     with loading():
         from sac_rag import SacRAG
         from sac_rag.evaluation.comparison import to_markdown
+        from sac_rag.evaluation.provenance import provenance
 
         rag = SacRAG.from_pretrained(model, compressor=compressor, dtype=name_of(dtype))
     ratios = sorted({*(ratio or (5, 15))})
@@ -91,7 +92,7 @@ def peers(
             folder,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            labels={"model": model, "data": [str(path) for path in data]},
+            labels=provenance(model, data),
             on_progress=advance,
         ):
             results.append(result)

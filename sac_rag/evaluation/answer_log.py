@@ -20,6 +20,7 @@ class Answers:
         labels: JSON values, noted beside them in a new file.
 
     Attributes:
+        labels: Those of the file.
         by_number: The answers, those read from the file among them.
 
     Raises:
@@ -31,19 +32,23 @@ class Answers:
         self, path: Path | None, settings: Mapping[str, Any], labels: Mapping[str, Any]
     ) -> None:
         self.by_number: dict[int, dict[str, Any]] = {}
+        self.labels = dict(labels)
         self._path = path
         if path is None:
             return
-        header = _line({"format": FORMAT, **settings, "labels": dict(labels)})
+        header = _line({"format": FORMAT, **settings, "labels": self.labels})
         content = path.read_bytes() if path.exists() else b""
-        if header.startswith(content):  # new, or cut off in the header
+        fixed = header[: header.rindex(b'"labels"')]  # labels may be others on another day
+        is_whole = b"\n" in content
+        if not is_whole and (fixed.startswith(content) or content.startswith(fixed)):
+            # New, or cut off in the header.
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(header)
             return
         # A last line without its end was cut off in writing.
         whole = content[: content.rfind(b"\n") + 1]
         first, *lines = whole.splitlines() or [b""]
-        _require_settings(path, first, settings)
+        self.labels = _require_settings(path, first, settings)
         for number, line in enumerate(lines, 2):
             try:
                 answer = json.loads(line)
@@ -62,7 +67,8 @@ class Answers:
                 file.write(b"".join(map(_line, answers)))
 
 
-def _require_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> None:
+def _require_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels of a file, once its settings are known to be the ones asked for."""
     try:
         recorded: dict[str, Any] = json.loads(line)
         version = recorded["format"]
@@ -85,6 +91,7 @@ def _require_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> N
             f"{path} was begun with other settings, (recorded, asked for): {mismatches}; "
             "give a new file"
         )
+    return dict(recorded.get("labels", {}))
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

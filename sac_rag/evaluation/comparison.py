@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
@@ -18,7 +19,7 @@ from sac_rag.stores.memory import MemoryStore
 # All results in one file; the answers of each are in a file beside it.
 FIGURES = "figures.json"
 
-KINDS = ("full-text", "truncated", "no-text", "compressed", "uniform")
+KINDS = ("full-text", "truncated", "closed-book", "compressed", "uniform")
 
 _STORE_BYTES = 6 * 2**30
 _BUDGETS = {"shared": "", "layers": ", equal heads in a layer", "uniform": ", equal heads"}
@@ -33,6 +34,7 @@ def compare(
     kinds: Collection[str] = KINDS,
     cut: int = 5,
     max_new_tokens: int = 32,
+    labels: Mapping[str, Any] | None = None,
 ) -> Iterator[QualityResult]:
     """Measures text, no text, truncated text, and anchors at several ratios, with one prompt.
 
@@ -48,6 +50,7 @@ def compare(
         kinds: Systems to measure: some of KINDS, where "uniform" is anchors with equal heads.
         cut: Source tokens per token of truncated text.
         max_new_tokens: Longest answer, in tokens.
+        labels: As for `evaluate`.
 
     Raises:
         ValueError: for an unknown kind, or as `evaluate` does.
@@ -62,7 +65,7 @@ def compare(
     for number, sample in enumerate(samples):
         texts: list[tuple[System, int | None]] = [("full-text", None), ("truncated", cut)]
         if number == 0:
-            texts.append(("no-text", None))
+            texts.append(("closed-book", None))
         compressor = rag.compressor.inner
         runs = [(system, ratio, compressor) for system, ratio in texts if system in kinds]
         runs += _compressed(compressor, sorted(ratios), kinds)
@@ -78,6 +81,7 @@ def compare(
                 system=system,
                 ratio=ratio,
                 max_new_tokens=max_new_tokens,
+                labels=labels,
                 out=folder / f"{_file(system, ratio, compressor)}-k{sample.k}.jsonl",
             )
             results.append(result)
@@ -138,5 +142,5 @@ def _attended(result: QualityResult, several: bool) -> str:
         return f"anchors, {result.ratio}x{budget}"
     if result.system == "truncated":
         return f"text cut to 1 in {result.ratio}"
-    names = {"full-text": "text", "no-text": "nothing"}
+    names = {"full-text": "text", "closed-book": "nothing (closed-book)"}
     return names.get(result.system, f"{result.system}, {result.ratio}x")

@@ -5,7 +5,7 @@ Four systems answer the same questions, with the same model, prompt format and g
 compressed   from the chunks' anchors
 full-text    from the chunks' text, read in one piece
 truncated    from the first tokens of each chunk, as many as it would have anchors
-no-text      from the question alone
+closed-book  from the question alone
 
 A compressor's heading, if it has one, is read in front of each chunk by all but the last. Any other
 system (see `peers`) is measured alike, as an Answering.
@@ -42,7 +42,7 @@ from sac_rag.pipeline import SacRAG
 from sac_rag.prompts.generate import Decoding
 from sac_rag.reports import Answer
 
-System = Literal["compressed", "full-text", "truncated", "no-text"]
+System = Literal["compressed", "full-text", "truncated", "closed-book"]
 AnswerTrials: TypeAlias = Callable[[Sequence[Trial], Decoding], Sequence[Answer]]
 
 # Padded source tokens of a batch: text takes memory for each pair of them.
@@ -76,6 +76,7 @@ class QualityResult:
         first_token_s: Mean time until the first token of a batch, in seconds.
         recall: Share of questions of which a gold passage was retrieved; None where the gold
             passages are given.
+        provenance: Labels of the answers: see `provenance.provenance`. None where there are none.
     """
 
     system: str
@@ -99,6 +100,7 @@ class QualityResult:
     positions: float | None = None
     first_token_s: float | None = None
     recall: float | None = None
+    provenance: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def evaluate(
         out: A JSON Lines file. Its first line holds the settings, each other line a question, its
             answer and the scores. If it exists with the same settings, its questions are not
             answered again.
-        labels: Noted in the first line of `out` for its readers: the model's name, for example.
+        labels: Noted in the first line of `out` for its readers, and in the result; of an `out`
+            that exists, those that it was begun with.
         on_progress: Called with the number of questions answered since the last call; first, if
             there are any, with that of the answers in `out`.
 
@@ -252,6 +255,7 @@ def evaluate_answering(
         positions=_mean_of(rows, "positions"),
         first_token_s=_mean_of(rows, "first_token_s"),
         recall=sample.recall,
+        provenance=answers.labels or None,
     )
 
 
@@ -319,7 +323,7 @@ def _ratio(system: System, wanted: int | None, of_compressor: int) -> int | None
         if wanted is not None and wanted < 1:
             raise ValueError(f"ratio must be at least 1, was: {wanted}")
         return wanted or of_compressor
-    fixed = {"compressed": of_compressor, "full-text": 1, "no-text": None}[system]
+    fixed = {"compressed": of_compressor, "full-text": 1, "closed-book": None}[system]
     if wanted not in (None, fixed):
         raise ValueError(f"the ratio of {system!r} is {fixed} here, was asked for: {wanted}")
     return fixed
@@ -336,7 +340,7 @@ def as_read(
         compressor: Its heading and segments determine the number of anchors; it computes nothing.
         ratio: Source tokens per token that "truncated" reads; other systems ignore it.
     """
-    if system == "no-text":
+    if system == "closed-book":
         return [replace(trial, chunks=()) for trial in trials]
     if system != "truncated" or ratio is None:
         return list(trials)

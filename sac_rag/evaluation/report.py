@@ -29,7 +29,7 @@ from sac_rag.whole_file import whole_file
 
 TEMPLATE = "report.html.j2"
 _EXAMPLES = 12  # questions whose answers are shown
-_SYSTEMS = ("full-text", "truncated", "no-text", "compressed")
+_SYSTEMS = ("full-text", "truncated", "closed-book", "compressed")
 # Settings that say how a measurement was made, in words of its files.
 _SHOWN = ("seed", "n", "max_new_tokens", "stop", "dtype", "model", "questions", "prompt", "labels")
 
@@ -55,8 +55,8 @@ class Measured:
             return "anchors, every token" if ratio == 1 else f"anchors, {ratio}x{equal}"
         if system == "truncated":
             return f"text cut to 1 in {ratio}"
-        if system in ("full-text", "no-text"):
-            return "text" if system == "full-text" else "nothing"
+        if system in ("full-text", "closed-book"):
+            return "text" if system == "full-text" else "nothing (closed-book)"
         return f"{self.kind}, {ratio}x"
 
     @property

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sac_rag.evaluation.provenance import provenance
 from sac_rag.lm.generator import Generator
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.trainer import HISTORY, OnEvent, open_run_folder, train
@@ -65,6 +66,7 @@ class Outcome:
         steps: Number of steps in the time.
         tokens: Number of tokens read in them.
         ratio, loss, accuracy, first_accuracy, content: Of the last validation.
+        provenance: See `provenance.provenance`; None where it was not recorded.
     """
 
     choice: str
@@ -76,6 +78,7 @@ class Outcome:
     accuracy: float
     first_accuracy: float
     content: float
+    provenance: Mapping[str, Any] | None = None
 
 
 def compare(
@@ -162,6 +165,7 @@ def _run(
         steps=len(steps),
         tokens=sum(step["tokens"] for step in steps),
         **{k: last[k] for k in ("ratio", "loss", "accuracy", "first_accuracy", "content")},
+        provenance=provenance(base.model, (*base.data, *base.text)),
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
+from sac_rag.evaluation.provenance import provenance
 from sac_rag.evaluation.questions import QAExample, read_questions
 from sac_rag.kv import AnchorKV
 from sac_rag.lm.generator import Generator
@@ -83,6 +84,7 @@ class Fitted:
         held_out: Number of passages measured on.
         seconds: Time to read the passages and fit.
         bytes_per_token: Bytes kept per source token, at the compressor's ratio.
+        provenance: Of the figures, with the seed: see `provenance.provenance`.
         folder: Folder in which it was saved; None if it was not.
     """
 
@@ -94,6 +96,7 @@ class Fitted:
     held_out: int
     seconds: float
     bytes_per_token: float
+    provenance: Mapping[str, Any]
     folder: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +110,7 @@ class Fitted:
             "held_out": self.held_out,
             "seconds": round(self.seconds, 1),
             "bytes_per_token": round(self.bytes_per_token, 1),
+            "provenance": dict(self.provenance),
             "figures": [asdict(figure) for figure in self.figures],
         }
 
@@ -196,6 +200,7 @@ def fit(
         held_out=len(held_out),
         seconds=seconds,
         bytes_per_token=bytes_per_token,
+        provenance={**provenance(name, validation or data or text or [PASSAGES]), "seed": seed},
         folder=folder,
     )
     if folder is not None:

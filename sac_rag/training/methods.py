@@ -9,10 +9,8 @@ with: SAC has the lowest perplexity, takes 31 % less training time than ICAE and
 from __future__ import annotations
 
 import json
-import math
-import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -25,11 +23,13 @@ import torch
 from sac_rag.benchmarks.timing import time_in_turn
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.checkpoint import load
+from sac_rag.evaluation.perplexity import measure_perplexity
+from sac_rag.evaluation.provenance import provenance
 from sac_rag.lm.generator import Generator
 from sac_rag.training.batches import Batch, BatchStream, read_documents, split_examples
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.objective import Objective
-from sac_rag.training.rows import Row, RowMaker, batched
+from sac_rag.training.rows import Row, RowMaker
 from sac_rag.training.trainer import (
     HISTORY,
     Learner,
@@ -41,6 +41,8 @@ from sac_rag.training.trainer import (
 from sac_rag.whole_file import whole_file
 
 RESULTS = "results.json"
+
+_DOCUMENTS = 100  # most documents whose perplexity is measured
 
 _PAPER: dict[str, Any] = {
     "method": "sac",
@@ -78,6 +80,7 @@ class MethodOutcome:
         perplexity: Of held-out continued text, from the anchors of the text before it, after the
             stage of prose.
         loss, accuracy, content, f1: Of the last validation on held-out questions.
+        provenance: See `provenance.provenance`; None where it was not recorded.
     """
 
     method: str
@@ -89,6 +92,7 @@ class MethodOutcome:
     accuracy: float
     content: float
     f1: float
+    provenance: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def compare_methods(
     Args:
         base: Data, text, one ratio, and everything else that methods share; its steps are those of
             the stage of questions.
-        held_out_text: Files of prose for the perplexity.
+        held_out_text: Files of prose for the perplexity, of which the first 100 documents count.
         out: Folder of the runs and results; the same call resumes.
         prose_steps: Steps of the stage of prose.
         names: Some of METHODS. Default: all.
@@ -146,7 +150,7 @@ def compare_methods(
         raise ValueError(f"methods are compared at one ratio, ratios were: {list(base.ratios)}")
     if not base.text:
         raise ValueError("text must be files of prose for the first stage, was: none")
-    documents = list(read_documents(held_out_text))
+    documents = list(islice(read_documents(held_out_text), _DOCUMENTS))
     open_run_folder(out, base, free=frozenset())
     results = out / RESULTS
     saved = json.loads(results.read_text()) if results.is_file() else []
@@ -181,7 +185,10 @@ class _Run:
         config = _configured(self.base, self.name, self.seed)
         first, of_prose = self._train(_prose(config, self.name, self.prose_steps), "prose")
         generator = _generator(self.base, self.layers)
-        perplexity = perplexity_of(load(first, generator), documents, self.base)
+        prefix_ids = RowMaker(generator, self.base.prompt_format).prefix_ids
+        measured = measure_perplexity(
+            load(first, generator), documents, prefix_ids, half_tokens=self.base.text_tokens
+        )
         config = replace(config, init_from=str(first), scorer_texts=0)
         _, of_questions = self._train(config, "questions")
         last = of_questions["validations"][-1]
@@ -190,8 +197,9 @@ class _Run:
             seed=self.seed,
             ratio=self.base.ratios[0],
             tokens=sum(step["tokens"] for step in (*of_prose["steps"], *of_questions["steps"])),
-            perplexity=perplexity,
+            perplexity=measured.perplexity,
             **{name: last[name] for name in ("loss", "accuracy", "content", "f1")},
+            provenance=provenance(self.base.model, (*self.base.data, *self.base.text)),
         )
 
     def _train(self, config: TrainConfig, stage: str) -> tuple[Path, dict[str, Any]]:
@@ -205,31 +213,6 @@ class _Run:
             # The trainer returns after Ctrl-C, too.
             raise KeyboardInterrupt
         return trained, history
-
-
-def perplexity_of(compressor: Compressor, documents: Sequence[str], config: TrainConfig) -> float:
-    """Perplexity of the second halves of documents, from the anchors of their first halves.
-
-    Args:
-        compressor: Compresses the first halves at its ratio.
-        documents: Prose.
-        config: Its text_tokens are the longest halves; its prompt gives the beginning.
-
-    Raises:
-        ValueError: if no document is long enough.
-    """
-    maker = RowMaker(compressor.generator, config.prompt_format)
-    made = (maker.continue_text(text, config.text_tokens) for text in documents)
-    rows = [row for row in made if row is not None]
-    if not rows:
-        raise ValueError(f"none of {len(documents)} documents is long enough to be continued")
-    objective = Objective(compressor, maker.prefix_ids)
-    total, count = 0.0, 0
-    for batch in batched(rows, config.batch_tokens, random.Random(0)):
-        predicted = objective.predict(batch, compressor.config.ratio)
-        total += float(predicted.loss) * len(predicted.labels)
-        count += len(predicted.labels)
-    return math.exp(total / count)
 
 
 def time_methods(

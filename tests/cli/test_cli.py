@@ -321,7 +321,7 @@ def test_evaluate_prints_one_object_and_nothing_else(tiny: Path) -> None:
         (("--system", "truncated", "--ratio", "5"), 5),
         # So that one line of a script does for all systems.
         (("--system", "full-text", "--ratio", "5"), 1),
-        (("--system", "no-text", "--ratio", "5"), None),
+        (("--system", "closed-book", "--ratio", "5"), None),
     ],
 )
 def test_evaluate_takes_every_system(
@@ -333,18 +333,28 @@ def test_evaluate_takes_every_system(
     assert (printed["system"], printed["ratio"], printed["n"]) == (arguments[1], ratio, 2)
     settings, *answers = map(json.loads, out.read_text().splitlines())
     assert PromptFormat(**settings["prompt"]) == SPANS
-    assert [len(answers), settings["labels"]["model"]] == [2, str(tiny / "model")]
+    assert len(answers) == 2
+    assert settings["labels"] == printed["provenance"]
+    assert settings["labels"]["model"] == "model", "its name, not the place of its folder"
+    assert list(settings["labels"]["data"]) == ["data.json"]
 
 
 def test_evaluate_shows_every_system_the_prompt_of_the_compressor(tiny: Path) -> None:
     common = ("--limit", "1", "--compressor", str(tiny / "formatted"))
     prompts = {
         evaluated(tiny, *common, "--system", system)["prompt"]
-        for system in ("compressed", "truncated", "full-text", "no-text")
+        for system in ("compressed", "truncated", "full-text", "closed-book")
     }
     assert len(prompts) == 1
     (tiny / "own.json").write_text(OWN_FORMAT.to_json())
-    without_weights = ("--system", "no-text", "--limit", "1", "--prompt", str(tiny / "own.json"))
+    without_weights = (
+        "--system",
+        "closed-book",
+        "--limit",
+        "1",
+        "--prompt",
+        str(tiny / "own.json"),
+    )
     assert {evaluated(tiny, *without_weights)["prompt"]} == prompts
     assert evaluated(tiny, *without_weights[:4])["prompt"] not in prompts
 
@@ -352,7 +362,7 @@ def test_evaluate_shows_every_system_the_prompt_of_the_compressor(tiny: Path) ->
 def test_evaluate_reports_bad_records_and_scores_the_rest(tiny: Path, tmp_path: Path) -> None:
     more = tmp_path / "more.jsonl"
     more.write_text('{"context": "Owls.", "qas": 5}\n')
-    arguments = ("--system", "no-text", "--limit", "3", "--data", str(more))
+    arguments = ("--system", "closed-book", "--limit", "3", "--data", str(more))
     printed = evaluated(tiny, *arguments, code=1)
     assert printed["n"] == 3
     assert printed["skipped"] == [f'{more.as_posix()}:1: "qas" must be a list, was: 5']
@@ -422,7 +432,7 @@ def test_bench_quality_prints_a_table_and_keeps_the_figures(tiny: Path, tmp_path
     assert [line.split(" | ")[0] for line in shown.stdout.splitlines()[2:] if line] == [
         "| text",
         "| text cut to 1 in 5",
-        "| nothing",
+        "| nothing (closed-book)",
         "| anchors, every token",
         "| anchors, 4x",
     ]
@@ -430,6 +440,27 @@ def test_bench_quality_prints_a_table_and_keeps_the_figures(tiny: Path, tmp_path
     kept = json.loads((tmp_path / "quality" / "figures.json").read_text())
     assert printed["rows"] == kept
     assert {row["prompt"] for row in kept} == {printed["rows"][0]["prompt"]}
+
+
+def test_bench_perplexity_continues_text_with_every_system(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text("\n\n".join(" ".join(PROSE[i:] + PROSE[:i]) for i in range(3)))
+    command = [
+        *("bench", "perplexity", "--text", str(text), "--model", str(tiny / "model")),
+        *("--compressor", str(tiny / "formatted"), "--out", str(tmp_path / "perplexity")),
+        *("--dtype", "float32", "--limit", "2", "--ratio", "4", "--text-tokens", "32"),
+    ]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.stderr
+    assert [line.split(" | ")[0] for line in shown.stdout.splitlines()[2:] if line] == [
+        "| anchors, 4x",
+        "| text",
+        "| the last tokens, 1 in 4",
+        "| nothing (closed-book)",
+    ]
+    rows = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["rows"]
+    assert {row["provenance"]["seed"] for row in rows} == {0}
+    assert {row["n"] for row in rows} == {2}
 
 
 def test_bench_peers_answers_beside_sac_and_lists_what_cannot_run(

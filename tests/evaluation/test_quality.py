@@ -124,7 +124,7 @@ def test_compressed_answers_are_those_of_the_pipeline(rag: SacRAG, tmp_path: Pat
     assert result.fingerprint == rag.compressor.fingerprint
 
 
-@pytest.mark.parametrize("system", ["full-text", "no-text"])
+@pytest.mark.parametrize("system", ["full-text", "closed-book"])
 def test_text_is_read_in_one_piece_by_the_model_alone(
     rag: SacRAG, tmp_path: Path, system: System
 ) -> None:
@@ -226,7 +226,7 @@ def test_results_name_the_prompt_so_that_comparisons_can_be_trusted(
     )
     same = SacRAG(CachedCompressor(make_compressor(llama, "full"), {}), prompt_format=SPANS)
     mine, theirs, equal = (
-        evaluate(r, sample(limit=1), system="no-text", max_new_tokens=1).prompt
+        evaluate(r, sample(limit=1), system="closed-book", max_new_tokens=1).prompt
         for r in (rag, other, same)
     )
     assert mine == equal != theirs
@@ -279,6 +279,28 @@ def test_a_measurement_that_was_cut_off_goes_on(
     assert replace(resumed, **times) == replace(whole, **times)
 
 
+def test_a_kept_file_gives_the_same_result_to_the_bit(rag: SacRAG, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    first = evaluate(rag, sample(), out=out, labels={"date": "2026-01-01"})
+    kept = out.read_bytes()
+    with passes_of(rag.generator) as passes:
+        again = evaluate(rag, sample(), out=out, labels={"date": "2026-01-02"})
+    assert not passes, "nothing is answered again"
+    assert again == first
+    assert again.provenance == {"date": "2026-01-01"}, "of the day that it was measured"
+    assert out.read_bytes() == kept
+
+
+def test_a_header_that_was_cut_off_is_written_again_on_any_day(rag: SacRAG, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    evaluate(rag, sample(), out=out, labels={"date": "2026-01-01"})
+    header = out.read_bytes().split(b"\n")[0]
+    for length in (0, 9, len(header) - 2):
+        out.write_bytes(header[:length])
+        result = evaluate(rag, sample(), out=out, labels={"date": "2026-01-02"})
+        assert result.provenance == {"date": "2026-01-02"}
+
+
 def test_ctrl_c_keeps_all_batches_that_were_finished(rag: SacRAG, tmp_path: Path) -> None:
     asked, out = sample(), tmp_path / "a.jsonl"
 
@@ -306,7 +328,7 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(rag: SacRAG, tmp_pat
     headed = make_compressor(rag.generator, "full", heading="Text: ")
     for reader, asked, changes, named in (
         (rag, sample(limit=2), {"max_new_tokens": 3}, "max_new_tokens"),
-        (rag, sample(limit=2), {"system": "no-text"}, "system"),
+        (rag, sample(limit=2), {"system": "closed-book"}, "system"),
         (rag, sample(limit=2, k=2), {}, "'k': .1, 2."),
         (rag, sample(limit=2, seed=1), {}, "questions"),
         (chat, sample(limit=2), {}, "prompt"),
@@ -373,7 +395,7 @@ def test_a_comparison_is_what_its_runs_are_alone(rag: SacRAG, tmp_path: Path) ->
     assert [(r.system, r.ratio, r.k) for r in results] == [
         ("full-text", 1, 1),
         ("truncated", 3, 1),
-        ("no-text", None, 1),
+        ("closed-book", None, 1),
         ("compressed", 1, 1),
         ("compressed", 3, 1),
         ("full-text", 1, 2),
@@ -426,10 +448,14 @@ def test_the_table_sets_anchors_against_keeping_all() -> None:
         )
 
     table = to_markdown(
-        [result("no-text", None, 0.1), result("compressed", 1, 0.5), result("compressed", 5, 0.4)]
+        [
+            result("closed-book", None, 0.1),
+            result("compressed", 1, 0.5),
+            result("compressed", 5, 0.4),
+        ]
     )
     assert table.splitlines()[2:] == [
-        "| nothing | 1 | 0.100 (0.000 to 1.000) | 0.100 | 0.200 | 20% |",
+        "| nothing (closed-book) | 1 | 0.100 (0.000 to 1.000) | 0.100 | 0.200 | 20% |",
         "| anchors, every token | 1 | 0.500 (0.000 to 1.000) | 0.100 | 0.200 | 100% |",
         "| anchors, 5x | 1 | 0.400 (0.000 to 1.000) | 0.100 | 0.200 | 80% |",
     ]

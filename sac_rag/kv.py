@@ -138,7 +138,11 @@ class AnchorKV:
     def is_finite(self) -> bool:
         """Whether no key and no value is an infinity or NaN."""
         numbers = (tensor for tensor in self.tensors().values() if tensor.is_floating_point())
-        return all(bool(tensor.isfinite().all()) for tensor in numbers)
+        # A finite sum, which takes a twentieth of the time, has finite terms.
+        return all(
+            bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+            for tensor in numbers
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name; the first dimension of each is that of entries."""

@@ -279,3 +279,16 @@ def test_one_segment_is_itself() -> None:
 def test_no_segment_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one segment, got none"):
         AnchorKV.join([])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_whose_sum_overflows_are_finite_and_infinities_are_not(dtype: torch.dtype) -> None:
+    largest = torch.full((4, 8), torch.finfo(dtype).max, dtype=dtype)
+    kv = AnchorKV.uniform(
+        largest.view(1, 1, 4, 8), largest.view(1, 1, 4, 8), torch.arange(4, dtype=torch.int32), 4
+    )
+    assert kv.is_finite
+    for bad in (float("inf"), float("nan")):
+        values = largest.clone()
+        values[2, 3] = bad
+        assert not replace(kv, values=values).is_finite

@@ -66,6 +66,9 @@ def sdpa(
     mask = entry_masks[module.layer_idx]
     rows, heads, tokens, width = query.shape
     group = heads // key.shape[1]
+    padding = entry_masks.padding(module.layer_idx) if isinstance(entry_masks, Masks) else None
+    if padding is not None:
+        return _without_padding(query, key, value, mask, padding, scaling), None
     # KV heads become rows: all query heads of a group then share one mask without copies.
     output = functional.scaled_dot_product_attention(
         query.reshape(-1, group, tokens, width),
@@ -75,6 +78,30 @@ def sdpa(
         scale=scaling,
     )
     return output.view(rows, heads, tokens, width).transpose(1, 2).contiguous(), None
+
+
+def _without_padding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    padding: Sequence[int],
+    scaling: float | None,
+) -> Tensor:
+    """Attention head by head, each to its own entries; `padding` has the first slots of each."""
+    of_heads = [
+        functional.scaled_dot_product_attention(
+            query_group,
+            key[:, head : head + 1, begin:].expand(-1, query_group.shape[1], -1, -1),
+            value[:, head : head + 1, begin:].expand(-1, query_group.shape[1], -1, -1),
+            attn_mask=mask[:, head : head + 1, :, begin:],
+            scale=scaling,
+        )
+        for head, (begin, query_group) in enumerate(
+            zip(padding, query.chunk(len(padding), dim=1), strict=True)
+        )
+    ]
+    return torch.cat(of_heads, dim=1).transpose(1, 2).contiguous()
 
 
 def eager(
@@ -137,6 +164,7 @@ class Masks:
         turns = torch.arange(-1, int(token_turns.max()) + 1, device=device)
         to_turns = (turns >= 0) & (turns <= token_turns[:, :, None])
         self._entry_turns = entry_turns
+        self._padding = list(map(_padding, entry_turns))
         # Shape: (rows, tokens, tokens) and (rows, tokens, turns), turn -1 first
         self._to_tokens = additive(to_tokens, dtype)
         self._to_turns = additive(to_turns, dtype)
@@ -154,6 +182,10 @@ class Masks:
         to_tokens = self._to_tokens[:, None].expand(-1, heads, -1, -1)
         return torch.cat([to_entries.transpose(1, 2), to_tokens], dim=-1)
 
+    def padding(self, layer: int) -> list[int] | None:
+        """Slots before the first entry of each head; None if skipping them would save no time."""
+        return self._padding[layer]
+
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward pass over the prompt."""
         return as_inputs([self[0]] if len(self) == 1 else self)
@@ -168,6 +200,15 @@ class Masks:
         last = copy(self)
         last._to_turns, last._to_tokens = self._to_turns[:, -1:], self._to_tokens[:, -1:]
         return [functional.pad(last[layer], (0, count)) for layer in range(len(self))]
+
+
+def _padding(turns: Tensor) -> list[int] | None:
+    """See `Masks.padding`. Shape: (rows, kv_heads, entries)."""
+    rows, heads, entries = turns.shape
+    if rows > 1 or heads == 1 or not entries or turns.device.type != "cpu":
+        return None
+    padding: list[int] = (turns[0] >= 0).int().argmax(dim=1).tolist()
+    return padding if any(padding) else None
 
 
 def as_inputs(masks: LayerMasks) -> dict[str, Any]:

@@ -9,10 +9,12 @@ Gradients flow from a Prompt back into its AnchorKVs and the cue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -22,6 +24,7 @@ from sac_rag.kv import AnchorKV
 from sac_rag.lm import rope
 from sac_rag.lm.attention import Masks
 from sac_rag.lm.generator import Generator
+from sac_rag.prompts.roomy_cache import ROOM, RoomyCache
 
 # Plain text as token ids, or a chunk.
 Part: TypeAlias = Sequence[int] | AnchorKV
@@ -47,7 +50,7 @@ class Prompt:
     """Input of one forward pass of the generator; rows may have different chunks.
 
     Plain text is padded on the left, so that the last token of every row is the last column;
-    entries are padded on the right, in each layer to the length of its longest head.
+    entries are padded on the left, in each layer to the length of its longest head.
 
     Attributes:
         embeds: Embeddings of the plain text. Shape: (rows, tokens, hidden)
@@ -211,12 +214,13 @@ def _place_branches(
 def _cache(rows: list[_PlacedRow], generator: Generator) -> tuple[DynamicCache, list[Tensor]]:
     """Moves all chunks into one HF cache, each layer as long as its longest head.
 
+    Behind the entries is room for the plain text and the beginning of the answer.
+
     Returns:
         The cache; and the turn of each entry per layer, -1 for padding. Where all heads and layers
         are equal, one tensor with one head. Shape of each: (rows, kv_heads, entries)
     """
     device = generator.device
-    cache = DynamicCache()
     # Quantized KV is copied to the device in 8 bits.
     chunks = [
         (number, turn, start, kv.to(device))
@@ -224,16 +228,17 @@ def _cache(rows: list[_PlacedRow], generator: Generator) -> tuple[DynamicCache, 
         for turn, start, kv in row.chunks
     ]
     if not chunks:
-        return cache, [torch.full((len(rows), 1, 0), -1, device=device)]
-    slots = _slots([(number, kv) for number, _, _, kv in chunks], len(rows), generator)
+        return DynamicCache(), [torch.full((len(rows), 1, 0), -1, device=device)]
+    room = ROOM + max(row.num_tokens for row in rows)
+    slots = _slots([(number, kv) for number, _, _, kv in chunks], len(rows), room, generator)
     keys = [rope.move(kv.keys, start, generator.frequencies) for _, _, start, kv in chunks]
     values = [kv.values for _, _, _, kv in chunks]
     turns = [torch.full((kv.num_entries,), turn, device=device) for _, turn, _, kv in chunks]
     # Padding is zero: NaN would spread even with weight 0.
     of_layers = (slots.lay_out(parts, 0, generator.dtype) for parts in (keys, values))
-    for layer, (of_keys, of_values) in enumerate(zip(*of_layers, strict=True)):
-        cache.update(of_keys, of_values, layer)
-    entry_turns = slots.lay_out(turns, -1, torch.long)
+    cache = RoomyCache(zip(*of_layers, strict=True), slots.lengths)
+    by_layer = zip(slots.lay_out(turns, -1, torch.long), slots.lengths, strict=True)
+    entry_turns = [turns_of_layer[..., :length] for turns_of_layer, length in by_layer]
     first = entry_turns[0][:, :1]
     if all(t.shape[2] == first.shape[2] and bool((t == first).all()) for t in entry_turns):
         return cache, [first]
@@ -248,21 +253,21 @@ class _Slots:
         index: The slot of each entry. Shape: (entries,)
         rows: Rows of the batch.
         kv_heads: KV heads of each layer.
-        widths: Slots per head, by layer.
+        lengths: Slots per head for entries, by layer.
+        room: Slots per head behind them.
     """
 
     index: Tensor
     rows: int
     kv_heads: int
-    widths: list[int]
+    lengths: list[int]
+    room: int
 
     def lay_out(self, parts: list[Tensor], padding: int, dtype: torch.dtype) -> list[Tensor]:
         """Values of entries in their slots, by layer. Shape of each: (rows, kv_heads, slots, …)."""
-        sizes = [self.kv_heads * width for width in self.widths]
+        sizes = [self.kv_heads * (length + self.room) for length in self.lengths]
         inner = parts[0].shape[1:]
-        shape = (self.rows * sum(sizes), *inner)
-        # The allocator returns zeroed pages: padding is never written.
-        laid_out = torch.zeros(shape, dtype=dtype, device=self.index.device)
+        laid_out = _zeros((self.rows * sum(sizes), *inner), dtype, self.index.device)
         if padding:
             laid_out.fill_(padding)
         indices = torch.split(self.index, [len(part) for part in parts])
@@ -273,12 +278,26 @@ class _Slots:
         return [t.view(self.rows, self.kv_heads, -1, *inner) for t in by_layer]
 
 
-def _slots(chunks: Sequence[tuple[int, AnchorKV]], rows: int, generator: Generator) -> _Slots:
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPUs without touching the memory, which takes longer than writing the entries."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(*shape)
+    )
+
+
+def _slots(
+    chunks: Sequence[tuple[int, AnchorKV]], rows: int, room: int, generator: Generator
+) -> _Slots:
     """Assigns a slot to each entry; those of one head and row are adjacent.
 
     Args:
         chunks: Pairs of row number and KV.
         rows: Rows of the batch.
+        room: Slots per head behind those of the entries.
         generator: The LM, whose shape the chunks have.
     """
     layers, kv_heads, _ = generator.kv_shape
@@ -286,15 +305,17 @@ def _slots(chunks: Sequence[tuple[int, AnchorKV]], rows: int, generator: Generat
     # A row is a further level above layers and heads.
     heads = torch.cat([kv.heads.int() + number * layers * kv_heads for number, kv in chunks])
     counts = torch.bincount(heads, minlength=rows * layers * kv_heads)
-    widths = counts.view(rows, layers, kv_heads).amax(dim=(0, 2))
+    lengths = counts.view(rows, layers, kv_heads).amax(dim=(0, 2))
+    widths = lengths + room
     before = torch.arange(rows, device=device)[:, None] * widths.sum()
     before = (before + widths.cumsum(0) - widths)[:, :, None] * kv_heads
-    begins = before + torch.arange(kv_heads, device=device) * widths[:, None]
+    padding = lengths[:, None] - counts.view(rows, layers, kv_heads)
+    begins = before + torch.arange(kv_heads, device=device) * widths[:, None] + padding
     in_order, by_head = heads.sort(stable=True)
     rank = torch.arange(len(heads), device=device) - (counts.cumsum(0) - counts)[in_order]
     index = torch.empty_like(by_head)
     index[by_head] = begins.flatten()[in_order] + rank
-    return _Slots(index, rows, kv_heads, widths.tolist())
+    return _Slots(index, rows, kv_heads, lengths.tolist(), room)
 
 
 def _plain_text(rows: list[_PlacedRow], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -261,7 +261,7 @@ def open_database(folder: Path, max_bytes: int, read_only: bool) -> Database:
         if read_only:
             _require_version(database)
         else:
-            with _cache_table(path, max_bytes):
+            with _cache_table(database, max_bytes):
                 _upgrade(database)
     except BaseException:
         database.close()
@@ -312,11 +312,12 @@ def _connect(path: Path, uri: str | None = None) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def _cache_table(path: Path, max_bytes: int) -> Iterator[None]:
+def _cache_table(database: Database, max_bytes: int) -> Iterator[None]:
     """Has diskcache make its tables, triggers and SQL indexes, unless they are there."""
+    path = database.path
     require_plain_files(path)
     if path.exists():
-        _drop_settings(path)
+        _drop_settings(database)
     settings = {**_SETTINGS, "size_limit": max_bytes}
     try:
         cache = diskcache.Cache(str(path.parent), timeout=LOCK_SECONDS, **settings)
@@ -327,7 +328,7 @@ def _cache_table(path: Path, max_bytes: int) -> Iterator[None]:
         yield
 
 
-def _drop_settings(path: Path) -> None:
+def _drop_settings(database: Database) -> None:
     """Deletes all settings, whoever wrote them; diskcache then writes those it is called with.
 
     It would make attributes, arguments and PRAGMA statements of every row in its table of
@@ -335,14 +336,12 @@ def _drop_settings(path: Path) -> None:
     """
     marks = ", ".join("?" * len(METADATA))
     delete = f"DELETE FROM Settings WHERE typeof(key) != 'text' OR key NOT IN ({marks})"  # noqa: S608 (nothing but question marks)
-    database = Database(path)
+    # The connection stays open, so that SQLite does not rewrite its log when diskcache's is closed.
     try:
         database.sql(delete, tuple(METADATA))
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):
             raise
-    finally:
-        database.close()
 
 
 def _upgrade(database: Database) -> None:

@@ -14,6 +14,7 @@ system (see `peers`) is measured alike, as an Answering.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -219,16 +220,17 @@ def evaluate_answering(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, was: {batch_size}")
-    trials = sample.trials
+    trials, generator = sample.trials, rag.generator
+    position_bytes = 2 * math.prod(generator.kv_shape) * generator.dtype.itemsize
     decoding = replace(rag.decoding, temperature=0.0, seed=None, max_new_tokens=max_new_tokens)
     settings = _settings(rag, sample, answering, decoding)
     answers = Answers(Path(out) if out is not None else None, settings, labels or {})
     if answers.by_number and on_progress is not None:
         on_progress(len(answers.by_number))
-    for batch in _batches(trials, rag.generator, batch_size):
+    for batch in _batches(trials, generator, batch_size):
         # Batches do not depend on earlier answers, so neither do the answers: a batch that was left
         # half finished is answered again as a whole.
-        new = _answer(answering.answer, batch, answers, decoding)
+        new = _answer(answering.answer, batch, answers, decoding, position_bytes)
         if new and on_progress is not None:
             on_progress(new)
     rows = [answers.by_number[trial.number] for trial in trials]
@@ -259,7 +261,13 @@ def evaluate_answering(
     )
 
 
-def _answer(answer: AnswerTrials, batch: list[Trial], answers: Answers, decoding: Decoding) -> int:
+def _answer(
+    answer: AnswerTrials,
+    batch: list[Trial],
+    answers: Answers,
+    decoding: Decoding,
+    position_bytes: int,
+) -> int:
     """Answers a batch, unless all of it is answered; returns the number of new answers."""
     if all(trial.number in answers.by_number for trial in batch):
         return 0
@@ -267,7 +275,7 @@ def _answer(answer: AnswerTrials, batch: list[Trial], answers: Answers, decoding
     written = answer(batch, decoding)
     seconds = (time.perf_counter() - started) / len(batch)
     new = [
-        _scored(trial, one, seconds)
+        _scored(trial, one, seconds, position_bytes)
         for trial, one in zip(batch, written, strict=True)
         if trial.number not in answers.by_number
     ]
@@ -408,7 +416,7 @@ def _batches(
         yield batch
 
 
-def _scored(trial: Trial, answer: Answer, seconds: float) -> dict[str, Any]:
+def _scored(trial: Trial, answer: Answer, seconds: float, position_bytes: int) -> dict[str, Any]:
     golds, prediction = trial.question.answers, answer.text.strip()
     return {
         "number": trial.number,
@@ -421,6 +429,7 @@ def _scored(trial: Trial, answer: Answer, seconds: float) -> dict[str, Any]:
         "contains": contains(prediction, golds),
         "ended": answer.finish_reason != "length",
         "positions": answer.usage.positions_attended,
+        "kv_bytes": answer.usage.positions_attended * position_bytes,
         "first_token_s": answer.timings.time_to_first_token_s,
         "seconds": seconds,
     }

@@ -29,9 +29,11 @@ from sac_rag.whole_file import whole_file
 
 TEMPLATE = "report.html.j2"
 _EXAMPLES = 12  # questions whose answers are shown
+_OWN = "anchors"
 _SYSTEMS = ("full-text", "truncated", "closed-book", "compressed")
-# Settings that say how a measurement was made, in words of its files.
-_SHOWN = ("seed", "n", "max_new_tokens", "stop", "dtype", "model", "questions", "prompt", "labels")
+# Settings that say how a measurement was made, and those that must be the same for a comparison.
+_SHOWN = ("dtype", "seed", "n", "max_new_tokens")
+_ALIKE = ("seed", "n", "dtype", "model", "max_new_tokens", "stop", "prompt")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Measured:
     def kind(self) -> str:
         """What a line of a plot has in common: its name without the ratio."""
         if self.settings["system"] == "compressed":
-            return "anchors" + (", equal heads" if "equal heads" in self.name else "")
+            return _OWN + (", equal heads" if "equal heads" in self.name else "")
+        if self.settings["system"] == "truncated":
+            return "text, cut"
         if self.settings["system"] in _SYSTEMS:
             return self.name
         return str(self.settings["labels"].get("title", self.settings["system"]))
@@ -117,21 +121,20 @@ def write_report(
     """
     measured = read_measured(folder)
     first = measured[0].settings
-    ks = sorted({one.settings["k"] for one in measured})
-    data = first["labels"].get("data") or []
-    groups = [_group(k, [one for one in measured if one.settings["k"] == k]) for k in ks]
+    by_k: dict[int, list[Measured]] = {}
+    for one in measured:
+        by_k.setdefault(one.settings["k"], []).append(one)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     )
-    shown = [one for one in measured if one.settings["k"] == ks[0]]
     html = page.render(
         title=title or f"{first['n']} questions, answered from text and from anchors",
-        about=", ".join([str(first["labels"].get("model", "")), first["dtype"], *map(str, data)]),
-        groups=groups,
-        plots=[_plot(measured, *axis) for axis in _axes(measured)],
-        names=[one.name for one in shown],
-        examples=_examples(shown),
-        settings=json.dumps({name: first.get(name) for name in _SHOWN}, indent=2),
+        about=", ".join([str(first["labels"].get("model", "")), first["dtype"], *_data(first)]),
+        warnings=_warnings(measured),
+        groups=[_group(k, of_k) for k, of_k in by_k.items()],
+        examples=_examples(next(iter(by_k.values()))),
+        sources=_sources(measured),
+        prompt=json.dumps(first.get("prompt"), indent=2, ensure_ascii=False),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,55 +156,122 @@ def _read(path: Path) -> Measured:
     return Measured(settings, dict(sorted(by_number.items())))
 
 
+def _data(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the data files."""
+    return list(map(str, settings["labels"].get("data") or []))
+
+
+def _warnings(measured: Sequence[Measured]) -> list[str]:
+    """Why measurements of the folder may not be comparable."""
+    warnings = []
+    for name in _ALIKE:
+        values = {json.dumps(one.settings.get(name), sort_keys=True) for one in measured}
+        if len(values) > 1:
+            shown = f": {', '.join(sorted(values))}" if max(map(len, values)) < 20 else ""
+            warnings.append(f"not all were measured with the same {name}{shown}")
+    for one in measured:
+        if len(one.rows) < one.settings["n"]:
+            asked = f"{len(one.rows)} of {one.settings['n']} questions"
+            warnings.append(f"{one.name}, k={one.settings['k']}: {asked} answered")
+    return warnings
+
+
+def _sources(measured: Sequence[Measured]) -> list[tuple[str, str]]:
+    """What was measured and by which code, once each, by name."""
+    sources: dict[str, dict[str, None]] = {}
+    for one in measured:
+        labels = one.settings["labels"]
+        data = labels.get("data") or {}
+        values: dict[str, Any] = {name: one.settings.get(name) for name in _SHOWN}
+        values |= {name: labels.get(name) for name in ("model", "commit", "date")}
+        values["model weights"] = one.settings.get("model")
+        for name in data:
+            digest = data[name] if isinstance(data, Mapping) else None
+            sources.setdefault("data", {})[f"{name} {digest or ''}".strip()] = None
+        if "package" in labels:
+            values["packages"] = labels["package"]
+        for name, value in values.items():
+            if value not in (None, ""):
+                sources.setdefault(name, {})[str(value)] = None
+    return [(name, "\n".join(values)) for name, values in sources.items()]
+
+
 def _group(k: int, measured: Sequence[Measured]) -> dict[str, Any]:
-    """A table: all systems with one number of chunks."""
+    """All systems with one number of chunks: headlines, a table, plots."""
     reference = next((one for one in measured if one.name == "anchors, every token"), None)
     return {
         "name": f"{k} passage{'s' if k > 1 else ''} per question",
         "reference": reference.name if reference else None,
+        "headlines": _headlines(measured, reference),
         "rows": [_row(one, reference) for one in measured],
+        "plots": [_plot(measured, *axis) for axis in _axes(measured)],
     }
 
 
-def _row(one: Measured, reference: Measured | None) -> dict[str, str]:
+def _headlines(
+    measured: Sequence[Measured], reference: Measured | None
+) -> list[dict[str, str | list[str]]]:
+    """F1 of anchors at each ratio, beside keeping every token and reading the text."""
+    text = next((one for one in measured if one.settings["system"] == "full-text"), None)
+    headlines: list[dict[str, str | list[str]]] = []
+    for one in measured:
+        if one.kind != _OWN or one.settings["ratio"] == 1:
+            continue
+        f1, notes = _mean(one.scores("f1")), []
+        if reference and _mean(reference.scores("f1")):
+            notes.append(f"{f1 / _mean(reference.scores('f1')):.0%} of every token kept")
+        if text:
+            notes.append(f"reading the text: {_mean(text.scores('f1')):.3f}")
+            ours, theirs = one.scores("first_token_s"), text.scores("first_token_s")
+            if ours and theirs and _mean(ours):
+                notes.append(f"first token {_mean(theirs) / _mean(ours):.1f}x as fast as from text")
+        headlines.append({"f1": f"{f1:.3f}", "name": one.name, "notes": notes})
+    return headlines
+
+
+def _row(one: Measured, reference: Measured | None) -> dict[str, Any]:
     scores = one.scores("f1")
     low, high = interval(scores)
-    seconds = one.scores("first_token_s")
+    seconds, kv_bytes = one.scores("first_token_s"), one.scores("kv_bytes")
     return {
         "name": one.name,
+        "is_own": one.settings["system"] == "compressed",
         "f1": f"{_mean(scores):.3f}",
+        "percent": f"{100 * _mean(scores):.1f}",
         "interval": f"({low:.3f} to {high:.3f})",
         "difference": _difference(one, reference) if reference and one is not reference else "",
         **{name: _share(one.scores(name)) for name in ("em", "contains", "ended")},
         "rouge1": _share(one.scored(rouge1)),
         "raw_em": _share(one.scored(raw_exact_match)),
         "positions": f"{_mean(positions):,.0f}" if (positions := one.scores("positions")) else "",
+        "kv": f"{_mean(kv_bytes) / 2**20:,.1f}" if kv_bytes else "",
         "first_token": f"{_mean(seconds):.2f} s" if seconds else "",
     }
 
 
-def _difference(one: Measured, reference: Measured) -> str:
+def _difference(one: Measured, reference: Measured) -> tuple[str, str]:
     """Mean F1 that is lost against a reference, of the questions that both have answered."""
     common = one.rows.keys() & reference.rows.keys()
     pairs = [(reference.rows[n]["f1"], one.rows[n]["f1"]) for n in sorted(common)]
     if not pairs:
-        return ""
+        return "", ""
     more, less = zip(*pairs, strict=True)
     low, high = paired_interval(more, less)
-    return f"{_mean(more) - _mean(less):+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"{_mean(more) - _mean(less):+.3f}", f"({low:+.3f} to {high:+.3f})"
 
 
 def _examples(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     numbers = set.intersection(*(set(one.rows) for one in measured))
     examples = []
     for number in sorted(numbers)[:_EXAMPLES]:
-        rows = [one.rows[number] for one in measured]
+        rows = [(one.name, one.rows[number]) for one in measured]
         examples.append(
             {
-                "question": rows[0]["question"],
-                "gold": " · ".join(rows[0]["golds"]),
+                "question": rows[0][1]["question"],
+                "gold": " · ".join(rows[0][1]["golds"]),
                 "answers": [
-                    {"text": row["prediction"], "is_right": bool(row["contains"])} for row in rows
+                    {"name": name, "text": row["prediction"], "is_right": bool(row["contains"])}
+                    for name, row in rows
                 ],
             }
         )
@@ -210,43 +280,56 @@ def _examples(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 def _axes(measured: Sequence[Measured]) -> Iterable[tuple[str, Callable[[Measured], float]]]:
     """The horizontal axes for which there are values, each with a measurement's place on it."""
-    yield "source tokens per KV entry", lambda one: float(one.settings["ratio"] or 0)
-    for label, name in (
-        ("KV entries that each head attends to", "positions"),
-        ("seconds to the first token", "first_token_s"),
+    yield "source tokens per KV entry or token read", _ratio
+    for label, name, unit in (
+        ("MiB of KV attended to", "kv_bytes", 2**20),
+        ("seconds to the first token", "first_token_s", 1),
     ):
         if all(one.scores(name) for one in measured):
-            yield label, lambda one, name=name: _mean(one.scores(name))  # type: ignore[misc]
+            yield label, lambda one, name=name, unit=unit: _mean(one.scores(name)) / unit  # type: ignore[misc]
+
+
+def _ratio(one: Measured) -> float:
+    return float(one.settings["ratio"] or 0)
 
 
 def _plot(measured: Sequence[Measured], label: str, place: Callable[[Measured], float]) -> str:
-    """F1 with its interval over something, as SVG: lines over ratios, points for the rest."""
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    """F1 with its interval over something, as SVG: a line for each kind of system."""
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     lines: dict[str, list[Measured]] = {}
     for one in measured:
-        if place(one) > 0:
-            lines.setdefault(f"{one.kind}, k={one.settings['k']}", []).append(one)
-    for number, (name, points) in enumerate(lines.items()):
+        lines.setdefault(one.kind, []).append(one)
+    others = [name for name in lines if name != _OWN]
+    for name, points in lines.items():
         points = sorted(points, key=place)
+        is_own = name == _OWN
+        color = "C0" if is_own else f"C{1 + others.index(name) % 9}"
         means = [_mean(one.scores("f1")) for one in points]
+        if place is _ratio and points[0].settings["system"] in ("full-text", "closed-book"):
+            # Neither has a ratio to choose.
+            axes.axhline(means[0], color=color, linestyle="--", linewidth=1, label=name)
+            continue
         bounds = [interval(one.scores("f1")) for one in points]
         below = [mean - low for mean, (low, _) in zip(means, bounds, strict=True)]
         above = [high - mean for mean, (_, high) in zip(means, bounds, strict=True)]
-        style = "o-" if len(points) > 1 else "s"
         axes.errorbar(
-            [place(one) for one in points], means, yerr=[below, above], fmt=style,
-            color=f"C{number}", label=name, capsize=2, markersize=4, linewidth=1.5,
+            [place(one) for one in points], means, yerr=[below, above],
+            fmt="o-" if len(points) > 1 else "s", color=color, label=name, capsize=2,
+            markersize=6 if is_own else 4, linewidth=2.5 if is_own else 1.2, elinewidth=0.8,
         )  # fmt: skip
     axes.set(xlabel=label, ylabel="F1", xscale="log", ylim=(0, None))
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     drawn = io.StringIO()
     # A fixed salt gives equal figures equal names, and no date makes equal files equal.
-    with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
+    salt = f"{label} {measured[0].settings['k']}"
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]

@@ -34,6 +34,7 @@ def row(number: int, prediction: str, f1: float) -> dict[str, Any]:
         "contains": float(f1 == 1),
         "ended": True,
         "positions": 100 + number,
+        "kv_bytes": (100 + number) * 2**19,
         "first_token_s": 0.5,
         "seconds": 1.0,
     }
@@ -52,7 +53,12 @@ def folder(tmp_path: Path) -> Path:
             "n": 3,
             "dtype": "float32",
             "prompt": {"user": "{chunks}{question}"},
-            "labels": {"model": "a-model", "data": ["dev.json"]},
+            "labels": {
+                "commit": "0" * 40,
+                "date": "2026-11-27",
+                "model": "a-model",
+                "data": {"dev.json": "f" * 64},
+            },
         }
         # An interrupted run leaves questions in the order of their lengths.
         lines = [settings, *(row(n, *answer) for n, answer in reversed(answers.items()))]
@@ -62,26 +68,32 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Cells of the tables, tags, and addresses that a browser would fetch."""
+    """Rows of tables and items of lists, tags, and addresses that a browser would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
         self.tags: list[str] = []
         self.fetched: list[str] = []
+        self.classes: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
+        self.classes |= {v for n, v in attrs if n == "class"}
         self.fetched += [v for n, v in attrs if n in ("src", "href") and not v.startswith("#")]
-        if tag == "tr":
+        if tag in ("tr", "summary", "dt"):
             self.rows.append([])
-        if tag in ("td", "th"):
+        if tag in ("td", "th", "summary", "small", "dt", "dd") and self.rows:
             self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
         if self.rows and self.rows[-1]:
             self.rows[-1][-1] += data
+
+
+def text_of(folder: Path) -> str:
+    return write_report(folder, folder / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -91,27 +103,51 @@ def page(folder: Path) -> Page:
 
 
 def test_each_system_has_its_scores_and_what_it_loses(page: Page) -> None:
-    by_name = {row[0].strip(): " ".join(" ".join(row).split()) for row in page.rows if row}
+    by_name = {row[0].strip(): " ".join(" ".join(row).split()) for row in page.rows if len(row) > 4}
     assert "0.890" in by_name["anchors, every token"]
     assert "0.447" in by_name["anchors, 5x"]
     low, high = paired_interval([1.0, 0.67, 1.0], [0.67, 0.67, 0.0])
     assert f"+0.443 ({low:+.3f} to {high:+.3f})" in by_name["anchors, 5x"]
     assert "101" in by_name["text"], "mean number of KV entries"
+    assert "50.5" in by_name["text"], "their MiB"
     assert "0.50 s" in by_name["text"]
 
 
 def test_answers_stand_beside_the_gold_ones_as_text(page: Page) -> None:
-    answers = {row[0]: row[1:] for row in page.rows if row and row[0].startswith("Question")}
-    assert [cell.strip() for cell in answers["Question 0?"]] == [
-        "Yersinia pestis", "a plague", "Yersinia pestis", "Yersinia",
-    ]  # fmt: skip
-    assert answers["Question 2?"][0].strip() == "<b>nobody</b>"
+    rows = [[cell.strip() for cell in row] for row in page.rows]
+    first = rows.index(["Question 0?", "Yersinia pestis"])
+    assert rows[first + 1 : first + 4] == [
+        ["text", "✗ a plague"],
+        ["anchors, every token", "✓ Yersinia pestis"],
+        ["anchors, 5x", "✗ Yersinia"],
+    ]
+    last = rows.index(["Question 2?", "<b>nobody</b>"])
+    assert rows[last + 3][:2] == ["anchors, 5x", "✗ (empty)"]
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(page: Page) -> None:
     assert page.fetched == []
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert page.tags.count("svg") == 3
+
+
+def test_the_page_says_where_its_figures_come_from(page: Page) -> None:
+    rows = {row[0].strip(): row[1].strip() for row in page.rows if len(row) == 2}
+    assert rows["commit"] == "0" * 40
+    assert rows["date"] == "2026-11-27"
+    assert rows["data"] == f"dev.json {'f' * 64}"
+    assert (rows["seed"], rows["n"], rows["dtype"]) == ("0", "3", "float32")
+
+
+def test_what_cannot_be_compared_is_said(folder: Path) -> None:
+    assert "warning" not in Page(text_of(folder)).classes
+    path = folder / "compressed-5x-k1.jsonl"
+    first, *lines = path.read_text().splitlines()
+    other = json.dumps({**json.loads(first), "seed": 1})
+    path.write_text("\n".join([other, *lines[:2]]) + "\n")
+    text = text_of(folder)
+    assert "not all were measured with the same seed: 0, 1" in text
+    assert "anchors, 5x, k=1: 2 of 3 questions answered" in text
 
 
 def test_equal_answers_give_an_equal_page(folder: Path) -> None:
@@ -125,7 +161,7 @@ def test_answers_without_times_are_reported_without_them(folder: Path) -> None:
         first, *lines = path.read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         for one in rows:
-            del one["positions"], one["first_token_s"]
+            del one["positions"], one["kv_bytes"], one["first_token_s"]
         path.write_text("\n".join([first, *map(json.dumps, rows)]) + "\n")
     text = write_report(folder, folder / "report.html").read_text(encoding="utf-8")
     assert Page(text).tags.count("svg") == 1

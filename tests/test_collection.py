@@ -17,7 +17,7 @@ from sac_rag.collection import Collection, CollectionSettings, forget_texts, rea
 from sac_rag.compressors import checkpoint
 from sac_rag.compressors.config import CompressorConfig
 from sac_rag.compressors.sac import SAC
-from sac_rag.demo import QUESTIONS, ask_questions, wikipedia_leads
+from sac_rag.demo import QUESTIONS, ask_questions, pack_leads, wikipedia_leads
 from sac_rag.prompts.format import SPANS
 from sac_rag.retrieval.index import ChunkIndex
 
@@ -69,7 +69,10 @@ def test_the_demo_answers_with_sources_and_its_second_run_hits(collection: Colle
         assert result.kv_bytes > result.kv_entries * 2 * 30 * 3 * 64 * 2
         assert result.answer.strip()
         assert result.ttft_s > 0
-        assert result.ttft_full_text_s > 0
+        assert result.answer_s >= result.ttft_s
+        assert result.answer_full_text_s >= result.ttft_full_text_s > 0
+        assert result.answer_tokens > 0
+        assert result.ttft_llama_cpp_s is result.answer_llama_cpp_s is None
     assert "Armstrong" in first[3].answer
     assert "1961" in first[4].answer
     second = list(islice(ask_questions(collection, k=4), 2))
@@ -77,8 +80,18 @@ def test_the_demo_answers_with_sources_and_its_second_run_hits(collection: Colle
     assert [result.answer for result in second] == [result.answer for result in first[:2]]
     assert set(first[0].to_dict()) == {
         "question", "answer", "sources", "hits", "source_tokens", "kv_entries", "kv_bytes",
-        "ttft_s", "ttft_full_text_s",
+        "ttft_s", "answer_s", "answer_tokens", "ttft_full_text_s", "answer_full_text_s",
+        "ttft_llama_cpp_s", "answer_llama_cpp_s",
     }  # fmt: skip
+
+
+def test_the_passages_of_the_demo_are_as_long_as_splitters_cut_and_hold_their_leads() -> None:
+    passages = pack_leads()
+    by_title = {lead.title: lead for lead in wikipedia_leads()}
+    assert all(by_title[title].text in passage.text for title, passage in passages.items())
+    lengths = [len(passage.text) for passage in {p.text: p for p in passages.values()}.values()]
+    assert 1500 < sum(lengths) / len(lengths) < 1900
+    assert "Apollo 11" in (passages["Apollo 11"].title or "")
 
 
 def test_it_is_the_same_when_opened_again(collection: Collection) -> None:

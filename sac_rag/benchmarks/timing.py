@@ -52,6 +52,11 @@ class Times:
         """The usual call."""
         return statistics.median(self.seconds)
 
+    def to_dict(self) -> dict[str, object]:
+        """Median, spread and all seconds, as JSON values."""
+        spread = {"median_s": self.median, "best_s": self.best, "worst_s": max(self.seconds)}
+        return {**spread, "seconds": list(self.seconds)}
+
     def speed_relative_to(self, other: Times) -> float:
         """Median of how much faster this was than the other, call by call, taken in turn."""
         pairs = zip(other.seconds, self.seconds, strict=True)

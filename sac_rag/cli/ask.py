@@ -25,12 +25,13 @@ def demo(
     store: Annotated[
         Path | None, typer.Option("--store", help="Folder to keep the demo's collection in.")
     ] = None,
-    k: NumChunks = 4,
+    k: NumChunks = 8,
+    gguf: Annotated[Path | None, typer.Option(help="The same model for llama.cpp.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answers five questions from Wikipedia leads, with cached anchors and with the text."""
     from sac_rag import default_models as models
-    from sac_rag.demo import LEADS, ask_questions, index_leads
+    from sac_rag.demo import LEADS, ask_questions, index_leads, open_llama, pack_leads
 
     folder = store or models.home() / "leads"
     collection = open_collection(folder)
@@ -41,7 +42,14 @@ def demo(
         print_introduction(collection, folder)
     results = []
     with progress("precompressing", show=not as_json) as advance:
-        for result in ask_questions(collection, k=k, on_progress=advance):
+        answers = ask_questions(
+            collection,
+            k=k,
+            passages=pack_leads(),
+            llama=open_llama(gguf) if gguf else None,
+            on_progress=advance,
+        )
+        for result in answers:
             results.append(result)
             if not as_json:
                 print_demo(len(results), result)

@@ -41,7 +41,6 @@ from sac_rag.cli.render import (
     print_lookups,
     print_reads,
     print_serving,
-    print_speed,
     print_throughput,
     write,
 )
@@ -65,34 +64,70 @@ class ReadAs(str, Enum):
 def speed(
     k: NumsOfChunks = None,
     ratio: Ratios = None,
+    store: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="disk, memory or cold (on disk alone); may be repeated. Default: the first two."
+        ),
+    ] = None,
+    answer_tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Length of the answer; may be repeated. Default: 1 and 32."),
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each chunk.")] = 510,
+    gguf: Annotated[Path | None, typer.Option(help="The same model for llama.cpp.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: CUDA if there is one.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for speed.json, speed.md and speed.png.")
+    ] = None,
     model: Model = "smollm2-135m",
     dtype: DtypeOrDefault = None,
     repeats: Repeats = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Times the first token: cached anchors against reading the text, in one process."""
+    """Times first token and answer from anchors, in turn with HF and llama.cpp reading the text."""
     pull_if_default(model, _TEXT)
     with loading():
-        from sac_rag.benchmarks.first_token import measure
+        import torch
+
+        from sac_rag.benchmarks.side_by_side import Settings, measure, to_markdown, write_files
         from sac_rag.compressors import checkpoint
         from sac_rag.demo import wikipedia_leads
         from sac_rag.lm.generator import Generator
 
-        generator = Generator.from_pretrained(model, dtype=name_of(dtype))
-        folder = checkpoint.find(checkpoint.default(model), model)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        # A second model for HF, without the compressor's LoRA beside its weights.
+        generator, plain = (
+            Generator.from_pretrained(model, device=device, dtype=name_of(dtype)) for _ in range(2)
+        )
+        trained = checkpoint.find(checkpoint.default(model), model)
+    settings = Settings(
+        ks=k or (1, 4, 8),
+        ratios=ratio or (1, 5, 15),
+        stores=store or ("disk", "memory"),
+        answer_tokens=answer_tokens or (1, 32),
+        chunk_tokens=chunk_tokens,
+        repeats=repeats,
+        gguf=gguf,
+    )
     rows = []
     with progress("measuring", show=not as_json) as advance:
         for row in measure(
             generator,
             (lead.text for lead in wikipedia_leads()),
-            ks=k or (1, 4, 8),
-            ratios=ratio or (1, 5, 15),
-            compressor=checkpoint.load(folder, generator) if folder else None,
-            repeats=repeats,
+            settings,
+            compressor=checkpoint.load(trained, generator) if trained else None,
+            plain=plain,
         ):
             advance(1)
             rows.append(row)
-    write({"rows": rows}, lambda: print_speed(model, rows), as_json=as_json)
+    if folder is not None:
+        write_files(rows, folder)
+    write({"rows": rows}, lambda: out.print(to_markdown(rows)), as_json=as_json)
 
 
 @app.command()

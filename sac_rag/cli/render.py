@@ -14,7 +14,6 @@ from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from sac_rag.benchmarks.dtypes import DtypeRow
-    from sac_rag.benchmarks.first_token import SpeedRow
     from sac_rag.benchmarks.load import LoadReport
     from sac_rag.benchmarks.serving import ServingReport
     from sac_rag.benchmarks.store import LookupSpeed, ReadSpeed
@@ -136,10 +135,17 @@ def print_demo(number: int, result: DemoResult) -> None:
         f"{result.source_tokens} source tokens as {result.kv_entries} KV entries, "
         f"{human_bytes(result.kv_bytes)}"
     )
+    ours = result.ttft_s, result.answer_s
     out.print(
-        f"   first token after {result.ttft_s:.3f} s; reading the text: "
-        f"{result.ttft_full_text_s:.3f} s ({result.ttft_full_text_s / result.ttft_s:.1f}x)"
+        f"   first token after {ours[0]:.2f} s, all {result.answer_tokens} after {ours[1]:.2f} s"
     )
+    for name, first, last in (
+        ("HF, reading the text", result.ttft_full_text_s, result.answer_full_text_s),
+        ("llama.cpp, reading the text", result.ttft_llama_cpp_s, result.answer_llama_cpp_s),
+    ):
+        if first is not None and last is not None:
+            times = f"{first:.2f} s ({first / ours[0]:.1f}x), {last:.2f} s ({last / ours[1]:.1f}x)"
+            out.print(f"   {name}: {times}")
 
 
 def answer_as_json(question: str, answer: Answer, hits: list[Hit]) -> dict[str, Any]:
@@ -269,28 +275,6 @@ def print_store(folder: Path, stats: StoreStats) -> None:
         for name, value in sorted((made_by.fields or {}).items()):
             out.print(f"  {name} = {value}", style="dim")
     out.print(f"\nin {folder}", style="dim")
-
-
-def print_speed(model: str, rows: Sequence[SpeedRow]) -> None:
-    """Times to the first token and after it, a row per setting."""
-    columns = ("k", "ratio", "heads", "store", "entries", "KV", "TTFT", "per token", "floor")
-    table = _table(*columns, "full text", "speed-up")
-    for row in rows:
-        table.add_row(
-            str(row.k),
-            "full" if row.ratio == 1 else f"{row.ratio}x",
-            "equal" if row.budget == "uniform" else row.budget,
-            row.store,
-            str(row.kv_entries),
-            human_bytes(row.kv_bytes),
-            f"{row.ttft_s:.3f} s",
-            f"{row.token_s:.3f} s",
-            f"{row.floor_s:.3f} s",
-            f"{row.full_text_s:.2f} s",
-            f"{row.full_text_s / row.ttft_s:.1f}x",
-        )
-    out.print(f"{model}, {rows[0].dtype}, chunks of 510 tokens; TTFT = time to first token\n")
-    _print_table(table)
 
 
 def print_throughput(model: str, rows: Sequence[ThroughputRow]) -> None:

@@ -166,6 +166,7 @@ ONE_TEXT: dict[str, Callable[[SacRAG, Path], Any]] = {
     "SacRAG.prompt_ids": lambda rag, _: rag.prompt_ids("Who?", TEXT),
     "SacRAG.stream": lambda rag, _: rag.stream("Who?", TEXT),
     "SacRAG.stream_complete": lambda rag, _: rag.stream_complete(TEXT),
+    "SacRAG.submit": lambda rag, _: rag.submit("Who?", TEXT).result(60),
     "SacRAG.submit_complete": lambda rag, _: rag.submit_complete(TEXT).result(60),
     "fit": lambda rag, place: sac_rag.fit("smollm2-135m", place / "fitted", data="a.json"),
     "read_documents": lambda rag, _: sac_rag.read_documents(TEXT),

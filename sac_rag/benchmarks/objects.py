@@ -8,11 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import xxhash
-
+from sac_rag.benchmarks.store import key_of, small
 from sac_rag.benchmarks.timing import seconds_of
-from sac_rag.kv import AnchorKV
 from sac_rag.stores.objects import ObjectStore
 
 
@@ -63,11 +60,10 @@ def measure_object_reads(
         seed: Of the order.
         on_progress: Called with the number of entries written since the last call.
     """
-    tensor = torch.zeros(2, 2, 4, 16, dtype=torch.bfloat16)
-    kv = AnchorKV.uniform(tensor, tensor, torch.arange(4, dtype=torch.int32), 20)
+    kv = small()
     with ObjectStore(url, shard_bytes=shard_bytes) as writer:
         for number in range(entries):
-            writer.put(_key(number), kv, [f"document {number}"])
+            writer.put(key_of(number), kv, [f"document {number}"])
             if on_progress is not None:
                 on_progress(1)
     opened: list[ObjectStore] = []
@@ -75,7 +71,7 @@ def measure_object_reads(
     (store,) = opened
     open_requests = store.objects.requests
     draw = random.Random(seed)
-    keys = [_key(draw.randrange(entries)) for _ in range(reads)]
+    keys = [key_of(draw.randrange(entries)) for _ in range(reads)]
     seconds = sorted(seconds_of(partial(store.__getitem__, key)) for key in keys)
     return ObjectReads(
         entries=len(store),
@@ -87,7 +83,3 @@ def measure_object_reads(
         p99_ms=1000 * seconds[reads * 99 // 100],
         requests_per_read=(store.objects.requests - open_requests) / reads,
     )
-
-
-def _key(number: int) -> str:
-    return xxhash.xxh3_128_hexdigest(str(number).encode())

@@ -174,23 +174,23 @@ def measure_lookups(
         repeats: Of each measurement.
         on_progress: Called with the number of entries written since the last call.
     """
-    kv = _small()
+    kv = small()
     puts = []
     with DiskStore(folder) as store:
         for number in range(entries):
-            put = partial(store.put, _key(number), kv, [f"document {number}"])
+            put = partial(store.put, key_of(number), kv, [f"document {number}"])
             puts.append(seconds_of(put))
             if on_progress is not None:
                 on_progress(1)
     opens = time_repeated(lambda: DiskStore(folder).close(), min(repeats, 20))
     with DiskStore(folder) as store:
-        keys = [_key(number) for number in range(0, entries, max(1, entries // repeats))]
+        keys = [key_of(number) for number in range(0, entries, max(1, entries // repeats))]
         paths = {path.name.partition("-")[0]: path for path in folder.glob("entries/*/*.kv")}
         for key in keys:  # warms up: from now on the files are in memory in either case
             store[key]
         hits = time_over(store.__getitem__, keys)
         reads = time_over(lambda key: decode(key, paths[key].read_bytes()), keys)
-        misses = time_over(store.get, [_key(-number) for number in range(1, repeats)])
+        misses = time_over(store.get, [key_of(-number) for number in range(1, repeats)])
         stats = store.stats()
         forgets = time_over(store.forget, [f"document {n}" for n in range(min(entries, 5))])
     return LookupSpeed(
@@ -206,11 +206,12 @@ def measure_lookups(
     )
 
 
-def _key(number: int) -> str:
+def key_of(number: int) -> str:
+    """The key of a synthetic entry."""
     return xxhash.xxh3_128_hexdigest(str(number).encode())
 
 
-def _small() -> AnchorKV:
+def small() -> AnchorKV:
     """An entry so small that the disk's bandwidth does not matter."""
     tensor = torch.zeros(2, 2, 4, 16, dtype=torch.bfloat16)
     return AnchorKV.uniform(tensor, tensor, torch.arange(4, dtype=torch.int32), 20)

@@ -383,6 +383,51 @@ def objects(
 
 
 @app.command()
+def scale(
+    queries: Annotated[
+        int, typer.Option(min=1, help="Queries to predict and to measure.")
+    ] = 10_000,
+    entries: Annotated[int, typer.Option(min=10, help="Chunks; a tenth is not stored.")] = 5000,
+    k: NumChunks = 1,
+    exponent: Annotated[float, typer.Option(min=0, help="Of Zipf's law.")] = 1.0,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure. Default: a temporary folder.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Plans corpora of millions to billions of chunks, and tries the simulation of tiers.
+
+    The plan is arithmetic (docs/at_scale.md). Hit rates and waits over memory, disk and a remote
+    disk are predicted from read times of a tenth of the queries, and measured beside it.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        with loading():
+            from sac_rag.benchmarks.scale import Workload, measure_scale, plans, to_markdown
+
+            workload = Workload(
+                entries=entries,
+                stored=entries * 9 // 10,
+                memory=max(1, entries // 20),
+                disk=max(1, entries // 5),
+                warm_up=max(1, queries // 10),
+                queries=queries,
+                k=k,
+                exponent=exponent,
+            )
+        total = k * workload.warm_up + queries
+        with progress("asking", total=total, show=not as_json) as advance:
+            report = measure_scale(Path(place), workload, seed=seed, on_progress=advance)
+    rows = plans()
+
+    def show() -> None:
+        out.print(to_markdown(rows), markup=False, soft_wrap=True)
+        out.print(report.to_markdown(), markup=False, soft_wrap=True)
+
+    write({"plans": rows, "tiers": report}, show, as_json=as_json)
+
+
+@app.command()
 def load(
     folder: Annotated[Path, typer.Argument(help="An empty folder, on the disk to try.")],
     minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # A read renews an entry's last use only when that is this old. Renewing at every read writes at
 # every read: 28 instead of 7 microseconds alone, but 8 milliseconds in a hundredth of the reads
 # while others write. To a store of gigabytes, a minute is no difference.
-_RENEW_SECONDS = 60.0
+RENEW_SECONDS = 60.0
 _TOMBSTONES = 100_000  # of about 60 bytes each
 _COUNT = "count."  # beginning of the names of counters in Meta
 _UNENCRYPTED = ""  # the id that stands for no key
@@ -296,7 +296,7 @@ class Index:
     def renew(self, row: IndexRow) -> None:
         """Records that an entry was used, if that was last recorded a while ago."""
         now = time.time()
-        if row.used is None or abs(now - row.used) >= _RENEW_SECONDS:
+        if row.used is None or abs(now - row.used) >= RENEW_SECONDS:
             update = "UPDATE Cache SET access_time = ? WHERE rowid = ?"
             self.database.best_effort(lambda: self._sql(update, (now, row.rowid)))
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sac_rag.prompts.chat import Message
     from sac_rag.prompts.format import SPANS, PromptFormat
     from sac_rag.prompts.generate import Decoding
+    from sac_rag.ranks import by_rank
     from sac_rag.reports import Answer
     from sac_rag.retrieval.embedder import Embedder
     from sac_rag.retrieval.index import ChunkIndex
@@ -91,6 +92,7 @@ _HOME = {
     "Trial": "evaluation.sample",
     "UnsupportedModelError": "errors",
     "assemble": "prompts.assemble",
+    "by_rank": "ranks",
     "causal": "compressors.layout",
     "evaluate": "evaluation.quality",
     "fit": "training.fit",
@@ -138,6 +140,7 @@ __all__ = [
     "Trial",
     "UnsupportedModelError",
     "assemble",
+    "by_rank",
     "causal",
     "evaluate",
     "fit",

@@ -168,6 +168,7 @@ ONE_TEXT: dict[str, Callable[[SacRAG, Path], Any]] = {
     "SacRAG.stream_complete": lambda rag, _: rag.stream_complete(TEXT),
     "SacRAG.submit": lambda rag, _: rag.submit("Who?", TEXT).result(60),
     "SacRAG.submit_complete": lambda rag, _: rag.submit_complete(TEXT).result(60),
+    "by_rank": lambda rag, _: sac_rag.by_rank(TEXT, rag.compressor),
     "fit": lambda rag, place: sac_rag.fit("smollm2-135m", place / "fitted", data="a.json"),
     "read_documents": lambda rag, _: sac_rag.read_documents(TEXT),
     "read_questions": lambda rag, _: list(sac_rag.read_questions(TEXT)),

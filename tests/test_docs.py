@@ -156,6 +156,21 @@ def test_all_committed_figures_say_where_they_come_from() -> None:
     assert not is_whole or done.stdout.split() == ["commit"] * len(commits)
 
 
+def test_the_table_of_budgets_of_a_question_is_that_of_its_figures() -> None:
+    page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- adaptive -->\n(.*)\n<!-- /adaptive -->", page, re.DOTALL)
+    assert table
+    lines = []
+    for row in rows_of("docs/adaptive.json"):
+        low, high = row["less_than_equal_interval"]
+        gain = f"{row['less_than_equal']:+.2f} ({low:+.2f} to {high:+.2f}) "
+        lines.append(
+            f"| {row['split']} | {row['ratio']}x | {row['loss']:.2f} | {row['accuracy']:.3f} | "
+            f"{'' if row['split'] == 'equal split' else gain}|"
+        )
+    assert table[1].splitlines()[2:] == lines
+
+
 def test_the_times_in_the_documentation_are_those_of_their_figures() -> None:
     rows = rows_of("docs/speed.json")
     page = (ROOT / "docs/costs.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from llama_index.core.schema import TextNode
 from llama_index_sac import SACLLM, SACPostprocessor, text_qa_template
 from support.models import PROSE, make_compressor
 
-from sac_rag import CachedCompressor, Decoding, DiskStore, SacRAG
+from sac_rag import CachedCompressor, Decoding, DiskStore, SacRAG, by_rank
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.format import SPANS
 
@@ -31,12 +31,12 @@ QUESTIONS = (
 )
 
 
-def chain_over(rag: SacRAG, texts: tuple[str, ...]) -> Any:
+def chain_over(rag: SacRAG, texts: tuple[str, ...], **options: Any) -> Any:
     """A chain of LangChain whose retriever returns all texts."""
     retriever = RunnableLambda(lambda question: [Document(text) for text in texts])
     return (
         {
-            "context": retriever | SACCompressor(rag) | format_docs(rag),
+            "context": retriever | SACCompressor(rag, **options) | format_docs(rag),
             "question": RunnablePassthrough(),
         }
         | prompt_template(rag)
@@ -44,12 +44,12 @@ def chain_over(rag: SacRAG, texts: tuple[str, ...]) -> Any:
     )
 
 
-def engine_over(rag: SacRAG, texts: tuple[str, ...]) -> Any:
+def engine_over(rag: SacRAG, texts: tuple[str, ...], **options: Any) -> Any:
     """A query engine of LlamaIndex that retrieves all texts."""
     asyncio.set_event_loop(None)  # LlamaIndex's sync calls would make one and not close it
     return SummaryIndex([TextNode(text=text) for text in texts]).as_query_engine(
         llm=SACLLM(rag),
-        node_postprocessors=[SACPostprocessor(rag)],
+        node_postprocessors=[SACPostprocessor(rag, **options)],
         text_qa_template=text_qa_template(rag),
     )
 
@@ -92,3 +92,30 @@ def test_they_answer_alike_from_a_store_that_any_method_has_filled(
         assert chain_over(rag, PROSE[:3]).invoke(question).text == expected
         assert engine_over(rag, PROSE[:3]).query(question).response == expected
         assert rag.metrics().hits == 9
+
+
+def test_both_spend_a_budget_by_rank_as_the_pipeline_does(llama: Generator, home: Path) -> None:
+    compressor, question = make_compressor(llama, "shared", ratio=2), QUESTIONS[0]
+    rag = SacRAG(
+        CachedCompressor(compressor, {}, guard=False),
+        prompt_format=SPANS,
+        decoding=Decoding(max_new_tokens=8),
+    )
+    rag.precompress(PROSE[:3])
+    rag.on_miss = "raise"
+    ranked = by_rank(PROSE[:3], rag.compressor, ratio=6)
+    assert [chunk.ratio for chunk in ranked] != [6, 6, 6]
+    expected = rag.answer(question, ranked).text
+    options = {"ratio": 6, "by_rank": True}
+    assert chain_over(rag, PROSE[:3], **options).invoke(question).text == expected
+    assert engine_over(rag, PROSE[:3], **options).query(question).response == expected
+    marked = SACCompressor(rag, **options).invoke([Document(text) for text in PROSE[:3]])
+    for chunk, one in zip(ranked, marked, strict=True):
+        assert f'ratio="{chunk.ratio}"' in one.page_content
+
+
+def test_by_rank_needs_a_compressor_of_several_ratios(llama: Generator, home: Path) -> None:
+    rag = SacRAG(CachedCompressor(make_compressor(llama, "x500"), {}))
+    for kind in (SACCompressor, SACPostprocessor):
+        with pytest.raises(ValueError, match="where one compression serves several"):
+            kind(rag, by_rank=True)

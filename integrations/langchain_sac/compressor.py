@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from langchain_sac.documents import chunk_of, log_bad, require_documents
 from langchain_sac.marker import mark, whole
-from sac_rag import Chunk, SacRAG
+from sac_rag import Chunk, SacRAG, by_rank
 from sac_rag.reports import BadRecord
 
 
@@ -45,10 +45,13 @@ class SACCompressor(
             namespace.
         ratio: Source tokens per KV entry of marked documents, whatever ratio ChatSAC has. Default:
             that of ChatSAC, or else of the compressor.
+        by_rank: Whether documents come best first and share the KV entries of that ratio by rank:
+            see `sac_rag.by_rank`.
     """
 
     rag: SacRAG = Field(repr=False, exclude=True)
     ratio: int | None = Field(default=None, strict=True)
+    by_rank: bool = Field(default=False, strict=True)
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -58,6 +61,8 @@ class SACCompressor(
     @model_validator(mode="after")
     def _ratio_is_possible(self) -> Self:
         self.rag.compressor.ratio_for(self.ratio)
+        if self.by_rank:
+            by_rank((), self.rag.compressor, ratio=self.ratio)
         return self
 
     def compress_documents(
@@ -77,7 +82,21 @@ class SACCompressor(
         Raises:
             TypeError: for anything else than Documents.
         """
-        return [self._marked(document) for document in require_documents(documents)]
+        key_of, checked = self.rag.compressor.key, require_documents(documents)
+        plain = [doc for doc in checked if whole(doc.page_content, key_of) is None]
+        chunks = [chunk_of(doc, key_of) for doc in plain]
+        if self.by_rank:
+            chunks = by_rank(chunks, self.rag.compressor, ratio=self.ratio)
+        elif self.ratio is not None:
+            chunks = [replace(chunk, ratio=self.ratio) for chunk in chunks]
+        texts = {
+            id(doc): mark(chunk.text, key_of(chunk.text), chunk.ratio, chunk.id)
+            for doc, chunk in zip(plain, chunks, strict=True)
+        }
+        return [
+            doc.model_copy(update={"page_content": texts[id(doc)]}) if id(doc) in texts else doc
+            for doc in checked
+        ]
 
     def transform_documents(  # type: ignore[override]  # names what LangChain leaves open
         self,
@@ -132,11 +151,3 @@ class SACCompressor(
     def _chunk_of(self, document: Document) -> Chunk:
         chunk = chunk_of(document, self.rag.compressor.key)
         return chunk if self.ratio is None else replace(chunk, ratio=self.ratio)
-
-    def _marked(self, document: Document) -> Document:
-        key_of = self.rag.compressor.key
-        if whole(document.page_content, key_of) is not None:
-            return document
-        chunk = self._chunk_of(document)
-        marked = mark(chunk.text, key_of(chunk.text), chunk.ratio, chunk.id)
-        return document.model_copy(update={"page_content": marked})

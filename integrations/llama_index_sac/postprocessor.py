@@ -14,6 +14,7 @@ from llama_index_sac.markers import require_known, require_rag, require_several,
 from llama_index_sac.marking import mark
 from llama_index_sac.node import can_be_compressed, chunk_of, marked_copy
 from llama_index_sac.watch import watch_other_llms
+from sac_rag import by_rank as chunks_by_rank
 
 if TYPE_CHECKING:
     from sac_rag import SacRAG
@@ -44,6 +45,8 @@ class SACPostprocessor(BaseNodePostprocessor):
         rag: Compresses the texts and resolves the markers.
         ratio: Source tokens per KV entry of these texts, whatever ratio the SACLLM has. Default:
             that of the SACLLM, or else of the compressor.
+        by_rank: Whether nodes come best first and share the KV entries of that ratio by rank: see
+            `sac_rag.by_rank`.
         **settings: Fields of BaseNodePostprocessor.
 
     Raises:
@@ -55,9 +58,13 @@ class SACPostprocessor(BaseNodePostprocessor):
         default=None, strict=True, description="Source tokens per KV entry of these texts."
     )
 
+    by_rank: bool = Field(default=False, description="Whether the best nodes get most entries.")
+
     _rag: SacRAG = PrivateAttr()
 
-    def __init__(self, rag: SacRAG, *, ratio: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self, rag: SacRAG, *, ratio: int | None = None, by_rank: bool = False, **settings: Any
+    ) -> None:
         require_rag(rag)
         require_known(
             settings,
@@ -66,7 +73,9 @@ class SACPostprocessor(BaseNodePostprocessor):
             "it marks all nodes that it gets, so put what selects them before it; ",
         )
         rag.compressor.ratio_for(ratio)
-        super().__init__(ratio=ratio, **settings)  # type: ignore[call-arg]  # pydantic takes it
+        if by_rank:
+            chunks_by_rank((), rag.compressor, ratio=ratio)
+        super().__init__(ratio=ratio, by_rank=by_rank, **settings)  # type: ignore[call-arg]  # pydantic takes it
         self._rag = rag
         watch_other_llms()
 
@@ -88,7 +97,11 @@ class SACPostprocessor(BaseNodePostprocessor):
         if query_bundle is not None:
             withdraw(query_bundle.query_str)
         texts = [scored.node for scored in nodes if can_be_compressed(scored.node)]
-        chunks = [replace(chunk_of(node), ratio=self.ratio) for node in texts]
+        chunks = [chunk_of(node) for node in texts]
+        if self.by_rank:
+            chunks = chunks_by_rank(chunks, self._rag.compressor, ratio=self.ratio)
+        else:
+            chunks = [replace(chunk, ratio=self.ratio) for chunk in chunks]
         copies = {
             id(node): marked_copy(node, marked)
             for node, marked in zip(texts, mark(self._rag, chunks), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +30,8 @@ from sac_rag.cli.render import notes, print_quality, write
 if TYPE_CHECKING:
     from sac_rag.chunk import Chunk
     from sac_rag.evaluation.questions import QAExample
+    from sac_rag.evaluation.sample import Sample
+    from sac_rag.pipeline import SacRAG
 
 
 class System(str, Enum):
@@ -65,6 +67,13 @@ def evaluate(
             help="Answer from what a search among all passages finds, not from the gold ones.",
         ),
     ] = False,
+    by_rank: Annotated[
+        bool,
+        typer.Option(
+            "--by-rank",
+            help="With --retrieve: most of the entries of that ratio for the best passages.",
+        ),
+    ] = False,
     limit: LimitOrAll = None,
     seed: Seed = 0,
     model: Model = "smollm2-135m",
@@ -88,6 +97,10 @@ def evaluate(
     """Answers questions whose answers are known, and scores: EM, F1, contains."""
     from sac_rag.evaluation.sample import draw
 
+    if by_rank and not (retrieve and system is System.compressed):
+        raise ValueError(
+            "--by-rank needs --retrieve, which ranks passages, and --system compressed"
+        )
     examples, bad = _read(data, show=not as_json)
     search = _search(examples, show=not as_json) if retrieve else None
     sample = draw(examples, k=k, limit=limit, seed=seed, retrieve=search)
@@ -112,6 +125,8 @@ def evaluate(
             prompt_format=prompt_format or SPANS,
             dtype=name_of(dtype),
         )
+    if by_rank:
+        sample = _ranked(sample, rag)
     try:
         with progress("answering", total=len(sample.trials), show=not as_json) as advance:
             result = quality.evaluate(
@@ -139,6 +154,17 @@ def evaluate(
     )
     if bad:
         raise typer.Exit(1)
+
+
+def _ranked(sample: Sample, rag: SacRAG) -> Sample:
+    """The same questions, their passages with ratios by rank."""
+    from sac_rag.ranks import by_rank
+
+    trials = (
+        replace(trial, chunks=tuple(by_rank(trial.chunks, rag.compressor, lowest=1)))
+        for trial in sample.trials
+    )
+    return replace(sample, trials=tuple(trials))
 
 
 def _search(examples: Sequence[QAExample], *, show: bool) -> Callable[[str, int], Sequence[Chunk]]:

@@ -442,6 +442,12 @@ def test_bench_quality_prints_a_table_and_keeps_the_figures(tiny: Path, tmp_path
     assert {row["prompt"] for row in kept} == {printed["rows"][0]["prompt"]}
 
 
+def test_evaluate_by_rank_needs_passages_that_are_ranked(tiny: Path) -> None:
+    arguments = ["evaluate", "--data", str(tiny / "data.json"), "--model", str(tiny / "model")]
+    shown = CliRunner().invoke(app, [*arguments, "--by-rank"])
+    assert "--by-rank needs --retrieve" in str(shown.exception)
+
+
 def test_bench_perplexity_continues_text_with_every_system(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "prose.txt"
     text.write_text("\n\n".join(" ".join(PROSE[i:] + PROSE[:i]) for i in range(3)))

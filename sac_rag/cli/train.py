@@ -39,8 +39,12 @@ def train(
     pull_if_default(run_config.model)
     with loading():
         from sac_rag.training import trainer
-    with train_progress(show=not as_json) as on_event:
+        from sac_rag.training.processes import is_main_process
+    is_main = is_main_process()
+    with train_progress(show=is_main and not as_json) as on_event:
         compressor = trainer.train(run_config, folder, on_event=on_event)
+    if not is_main:
+        return
     if as_json:
         print_json({"out": str(folder), "compressor": str(compressor)})
         return

@@ -57,6 +57,7 @@ _FROM_0 = (
     "max_minutes",
     "save_minutes",
     "workers",
+    "batches_per_step",
 )
 
 # Settings that do not change what is learned.
@@ -135,7 +136,8 @@ class TrainConfig:
     # Optimization
     steps: int = 1000
     max_minutes: float = 0.0  # ends the run early, at a step; 0 = no limit
-    batch_tokens: int = 1200  # most padded tokens in a step, encoded and decoded together
+    batch_tokens: int = 1200  # most padded tokens in a batch, encoded and decoded together
+    batches_per_step: int = 0  # shared out among processes; 0 = one for each process
     learning_rate: float = 5e-4
     schedule: Schedule = "cosine"
     warmup_steps: int = 20

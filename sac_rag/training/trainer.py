@@ -32,6 +32,13 @@ from sac_rag.training.config import WATCHING, TrainConfig
 from sac_rag.training.fit_scorer import fit_scorer
 from sac_rag.training.objective import Objective
 from sac_rag.training.plots import draw_curves
+from sac_rag.training.processes import (
+    Step,
+    batches_per_process,
+    is_main_process,
+    own_device,
+    share_weights,
+)
 from sac_rag.training.rows import Row, RowMaker
 from sac_rag.training.validation import Validator
 from sac_rag.whole_file import whole_file
@@ -73,12 +80,12 @@ def train(
         ImportError: without the extra "train".
     """
     out = Path(out)
-    tell = on_event or (lambda event: None)
+    tell = on_event if on_event and is_main_process() else (lambda event: None)
     open_run_folder(out, config)
     examples, held_out = split_examples(config)
     if generator is None:
         generator = Generator.from_pretrained(
-            config.model, device=config.device or None, dtype=config.dtype or None
+            config.model, device=config.device or own_device(), dtype=config.dtype or None
         )
     compressor = new_compressor(config, generator)
     maker = RowMaker(generator, config.formats)
@@ -91,11 +98,14 @@ def train(
     last = trainer.last_checkpoint()
     if last is None and config.scorer_texts:
         _fit(config, objective, rows_for_scorer(config, maker, examples), tell)
+        share_weights(trainer.accelerator, compressor, compressor.fitted)
     trainer.train_dataset = BatchStream(config, maker, examples)
     with trainer.stopping_on_signals():
         trainer.train(resume_from_checkpoint=last)
     final = out / FINAL
-    trainer.save_compressor(final)
+    if is_main_process():
+        trainer.save_compressor(final)
+    trainer.accelerator.wait_for_everyone()
     return final
 
 
@@ -140,7 +150,7 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         self.stop_wanted = threading.Event()
         self.busy_s = 0.0  # seconds of training alone, without validation
         self.history: dict[str, list[dict[str, Any]]] = {"steps": [], "validations": []}
-        self.last: dict[str, Any] = {}
+        self._batches: list[tuple[Tensor, Batch]] = []  # with losses, of the step at hand
         self._pending: list[tuple[str, dict[str, Any]]] = []  # not yet reported
         super().__init__(
             model=Learner(objective),
@@ -161,13 +171,26 @@ class CompressorTrainer(Trainer):  # type: ignore[misc]
         """The objective's loss of one batch."""
         batch: Batch = inputs["batch"]
         loss: Tensor = model(batch)
-        self.last = {
-            # Reading it from a GPU would wait for the step.
-            "loss": loss.detach() if loss.is_cuda else loss.item(),
-            "ratio": batch.ratio,
-            "tokens": sum(row.num_encoded + row.num_decoded for row in batch.rows),
-        }
+        self._batches.append((loss.detach(), batch))
         return loss
+
+    def take_step(self, seconds: float) -> Step:
+        """What is known of a step when it has ended; the same in all processes.
+
+        Args:
+            seconds: Its duration in this process.
+        """
+        losses, batches = zip(*self._batches, strict=True)
+        self._batches.clear()
+        tokens = sum(row.num_encoded + row.num_decoded for b in batches for row in b.rows)
+        step = Step(
+            loss=torch.stack(losses).mean(),
+            ratio=batches[0].ratio,
+            tokens=tokens,
+            seconds=seconds,
+            is_last=self.stop_wanted.is_set(),
+        )
+        return step.over_all(self.accelerator)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validates at every ratio of the run."""
@@ -314,15 +337,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops the clock; saves or ends the run if it is time."""
-        seconds = time.perf_counter() - self._step_began
-        config, busy_s = self._trainer.run_config, self._trainer.busy_s + seconds
+        step = self._trainer.take_step(time.perf_counter() - self._step_began)
+        config, busy_s = self._trainer.run_config, self._trainer.busy_s + step.seconds
         self._trainer.busy_s = busy_s
         out_of_time = config.max_minutes > 0 and busy_s >= 60 * config.max_minutes
         if config.save_minutes > 0 and busy_s - self._saved_s >= 60 * config.save_minutes:
             self._saved_s = busy_s
             control.should_save = True
-        self._trainer.note("steps", "step", {**self._trainer.last, "seconds": round(seconds, 3)})
-        if self._trainer.stop_wanted.is_set() or out_of_time:
+        self._trainer.note("steps", "step", step.to_dict())
+        if step.is_last or out_of_time:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = out_of_time and bool(self._trainer.validators)
             self._trainer.tell({"event": "interrupted", "step": state.global_step})
@@ -411,6 +434,7 @@ def _arguments(
         output_dir=str(out / "checkpoints"),
         max_steps=config.steps,
         per_device_train_batch_size=1,  # of batches, which the stream has already made
+        gradient_accumulation_steps=batches_per_process(config.batches_per_step),
         learning_rate=config.learning_rate,
         lr_scheduler_type=(
             "constant_with_warmup" if _follows_the_clock(config) else config.schedule

@@ -70,6 +70,22 @@ def serve(
     notes.print("ended; all requests were answered or refused")
 
 
+def mcp(
+    place: Annotated[Path, typer.Argument(help="Folder of a collection, or an archive.")],
+    model: ModelOrDefault = None,
+) -> None:
+    """Serves the tools ask, search and precompress to an MCP client, over its pipes."""
+    from sac_rag.server.auth import Tokens
+    from sac_rag.server.limits import Limits
+    from sac_rag.server.mcp import make_mcp
+
+    service = open_service(place, model, Tokens([]), Limits())
+    try:
+        make_mcp(service).run("stdio")
+    finally:
+        service.close()
+
+
 def open_service(place: Path, model: str | None, tokens: Tokens, limits: Limits) -> Service:
     """What is served of a collection's folder, or of an archive with a model."""
     with loading():

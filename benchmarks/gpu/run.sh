@@ -11,16 +11,17 @@ usage: run.sh --wheels DIR --data DIR --out DIR [options]
   --data DIR       question files, and instructions.jsonl
   --out DIR        results: reports, logs, weights in pieces of at most 15 MiB
   --minutes N      of training (default 8)
+  --prose FILE     prose in DIR of --data, for the comparison of methods (default: text-brown.txt.gz)
   --device NAME    cuda (default) or cpu, to rehearse
   --configs LIST   training configs, separated by commas (default: all in benchmarks/gpu)
-  --skip PART      setup, tests, speed or train; may be repeated
+  --skip PART      setup, tests, speed, train or methods; may be repeated
 END
 }
 
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 HERE=$ROOT/benchmarks/gpu
 PYTHON=${PYTHON:-python3}
-MINUTES=8 DEVICE=cuda WHEELS='' DATA='' OUT='' CONFIGS='' SKIP=' '
+MINUTES=8 DEVICE=cuda WHEELS='' DATA='' OUT='' CONFIGS='' PROSE=text-brown.txt.gz SKIP=' '
 while [ $# -gt 0 ]; do
   case $1 in
     --wheels) WHEELS=$(realpath "$2") ;;
@@ -28,6 +29,7 @@ while [ $# -gt 0 ]; do
     --out) mkdir -p "$2" && OUT=$(realpath "$2") ;;
     --minutes) MINUTES=$2 ;;
     --device) DEVICE=$2 ;;
+    --prose) PROSE=$2 ;;
     --configs) CONFIGS=$2 ;;
     --skip) SKIP="$SKIP$2 " ;;
     *) usage >&2; exit 2 ;;
@@ -91,5 +93,23 @@ if ! skips train; then
     tar -cf - -C "$WORK/runs/$name" compressor train.json history.json curves.png |
       split -b 15M -d - "$OUT/$name.tar.part-"
   done
+fi
+
+# The second job: what it has finished when the time is up stays in results.json, and the same
+# command resumes it from there.
+if ! skips methods; then
+  echo "== methods of the paper for $MINUTES minutes on $DEVICE"
+  {
+    cat "${METHODS_CONFIG:-$ROOT/configs/methods.toml}"
+    echo "device = \"$DEVICE\""
+  } >"$WORK/methods.toml"
+  (cd "$DATA" && exec timeout "${MINUTES}m" $PYTHON -m sac_rag.cli bench methods --json \
+    --config "$WORK/methods.toml" --data squad-train.json.gz --text "$PROSE" \
+    --held-out-text text-wikipedia-leads.txt.gz --out "$WORK/runs/methods" \
+    ${METHODS_OPTIONS:---prose-steps 60 --question-steps 60 --repeats 3}) \
+    >"$OUT/methods.json" 2>"$OUT/methods.log" || echo "not finished; see methods.log"
+  if [ -f "$WORK/runs/methods/results.json" ]; then
+    cp "$WORK/runs/methods/results.json" "$OUT/methods-results.json"
+  fi
 fi
 ls -l "$OUT"

@@ -184,6 +184,24 @@ class RandomAnchors(NeighbourPeer):
     anchors: ClassVar[Anchors] = "random"
 
 
+class UniformAnchors(NeighbourPeer):
+    """The middle token of each block: what SAC keeps in its paper, without training."""
+
+    name: ClassVar[str] = "uniform-anchors"
+    title: ClassVar[str] = "every n-th token, untrained"
+    does: ClassVar[str] = "keeps the KV of the middle token of each block"
+    anchors: ClassVar[Anchors] = "uniform"
+
+
+class SurprisalAnchors(NeighbourPeer):
+    """The tokens that LLMLingua would keep as text, as KV that has read all of the text."""
+
+    name: ClassVar[str] = "surprisal-anchors"
+    title: ClassVar[str] = "least expected tokens, untrained"
+    does: ClassVar[str] = "keeps the KV of the tokens expected least (LLMLingua's choice)"
+    anchors: ClassVar[Anchors] = "surprisal"
+
+
 class ReadAgainAnchors(NeighbourPeer):
     """What the next two begin with."""
 

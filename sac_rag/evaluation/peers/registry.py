@@ -30,6 +30,8 @@ PEERS: Mapping[str, type[Peer]] = {
         neighbours.ReadAgainAnchors,
         neighbours.Merged,
         neighbours.Refit,
+        neighbours.SurprisalAnchors,
+        neighbours.UniformAnchors,
         neighbours.RandomAnchors,
         llmlingua_peers.LLMLingua2,
         llmlingua_peers.LMCache,

@@ -227,6 +227,6 @@ def _search(
         return collection.search(question, k)
     best: dict[str, Hit] = {}
     for hit in collection.search(question, k * _HITS_PER_PASSAGE):
-        passage = passages[hit.chunk.title or ""]
+        passage = passages.get(hit.chunk.title or "", hit.chunk)
         best.setdefault(passage.text, replace(hit, chunk=passage))
     return list(best.values())[:k]

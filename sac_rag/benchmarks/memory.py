@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def measure_memory(
                 yield MemoryRow(way, k, *_in_process(work))
 
 
-def _in_process(work: dict[str, object]) -> list[int]:
+def _in_process(work: Mapping[str, object]) -> list[int]:
     child = subprocess.run(  # noqa: S603 (this module, in the same Python)
         [sys.executable, "-m", __name__], input=json.dumps(work), capture_output=True, text=True
     )

@@ -29,7 +29,7 @@ QUESTIONS = (
 # 2,243 of the 10,033 leads; embedding all of them takes five times as long at the first run.
 # The best-known articles are those without a topic.
 _TOPICS = ("Uncategorized", "History", "Technology")
-_PASSAGE_CHARACTERS = 1800  # about 400 tokens, which is what splitters cut
+_PASSAGE_CHARACTERS = 1800  # about 340 tokens, which is what splitters cut
 _HITS_PER_PASSAGE = 4  # leads searched for, since several may be of one passage
 
 

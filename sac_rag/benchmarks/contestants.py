@@ -144,7 +144,7 @@ def why_no_llama_cpp(gguf: Path | None) -> str | None:
     return None if gguf.is_file() else f"no file {gguf}"
 
 
-class _Clock(BaseStreamer):
+class _Clock(BaseStreamer):  # type: ignore[misc]
     """Records when each token came; HF's `generate` hands it the prompt first."""
 
     def __init__(self) -> None:

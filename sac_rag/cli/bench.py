@@ -33,6 +33,7 @@ from sac_rag.cli.options import (
 )
 from sac_rag.cli.progress import progress
 from sac_rag.cli.render import (
+    human_bytes,
     notes,
     out,
     print_dropin,
@@ -325,6 +326,41 @@ def dtypes(
         lambda: print_dtypes(model, dtype.value, rows),
         as_json=as_json,
     )
+
+
+@app.command()
+def memory(
+    k: NumsOfChunks = None,
+    chunk_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each chunk.")] = 510,
+    model: Model = "smollm2-135m",
+    compressor: CompressorOrDefault = None,
+    dtype: DtypeOrDefault = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures the peak memory of a process that answers: from a store, an archive, the text."""
+    pull_if_default(model, _TEXT)
+    with loading():
+        from sac_rag.benchmarks.memory import measure_memory
+        from sac_rag.demo import wikipedia_leads
+    rows = []
+    with progress("answering", show=not as_json) as advance:
+        for row in measure_memory(
+            model,
+            (lead.text for lead in wikipedia_leads()),
+            ks=k or (1, 8),
+            compressor=compressor,
+            chunk_tokens=chunk_tokens,
+            dtype=name_of(dtype),
+        ):
+            advance(1)
+            rows.append(row)
+
+    def show() -> None:
+        for row in rows:
+            loaded, peak = map(human_bytes, (row.loaded_bytes, row.peak_bytes))
+            out.print(f"{row.k} chunks from the {row.way}: {peak}; {loaded} before the answer")
+
+    write({"rows": rows}, show, as_json=as_json)
 
 
 @app.command()

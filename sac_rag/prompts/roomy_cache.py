@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 64  # entries per head: the answer's tokens before a layer is copied
 
 
-class RoomyCache(DynamicCache):
+class RoomyCache(DynamicCache):  # type: ignore[misc]
     """A DynamicCache that writes new entries in place; HF's copies all entries at each pass.
 
     Args:
@@ -29,7 +29,7 @@ class RoomyCache(DynamicCache):
         self.layers = [_RoomyLayer(keys, values, length) for (keys, values), length in pairs]
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """A layer whose `keys` and `values` are views of larger tensors."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
@@ -47,7 +47,8 @@ class _RoomyLayer(DynamicLayer):
         """Appends entries; returns all. Shape of each: (rows, kv_heads, entries, head_dim)."""
         # Autograd needs what would be overwritten; and HF's own methods may have put other tensors.
         if torch.is_grad_enabled() or self.keys is not self._views[0]:
-            return super().update(key_states, value_states)
+            appended: tuple[Tensor, Tensor] = super().update(key_states, value_states)
+            return appended
         begin = self.get_seq_length()
         end = begin + key_states.shape[2]
         larger = self._larger

@@ -49,8 +49,8 @@ class RayJob(PrecompressJob):
     Tasks read and split documents, actors compress them: each holds the model once and writes to
     the store, so that several must be able to write to it, from their machines. What is in the
     store is not computed again. A window of chunks whose actor or machine is lost is done again by
-    another one; those of its chunks that are stored by then count as hits. A text that two windows have
-    may be computed in both; it is one entry.
+    another one; chunks that are stored by then count as hits. A text of two windows may be
+    computed in both; it is one entry.
 
     >>> job = RayJob(rag.compressor, ray.data.read_parquet("s3://bucket/corpus/"),
     ...              open_compressor=open_compressor)

@@ -115,9 +115,13 @@ class Collection:
 
     def split(self, documents: Iterable[Chunk]) -> list[Chunk]:
         """Cuts documents into chunks of this collection's length."""
+        cut = self.splitting()
+        return [chunk for document in _several(documents) for chunk in cut(document)]
+
+    def splitting(self) -> Callable[[Chunk], list[Chunk]]:
+        """Cuts one document as `split` does; picklable, and without the model."""
         tokenizer, longest = self.rag.generator.tokenizer, self.settings.chunk_tokens
-        several = _several(documents)
-        return [chunk for d in several for chunk in split(d, tokenizer, max_tokens=longest)]
+        return partial(split, tokenizer=tokenizer, max_tokens=longest)
 
     def add(
         self,

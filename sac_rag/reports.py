@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from sac_rag.chunk import Chunk
-from sac_rag.prompts.generate import FinishReason
+
+if TYPE_CHECKING:
+    from sac_rag.prompts.generate import FinishReason
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from enum import Enum
 from functools import partial
@@ -26,6 +26,7 @@ from sac_rag.cli.render import notes, out, print_json, print_precompressed, writ
 
 if TYPE_CHECKING:
     from sac_rag.collection import Collection
+    from sac_rag.precompress.job import PrecompressJob
 
 # Finished except for bad records: scripts may continue, and somebody has to look.
 _SOME_WERE_BAD = 3
@@ -38,6 +39,13 @@ class Stored(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     int8 = "int8"
+
+
+class Engine(str, Enum):
+    """What the workers are."""
+
+    local = "local"
+    ray = "ray"
 
 
 def precompress(
@@ -72,6 +80,14 @@ def precompress(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; each loads the model, and they share the cores.")
     ] = 1,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="Processes of this machine, or actors of a Ray cluster (extra ray)."),
+    ] = Engine.local,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster: auto or HOST:PORT. Default: one on this machine."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the estimate, and store nothing.")
     ] = False,
@@ -88,13 +104,12 @@ def precompress(
     from sac_rag.retrieval.readers.files import left_out, read_documents
 
     read_documents(paths)  # raises before anything is loaded or made
+    if address is not None and engine is not Engine.ray:
+        raise ValueError("--address is that of a Ray cluster: give --engine ray too")
     others = left_out(paths)
     if others:
         listed = ", ".join(f"{count} {ending}" for ending, count in others.items())
         notes.print(f"left out of folders, not read: {listed}", style="yellow")
-    with loading():
-        from sac_rag.collection import open_compressor
-        from sac_rag.precompress.job import PrecompressJob
     options: dict[str, Any] = {
         "model": model,
         "compressor": compressor,
@@ -107,16 +122,17 @@ def precompress(
         cached = collection.rag.compressor
         if "-" in paths and not index and not dry_run:
             notes.print("Standard input can be read only once: there is no estimate of it.")
-        with JobDisplay(store, cached.store, show=not as_json) as display:
-            job = PrecompressJob(
-                cached,
-                partial(read_documents, paths),
-                split=None if as_is else lambda document: collection.split([document]),
-                index=collection if index else None,
-                open_compressor=partial(open_compressor, collection.folder),
-                reads_once="-" in paths,
-                callback=display,
-            )
+        with ExitStack() as stack:
+            display = stack.enter_context(JobDisplay(store, cached.store, show=not as_json))
+            asked = {
+                "split": None if as_is else collection.splitting(),
+                "index": collection if index else None,
+                "callback": display,
+            }
+            if engine is Engine.ray and not dry_run:
+                job = stack.enter_context(_ray_job(collection, paths, address, **asked))
+            else:
+                job = _local_job(collection, paths, **asked)
             estimate = job.estimate() if dry_run else None
             report = None if dry_run else job.run(workers)
     if report is not None:
@@ -132,6 +148,39 @@ def precompress(
         out.print(f'Ask: sac-rag ask "…" --store {store}', style="dim")
     if job.bad:
         raise typer.Exit(_SOME_WERE_BAD)
+
+
+def _local_job(collection: Collection, paths: list[str], **options: Any) -> PrecompressJob:
+    with loading():
+        from sac_rag.collection import open_compressor
+        from sac_rag.precompress.job import PrecompressJob
+        from sac_rag.retrieval.readers.files import read_documents
+
+    return PrecompressJob(
+        collection.rag.compressor,
+        partial(read_documents, paths),
+        open_compressor=partial(open_compressor, collection.folder),
+        reads_once="-" in paths,
+        **options,
+    )
+
+
+@contextmanager
+def _ray_job(
+    collection: Collection, paths: list[str], address: str | None, **options: Any
+) -> Iterator[PrecompressJob]:
+    with loading():
+        from sac_rag.collection import open_compressor
+        from sac_rag.precompress.on_ray.documents import read_with_ray
+        from sac_rag.precompress.on_ray.job import RayJob, cluster
+
+    with cluster(address):
+        yield RayJob(
+            collection.rag.compressor,
+            read_with_ray(paths),
+            open_compressor=partial(open_compressor, collection.folder.absolute()),
+            **options,
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sac_rag.cli.console import loading, open_collection, pull_if_default
+from sac_rag.cli.console import loading, pull_if_default
 from sac_rag.cli.options import ModelOrDefault
 from sac_rag.cli.render import notes
 
@@ -89,19 +89,12 @@ def mcp(
 def open_service(place: Path, model: str | None, tokens: Tokens, limits: Limits) -> Service:
     """What is served of a collection's folder, or of an archive with a model."""
     with loading():
-        from sac_rag.server.service import Service
-    if not place.is_file():
-        collection = open_collection(place, must_exist=True)
-        saved = collection.settings.model
-        if model not in (None, saved):
-            raise ValueError(f"the model of {place} is {saved}, was asked for: {model}")
-        name, rag, index = saved, collection.rag, collection.index
-    else:
-        name, index = model or "smollm2-135m", None
-        pull_if_default(name)
-        with loading():
-            from sac_rag import SacRAG
-
-            rag = SacRAG.from_archive(place, name)
-    # The name only: a folder's place is nobody else's business.
-    return Service(rag, Path(name).name, namespaces=tokens.namespaces, index=index, limits=limits)
+        from sac_rag.collection import Collection, read_settings
+        from sac_rag.server.service import DEFAULT_MODEL, Service
+    if Collection.exists(place):
+        saved = read_settings(place)
+        pull_if_default(saved.model, saved.embedder)
+    elif place.is_file():
+        pull_if_default(model or DEFAULT_MODEL)
+    with loading():
+        return Service.open(place, model, namespaces=tokens.namespaces, limits=limits)

@@ -133,12 +133,25 @@ class Reindexing:
         keys: set[str] = set()
         for chunk in chunks:
             if chunk.id != document:
-                self._end(document, keys)
+                self.note(document, keys)
                 document, keys = chunk.id, set()
             if not chunk.is_empty:
                 keys.add(self._compressor.key(chunk.text))
             yield chunk
-        self._end(document, keys)
+        self.note(document, keys)
+
+    def note(self, document: str | None, keys: set[str]) -> None:
+        """Notes chunks of a document by their keys; it may have had others before."""
+        if document is None:
+            return
+        if document in self._changed:
+            self._changed[document] |= keys
+        elif document not in self._seen:
+            stored = self._store.keys_of(self._compressor.document_id(document))
+            if not keys.issuperset(stored):
+                self._changed[document] = keys
+        # A document seen before had nothing to delete: its entries since then are of this run.
+        self._seen.add(document)
 
     def finish(self) -> int:
         """Deletes, once all chunks are stored; a run that is killed before leaves it to the next.
@@ -152,18 +165,6 @@ class Reindexing:
         deleted = self._store.replace_documents(named)
         self._changed.clear()
         return deleted
-
-    def _end(self, document: str | None, keys: set[str]) -> None:
-        if document is None:
-            return
-        if document in self._changed:
-            self._changed[document] |= keys
-        elif document not in self._seen:
-            stored = self._store.keys_of(self._compressor.document_id(document))
-            if not keys.issuperset(stored):
-                self._changed[document] = keys
-        # A document seen before had nothing to delete: its entries since then are of this run.
-        self._seen.add(document)
 
 
 class Reader(Protocol):
@@ -314,7 +315,7 @@ class PrecompressJob:
         fitting = [chunk for chunk in chunks if self._fits(chunk)]
         self._callback.on_step("index", len(fitting))
         indexed = index.add(fitting, self._callback.on_progress, whole_documents=True)
-        counts = self._compress(chunks, expected, workers)
+        counts = self._sum(self._increments(chunks, workers), expected)
         return JobReport(self._documents, indexed, counts, expected, self.bad)
 
     def _run_streamed(self, workers: int) -> JobReport:
@@ -326,7 +327,7 @@ class PrecompressJob:
             expected = self._estimate(documents, self._chunks_of)
         self._documents = 0
         chunks = (chunk for document in self._read(None) for chunk in self._chunks_of(document))
-        counts = self._compress(chunks, expected, workers)
+        counts = self._sum(self._increments(chunks, workers), expected)
         return JobReport(self._documents, None, counts, expected, self.bad)
 
     def _restart(self) -> None:
@@ -365,15 +366,19 @@ class PrecompressJob:
         self._bad.append(record)
         self._callback.on_bad(record)
 
-    def _compress(
-        self, chunks: Iterable[Chunk], expected: Estimate | None, workers: int
+    def _increments(self, chunks: Iterable[Chunk], workers: int) -> Iterator[PrecompressReport]:
+        """Compresses chunks; the counts since the last report."""
+        return compress_documents(
+            self._compressor, chunks, workers=workers, open_compressor=self._open_compressor
+        )
+
+    def _sum(
+        self, increments: Iterator[PrecompressReport], expected: Estimate | None
     ) -> PrecompressReport:
         started = time.perf_counter()
         total = PrecompressReport()
         self._callback.on_step("compress", None if expected is None else expected.source_tokens)
-        for more in compress_documents(
-            self._compressor, chunks, workers=workers, open_compressor=self._open_compressor
-        ):
+        for more in increments:
             total += more
             self._callback.on_compressed(more)
             for record in more.bad:

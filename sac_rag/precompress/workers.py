@@ -209,12 +209,7 @@ def _work(connection: Connection, job: _Job) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(job.threads)
     try:
-        compressor = job.open_compressor()
-        if compressor.fingerprint != job.fingerprint:
-            raise ValueError(
-                f"a worker must open the compressor {job.fingerprint[:12]}, opened: "
-                f"{compressor.fingerprint[:12]}; has the model or the compressor changed?"
-            )
+        compressor = opened(job.open_compressor, job.fingerprint)
         while True:
             try:
                 window = connection.recv()
@@ -227,6 +222,17 @@ def _work(connection: Connection, job: _Job) -> None:
                 return
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         _sent(connection, _Failed(str(error), isinstance(error, OSError)))
+
+
+def opened(open_compressor: Callable[[], CachedCompressor], fingerprint: str) -> CachedCompressor:
+    """A worker's compressor; raises ValueError if it is another one than the job's."""
+    compressor = open_compressor()
+    if compressor.fingerprint != fingerprint:
+        raise ValueError(
+            f"a worker must open the compressor {fingerprint[:12]}, opened: "
+            f"{compressor.fingerprint[:12]}; has the model or the compressor changed?"
+        )
+    return compressor
 
 
 def _sent(connection: Connection, message: object) -> bool:

@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
-from sac_rag.collection import in_reading_order
+from sac_rag.collection import Collection, in_reading_order, read_settings
 from sac_rag.errors import PromptTooLongError
 from sac_rag.gathering import OnText
 from sac_rag.pipeline import SacRAG
@@ -22,6 +23,8 @@ from sac_rag.retrieval.index import ChunkIndex
 from sac_rag.server.limits import Limits
 from sac_rag.server.refusals import RefusalError
 from sac_rag.server.schemas import ChatRequest
+
+DEFAULT_MODEL = "smollm2-135m"  # of an archive
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,32 @@ class Service:
         for chunk in index.chunks if index is not None else ():
             if chunk.id is not None:
                 self._documents[chunk.id].append(chunk)
+
+    @classmethod
+    def open(cls, place: Path, model: str | None = None, **options: Any) -> Service:
+        """What is served of a collection's folder, or of an archive with a model.
+
+        Args:
+            place: The folder or the archive.
+            model: The archive's model. Default: smollm2-135m, or the collection's.
+            **options: namespaces, limits: see the class.
+
+        Raises:
+            ValueError: if there is neither, or for another model than the collection's.
+        """
+        if place.is_file():
+            # The name only: a folder's place is nobody else's business.
+            name = Path(model or DEFAULT_MODEL).name
+            return cls(SacRAG.from_archive(place, model or DEFAULT_MODEL), name, **options)
+        if not Collection.exists(place):
+            raise ValueError(
+                f"{place} is no collection yet; make one: sac-rag precompress PATH --store {place}"
+            )
+        saved = read_settings(place).model
+        if model not in (None, saved):
+            raise ValueError(f"the model of {place} is {saved}, was asked for: {model}")
+        collection = Collection(place)
+        return cls(collection.rag, Path(saved).name, index=collection.index, **options)
 
     def close(self) -> None:
         """Closes the store."""

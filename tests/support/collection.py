@@ -20,6 +20,7 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.collection import FORMAT, CollectionSettings, open_compressor
 from sac_rag.kv import AnchorKV
+from sac_rag.precompress.callback import JobCallback
 from sac_rag.precompress.job import increments
 from sac_rag.precompress.workers import Workers
 
@@ -44,6 +45,20 @@ def passages(count: int) -> list[Chunk]:
         )
         for i in range(count)
     ]
+
+
+def opened_chunk_by_chunk(folder: Path, after: int | None = None) -> CachedCompressor:
+    """A compressor whose entries have the same bytes whatever is in the store already.
+
+    Chunks that are computed in one pass change one another's last bits.
+
+    Args:
+        folder: Of the collection.
+        after: The first process is killed when it has computed so many chunks.
+    """
+    compressor = open_compressor(folder) if after is None else opened_and_killed_once(folder, after)
+    compressor.inner.batch_tokens = 1
+    return compressor
 
 
 def opened_and_killed_once(folder: Path, after: int) -> CachedCompressor:
@@ -102,6 +117,24 @@ def main(folder: str, count: str, workers: str) -> None:
             sys.stdout.flush()
 
 
+def ray_main(folder: str, files: str, address: str) -> None:
+    """Precompresses files on a Ray cluster, a line for each window that is stored."""
+    from sac_rag.precompress.on_ray.documents import read_with_ray
+    from sac_rag.precompress.on_ray.job import RayJob, cluster
+    from sac_rag.reports import PrecompressReport
+
+    class Printing(JobCallback):
+        def on_compressed(self, report: PrecompressReport) -> None:
+            sys.stdout.write(f"{report.computed}\n")
+            sys.stdout.flush()
+
+    opening = partial(opened_chunk_by_chunk, Path(folder))
+    with cluster(address):
+        RayJob(opening(), read_with_ray([files]), open_compressor=opening, callback=Printing()).run(
+            2
+        )
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for support.models
-    main(*sys.argv[1:])
+    (ray_main if sys.argv[1] == "ray" else main)(*sys.argv[-3:])

@@ -52,12 +52,14 @@ def test_two_processes_have_the_losses_and_weights_of_one_with_the_same_global_b
     command: list[str], tmp_path: Path
 ) -> None:
     launch = [
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+        # Without MPI, --cpu would start one process; gloo is chosen where there is no GPU.
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--main_process_port", "0"),
     ]
     one = run(command, tmp_path / "one")
     two = run([*launch, *command], tmp_path / "two")
+    assert len(list((tmp_path / "two" / "checkpoints").glob("checkpoint-4/rng_state_*.pth"))) == 2
     for kind in ("steps", "validations"):
         losses, others = ([entry["loss"] for entry in run[kind]] for run in (one, two))
         assert len(losses) == 4

@@ -82,6 +82,11 @@ def read_documents(
         raise TypeError(f"paths must be several paths, was one: {paths!r}; put it in a list")
     if max_document_bytes < 1:
         raise ValueError(f"max_document_bytes must be at least 1, was: {max_document_bytes}")
+    return _documents(files_to_read(paths), on_bad or _refuse, max_document_bytes)
+
+
+def files_to_read(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that `read_documents` reads, in its order; raises as it does."""
     named = list(paths)
     by_place: dict[Path, Path] = {}
     for file in (file for path in named for file in _files(path)):
@@ -93,7 +98,7 @@ def read_documents(
         if file.suffix.lower() == ".parquet":
             parquet.require_pyarrow(file)
             break
-    return _documents(files, on_bad or _refuse, max_document_bytes)
+    return files
 
 
 def left_out(paths: Iterable[str | Path]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from sac_rag.cli.console import loading, pull_if_default
 from sac_rag.cli.options import (
@@ -290,6 +291,39 @@ def precompress(
             advance(1)
             rows.append(row)
     write({"rows": rows}, lambda: print_throughput(model, rows), as_json=as_json)
+
+
+@app.command()
+def decode(
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Answers written together; may be repeated. Default: 1 and 8."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens timed each time.")] = 16,
+    model: Model = "smollm2-135m",
+    dtype: DtypeOrDefault = None,
+    repeats: Repeats = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Times the tokens of answers: transformers' generate, the decoder, and it in fewer bits."""
+    pull_if_default(model, _TEXT)
+    with loading():
+        from sac_rag.benchmarks.decode import measure
+        from sac_rag.demo import wikipedia_leads
+        from sac_rag.lm.generator import Generator
+
+        generator = Generator.from_pretrained(model, dtype=name_of(dtype))
+        text = wikipedia_leads()[0].text
+    measured = measure(generator, text, rows=rows or (1, 8), tokens=tokens, repeats=repeats)
+
+    def show() -> None:
+        table = Table("way", "rows", "per token", "tokens/s", "of generate's", title=model)
+        for row in measured:
+            figures = f"{row.token_ms:.1f} ms", f"{row.tokens_per_s:.1f}", f"{row.relative:.2f}x"
+            table.add_row(row.way, str(row.rows), *figures)
+        out.print(table)
+
+    write({"model": model, "rows": measured}, show, as_json=as_json)
 
 
 @app.command()

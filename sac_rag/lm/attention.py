@@ -69,6 +69,16 @@ def sdpa(
     padding = entry_masks.padding(module.layer_idx) if isinstance(entry_masks, Masks) else None
     if padding is not None:
         return _without_padding(query, key, value, mask, padding, scaling), None
+    if tokens == 1:
+        # The query heads of a group take the place of tokens: each KV head is read once.
+        output = functional.scaled_dot_product_attention(
+            query.reshape(rows, -1, group, width),
+            key,
+            value,
+            attn_mask=mask.expand(-1, key.shape[1], group, -1),
+            scale=scaling,
+        )
+        return output.reshape(rows, 1, heads, width), None
     # KV heads become rows: all query heads of a group then share one mask without copies.
     output = functional.scaled_dot_product_attention(
         query.reshape(-1, group, tokens, width),

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sac_rag import default_models as models
 from sac_rag import forks
 from sac_rag.errors import UnsupportedModelError
-from sac_rag.lm import attention, model_files, rope
+from sac_rag.lm import attention, model_files, quantized, rope
 from sac_rag.lm.adapters import Adapters
 from sac_rag.lm.digests import digest_json, tokenizer_digest, weights_digest
 from sac_rag.lm.encoder import merged, without_last_mlp
+from sac_rag.lm.step import Step
 from sac_rag.lm.text_tokenizer import TextTokenizer, ordinary_tokenizer
 
 # Fields of a config that never change a key: names, versions, training settings, what comes after
@@ -61,14 +62,19 @@ class Generator:
         tokenizer: Its HF tokenizer; changes of it after construction have no effect on `tokenize`.
         frequencies: RoPE frequencies. Shape: (rotated_dims / 2,)
         identity: Digests of everything in the model that determines a KV, by name.
+        weights: What the matrices are packed as for single tokens: "float16", "int8" or "int4";
+            None for exact ones. Chunks and prompts are always read with exact weights.
 
     Raises:
+        ValueError: for unknown `weights`, or where there is no kernel for them.
         UnsupportedModelError: if the model's keys cannot be moved (see `rope.require_movable`), or
             its attention implementation takes no mask.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, weights: str | None = None) -> None:
         _require_no_adapters(model)
+        if weights is not None:
+            quantized.require_usable(weights, model.device)
         usual = model.config._attn_implementation
         if usual in attention.NAMES:
             model.set_attn_implementation(attention.NAMES[usual])
@@ -98,6 +104,13 @@ class Generator:
         self._lock = forks.lock(self, "_lock", threading.RLock)
         forks.in_child(self, _compute_in_one_thread)
         self._adapters = Adapters(model)
+        self.weights = weights
+        self._step: Step | None = None
+        if weights is not None and self.step(None) is None:
+            raise UnsupportedModelError(
+                f"weights={weights!r} needs a Llama, Qwen2 or Qwen3 model without hooks, was: "
+                f"{type(model).__name__}; leave it out"
+            )
 
     @classmethod
     def from_pretrained(
@@ -107,6 +120,7 @@ class Generator:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
+        weights: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -120,6 +134,9 @@ class Generator:
             dtype: torch.float32, torch.bfloat16, torch.float16 or their names. Default: bfloat16
                 where the device computes in it, else float32 on CPU and float16 on CUDA.
             attn_implementation: "sdpa" or "eager". Default: as transformers chooses.
+            weights: "float16", "int8" or "int4" writes answers, each after its first token, with
+                matrices packed into copies of that many bits, on CPU: faster, and not always the
+                same answer. A compressor with a generator adapter has exact ones. Default: exact.
             revision: Branch, tag or commit of a model on the Hub. Default: "main".
             token: Access token of the Hub. Default: that of `hf auth login` or HF_TOKEN.
             cache_dir: Folder of downloads. Default: that of huggingface_hub.
@@ -159,7 +176,7 @@ class Generator:
         _require_one_device(network)
         # The identity is that of the bytes that are computed with, whatever becomes of the file.
         model_files.read_into_memory(network)
-        return cls(network, tokenizer)
+        return cls(network, tokenizer, weights=weights)
 
     @property
     def device(self) -> torch.device:
@@ -240,6 +257,18 @@ class Generator:
         """
         with self._lock:
             return merged(self.encoder, adapter)
+
+    def step(self, adapter: str | None) -> Step | None:
+        """The forward pass over single tokens, made once.
+
+        None where only transformers' will do: with an adapter on, with hooks, for other
+        architectures.
+        """
+        if adapter is not None or not Step.is_supported(self.model):
+            return None
+        if self._step is None:
+            self._step = Step(self.model, self.weights)
+        return self._step
 
     @contextmanager
     def running(self, adapter: str | None = None) -> Iterator[Any]:

@@ -23,8 +23,8 @@ from sac_rag.errors import PromptTooLongError
 from sac_rag.kv import AnchorKV
 from sac_rag.lm import rope
 from sac_rag.lm.attention import Masks
+from sac_rag.lm.cache import ROOM, RoomyCache
 from sac_rag.lm.generator import Generator
-from sac_rag.prompts.roomy_cache import ROOM, RoomyCache
 
 # Plain text as token ids, or a chunk.
 Part: TypeAlias = Sequence[int] | AnchorKV
@@ -236,7 +236,7 @@ def _cache(rows: list[_PlacedRow], generator: Generator) -> tuple[DynamicCache, 
     turns = [torch.full((kv.num_entries,), turn, device=device) for _, turn, _, kv in chunks]
     # Padding is zero: NaN would spread even with weight 0.
     of_layers = (slots.lay_out(parts, 0, generator.dtype) for parts in (keys, values))
-    cache = RoomyCache(zip(*of_layers, strict=True), slots.lengths)
+    cache = RoomyCache(zip(*of_layers, strict=True), room=room)
     by_layer = zip(slots.lay_out(turns, -1, torch.long), slots.lengths, strict=True)
     entry_turns = [turns_of_layer[..., :length] for turns_of_layer, length in by_layer]
     first = entry_turns[0][:, :1]

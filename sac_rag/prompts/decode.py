@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -18,12 +17,11 @@ from transformers import (
 )
 
 from sac_rag.lm.attention import as_inputs
+from sac_rag.lm.cache import ROOM, RoomyCache
 from sac_rag.lm.generator import Generator
+from sac_rag.lm.step import Step
 from sac_rag.prompts.assemble import Prompt
 from sac_rag.prompts.decoding import Decoding
-
-# Columns that masks are extended by at a time, one for each token to come.
-_SPARE = 64
 
 # Logits to tokens. Shapes: (rows, vocabulary), (rows,)
 Choose: TypeAlias = Callable[[Tensor], Tensor]
@@ -43,7 +41,7 @@ class _Rows:
         tokens: Its last token, which is not in the cache yet. Shape: (rows,)
     """
 
-    cache: DynamicCache
+    cache: RoomyCache
     masks: list[Tensor]
     spare: int
     positions: Tensor
@@ -51,9 +49,7 @@ class _Rows:
 
     def select(self, rows: Tensor) -> _Rows:
         """Some of the rows, in the order given. Shape of `rows`: (rows,)."""
-        cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
+        cache = RoomyCache((layer.keys[rows], layer.values[rows]) for layer in self.cache.layers)
         masks = [mask[rows] for mask in self.masks]
         return _Rows(cache, masks, self.spare, self.positions[rows], self.tokens[rows])
 
@@ -63,17 +59,16 @@ class _Rows:
         count = len(self.cache.layers)
         if {len(ours), len(theirs)} != {1}:
             ours, theirs = (m * count if len(m) == 1 else m for m in (ours, theirs))
-        cache, masks = DynamicCache(), []
+        layers, masks = [], []
         for number in range(count):
             if number < len(ours):
                 mask = _stacked(ours[number], theirs[number])
                 needed = (mask == 0).any(dim=2).any(dim=1).any(dim=0)
                 masks.append(mask[..., needed])
             pairs = zip(_kv(self.cache, number), _kv(other.cache, number), strict=True)
-            keys, values = (_padded(*pair)[:, :, needed] for pair in pairs)
-            cache.update(keys, values, number)
+            layers.append(tuple(_padded(*pair)[:, :, needed] for pair in pairs))
         return _Rows(
-            cache=cache,
+            cache=RoomyCache(layers),
             masks=masks,
             spare=0,
             positions=torch.cat([self.positions, other.positions]),
@@ -98,6 +93,8 @@ class Decoder:
         self._generator = generator
         self._rows: _Rows | None = None
         self._adapter: str | None = None
+        # None where only transformers' forward pass will do.
+        self._step: Step | None = None
         # Rows that are chosen for together, as they joined: a seed's random numbers are theirs.
         self._choosers: list[tuple[Choose, int]] = []
 
@@ -123,10 +120,14 @@ class Decoder:
         with self._generator.running(prompt.adapter) as model, torch.no_grad():
             logits: Tensor = model(**prompt.inputs(), logits_to_keep=1).logits[:, -1]
         tokens = choose(logits)
-        masks = prompt.masks.of_next(_SPARE)
-        rows = _Rows(prompt.cache, masks, _SPARE, prompt.next_positions, tokens)
+        masks = prompt.masks.of_next(ROOM)
+        cache = prompt.cache
+        if not isinstance(cache, RoomyCache):  # a prompt without chunks
+            cache = RoomyCache((layer.keys, layer.values) for layer in cache.layers)
+        rows = _Rows(cache, masks, ROOM, prompt.next_positions, tokens)
         self._rows = rows if self._rows is None else self._rows.joined(rows)
         self._adapter = prompt.adapter
+        self._step = self._generator.step(prompt.adapter)
         self._choosers.append((choose, len(tokens)))
         return tokens
 
@@ -140,18 +141,11 @@ class Decoder:
         if rows is None:
             raise ValueError("a decoder needs rows to take a step, has none")
         if not rows.spare:
-            rows.masks = [functional.pad(mask, (0, _SPARE)) for mask in rows.masks]
-            rows.spare = _SPARE
+            rows.masks = [functional.pad(mask, (0, ROOM)) for mask in rows.masks]
+            rows.spare = ROOM
         rows.spare -= 1
         with self._generator.running(self._adapter) as model, torch.no_grad():
-            logits: Tensor = model(
-                inputs_embeds=self._generator.embed(rows.tokens[:, None]),
-                position_ids=rows.positions[:, None],
-                **as_inputs(rows._used()),
-                past_key_values=rows.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            logits = self._logits(model, rows)
         of_choosers = torch.split(logits, [count for _, count in self._choosers])
         chosen = [
             choose(part) for (choose, _), part in zip(self._choosers, of_choosers, strict=True)
@@ -159,6 +153,22 @@ class Decoder:
         rows.tokens = torch.cat(chosen) if len(chosen) > 1 else chosen[0]
         rows.positions = rows.positions + 1
         return rows.tokens
+
+    def _logits(self, model: Any, rows: _Rows) -> Tensor:
+        """Logits behind each row's last token. Shape: (rows, vocabulary)."""
+        embeds = self._generator.embed(rows.tokens[:, None])
+        positions, masks = rows.positions[:, None], rows._used()
+        if self._step is not None:
+            return self._step.logits(embeds, positions, masks, rows.cache)
+        logits: Tensor = model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            **as_inputs(masks),
+            past_key_values=rows.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps some rows, in ascending order, and drops all others."""
@@ -194,7 +204,7 @@ def chooser(decoding: Decoding, device: torch.device) -> Choose:
     return sample
 
 
-def _kv(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
+def _kv(cache: RoomyCache, layer: int) -> tuple[Tensor, Tensor]:
     return cache.layers[layer].keys, cache.layers[layer].values
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sac_rag.prompts.roomy_cache import ROOM, RoomyCache
+from sac_rag.lm.cache import ROOM, RoomyCache
 
 
 def entries(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def caches(length: int, room: int) -> tuple[RoomyCache, DynamicCache]:
     larger[0][:, :, :length], larger[1][:, :, :length] = keys, values
     expected = DynamicCache()
     expected.update(keys, values, 0)
-    return RoomyCache([larger], [length]), expected
+    return RoomyCache([larger], room=room), expected
 
 
 @pytest.mark.parametrize("counts", [(3, 1, 1), (5, 1), (7, ROOM, 1, 1)])

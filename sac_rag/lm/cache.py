@@ -11,7 +11,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # entries per head: the answer's tokens before a layer is copied
+# Entries per head that a full layer is extended by: so many tokens follow before it is copied.
+ROOM = 64
 
 
 class RoomyCache(DynamicCache):  # type: ignore[misc]
@@ -20,13 +21,12 @@ class RoomyCache(DynamicCache):  # type: ignore[misc]
     Args:
         layers: Keys and values of each layer, with room behind the entries.
             Shape of each: (rows, kv_heads, entries + room, head_dim)
-        lengths: Entries per head of each layer.
+        room: Slots per head behind the entries.
     """
 
-    def __init__(self, layers: Iterable[tuple[Tensor, Tensor]], lengths: Iterable[int]) -> None:
+    def __init__(self, layers: Iterable[tuple[Tensor, Tensor]], *, room: int = 0) -> None:
         super().__init__()
-        pairs = zip(layers, lengths, strict=True)
-        self.layers = [_RoomyLayer(keys, values, length) for (keys, values), length in pairs]
+        self.layers = [_RoomyLayer(keys, values, keys.shape[2] - room) for keys, values in layers]
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]

@@ -71,7 +71,7 @@ def _int4(weight: Tensor) -> Linear:
             f"weights='int4' needs matrices with a multiple of {_GROUP} inputs, one has "
             f"{weight.shape[1]}; give 'int8'"
         )
-    groups = weight.float().unflatten(1, (-1, _GROUP))
+    groups = weight.float().reshape(len(weight), -1, _GROUP)
     least, most = groups.aminmax(dim=2)
     scales = ((most - least) / 15).clamp_min(1e-12)
     levels = ((groups - least[:, :, None]) / scales[:, :, None]).round().clamp(0, 15)

@@ -66,7 +66,8 @@ class _Rows:
                 needed = (mask == 0).any(dim=2).any(dim=1).any(dim=0)
                 masks.append(mask[..., needed])
             pairs = zip(_kv(self.cache, number), _kv(other.cache, number), strict=True)
-            layers.append(tuple(_padded(*pair)[:, :, needed] for pair in pairs))
+            keys, values = (_padded(*pair)[:, :, needed] for pair in pairs)
+            layers.append((keys, values))
         return _Rows(
             cache=RoomyCache(layers),
             masks=masks,

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# Entries per head that a full layer is extended by: so many tokens follow before it is copied.
+# Entries per head that a full layer is extended by: tokens that follow before it is copied again.
 ROOM = 64
 
 

@@ -345,7 +345,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._saved_s = busy_s
             control.should_save = True
         self._trainer.note("steps", "step", step.to_dict())
-        if step.is_last or out_of_time:
+        # Several processes agree on the end once a step; one alone also heeds who was told of it.
+        is_alone = self._trainer.accelerator.num_processes == 1
+        if step.is_last or out_of_time or (is_alone and self._trainer.stop_wanted.is_set()):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = out_of_time and bool(self._trainer.validators)
             self._trainer.tell({"event": "interrupted", "step": state.global_step})

@@ -345,7 +345,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._saved_s = busy_s
             control.should_save = True
         self._trainer.note("steps", "step", step.to_dict())
-        # Several processes agree on the end once a step; one alone also heeds who was told of it.
+        # Several processes agree on the end once a step; one alone also ends when its report asks.
         is_alone = self._trainer.accelerator.num_processes == 1
         if step.is_last or out_of_time or (is_alone and self._trainer.stop_wanted.is_set()):
             control.should_save = control.should_training_stop = True

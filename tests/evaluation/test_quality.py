@@ -48,7 +48,7 @@ def sample(k: int = 1, limit: int = 6, seed: int = 0) -> Sample:
 
 
 def rows(path: Path) -> dict[int, dict[str, Any]]:
-    """What a file holds, but for the times that it took."""
+    """What a file holds, except the times that it took."""
     found = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     assert len({row["number"] for row in found}) == len(found), "a question was answered twice"
     return {row.pop("number"): {**row, "seconds": None, "first_token_s": None} for row in found}

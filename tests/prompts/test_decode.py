@@ -31,7 +31,7 @@ def compressor(request: pytest.FixtureRequest, llama: Generator) -> Compressor:
 
 @pytest.fixture(scope="module")
 def prompts(compressor: Compressor) -> list[Callable[[], Prompt]]:
-    """Prompts of different lengths; a pass changes a prompt's cache, so each is made anew."""
+    """Prompts of different lengths; a pass changes a prompt's cache, so each call makes them."""
     return [
         lambda count=count, question=question: prompt_of(compressor, PROSE[:count], question)
         for count, question in zip((2, 1, 4), QUESTIONS, strict=True)

@@ -259,7 +259,7 @@ def test_merged_entries_are_means_of_what_they_stand_for(rag: SacRAG) -> None:
 
 
 def test_answers_of_a_peer_are_scored_as_those_of_sac(rag: SacRAG, tmp_path: Path) -> None:
-    """The systems of `evaluate` as peers of themselves: equal files except for the system's name."""
+    """The systems of `evaluate` as peers of themselves: files equal except for the system."""
     asked = sample()
     evaluate(rag, asked, system="full-text", max_new_tokens=5, out=tmp_path / "a.jsonl")
     peer = make("bm25-sentences", rag, 1)

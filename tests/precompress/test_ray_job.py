@@ -112,8 +112,8 @@ def test_it_stores_and_reports_what_the_local_job_does_to_the_byte(
 ) -> None:
     for folder in (local, distributed):
         precompress(open_compressor(folder), [("d0", "A former version.")])
-    expected = run_locally(local, corpus, halves)
-    report = ray_job(distributed, read(corpus), split=halves).run(2)
+    expected = run_locally(local, corpus, halves, opened_chunk_by_chunk)
+    report = ray_job(distributed, read(corpus), opened_chunk_by_chunk, split=halves).run(2)
     assert content(distributed) == content(local)
     assert (report.documents, report.bad) == (COUNT, expected.bad)
     # A text of two windows may be computed in both at the same time.

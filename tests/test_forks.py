@@ -45,7 +45,7 @@ def exit_of(work: Callable[[], bool]) -> int | None:
     return None
 
 
-@pytest.mark.xfail(reason="one child in about ten hangs in what runs at a fork; not found yet")
+@pytest.mark.xfail(reason="a child hangs in some runs (8 of 16); the cause is not found yet")
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_children_of_a_process_whose_threads_answer_do_not_hang(
     llama: Generator, kind: str, tmp_path: Path

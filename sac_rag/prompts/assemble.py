@@ -29,6 +29,9 @@ from sac_rag.lm.generator import Generator
 # Plain text as token ids, or a chunk.
 Part: TypeAlias = Sequence[int] | AnchorKV
 
+# Stands for the cue among token ids.
+_CUE = -1
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -89,7 +92,7 @@ class _PlacedRow:
     """Parts of one prompt with their places: (turn in the reading order, first position, part)."""
 
     chunks: list[tuple[int, int, AnchorKV]]
-    texts: list[tuple[int, int, Tensor]]  # embeddings, Shape: (tokens, hidden)
+    texts: list[tuple[int, int, Sequence[int]]]  # token ids
     end: int = 0  # position after the last part
     last_shared_turn: int = 0  # later turns are branches
 
@@ -99,7 +102,7 @@ class _PlacedRow:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(embeds) for _, _, embeds in self.texts)
+        return sum(len(ids) for _, _, ids in self.texts)
 
 
 def assemble(
@@ -133,9 +136,10 @@ def assemble(
         positions = sum(p.num_tokens if isinstance(p, AnchorKV) else len(p) for p in parts)
         positions += prefix.num_tokens if prefix is not None else 0
         require_room(number, first_position + positions, 0, generator)
-    placed = [_place(row, generator, prefix, cue, first_position) for row in rows]
+    has_cue = cue is not None
+    placed = [_place(row, generator, prefix, has_cue, first_position) for row in rows]
     cache, entry_turns = _cache(placed, generator)
-    embeds, position_ids, token_turns = _plain_text(placed, generator)
+    embeds, position_ids, token_turns = _plain_text(placed, generator, cue)
     last_shared = torch.tensor([row.last_shared_turn for row in placed], device=generator.device)
     return Prompt(
         embeds=embeds,
@@ -170,7 +174,7 @@ def _place(
     parts: Sequence[Part | Branches],
     generator: Generator,
     prefix: AnchorKV | None,
-    cue: Tensor | None,
+    has_cue: bool,
     first_position: int,
 ) -> _PlacedRow:
     if not parts or isinstance(parts[-1], AnchorKV) or not len(parts[-1]):
@@ -181,9 +185,9 @@ def _place(
         row.end += prefix.num_tokens
     for turn, part in enumerate(parts, start=1):
         if isinstance(part, Branches):
-            _place_branches(part, turn, row, generator, last=turn == len(parts))
+            _place_branches(part, turn, row, last=turn == len(parts))
         elif not isinstance(part, AnchorKV):
-            row.texts.append((turn, row.end, generator.embed(part)))
+            row.texts.append((turn, row.end, part))
             row.end += len(part)
             row.last_shared_turn = turn
         else:
@@ -195,19 +199,16 @@ def _place(
             row.chunks.append((turn, row.end, part))
             row.end += part.num_tokens
             row.last_shared_turn = turn
-            if cue is not None:
-                embeds = cue.to(generator.device, generator.dtype)[None]
-                row.texts.append((turn, row.end - 1, embeds))
+            if has_cue:
+                row.texts.append((turn, row.end - 1, [_CUE]))
     return row
 
 
-def _place_branches(
-    branches: Branches, turn: int, row: _PlacedRow, generator: Generator, last: bool
-) -> None:
+def _place_branches(branches: Branches, turn: int, row: _PlacedRow, last: bool) -> None:
     if not last or not all(branches.texts):
         raise ValueError("branches must be the last part of a prompt, and each must have text")
     for number, text in enumerate(branches.texts):
-        row.texts.append((turn + number, row.end, generator.embed(text)))
+        row.texts.append((turn + number, row.end, text))
     row.end += len(branches)
 
 
@@ -318,26 +319,31 @@ def _slots(
     return _Slots(index, rows, kv_heads, lengths.tolist(), room)
 
 
-def _plain_text(rows: list[_PlacedRow], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_text(
+    rows: list[_PlacedRow], generator: Generator, cue: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The plain text of all rows, padded on the left.
 
     Returns:
         embeds, Shape: (rows, tokens, hidden); positions and turns (-1 for padding),
         Shape: (rows, tokens)
     """
-    device = generator.device
     tokens = max(row.num_tokens for row in rows)
-    embeds = torch.zeros(
-        len(rows), tokens, generator.hidden_size, dtype=generator.dtype, device=device
-    )
-    positions = torch.zeros(len(rows), tokens, dtype=torch.long, device=device)
-    turns = torch.full((len(rows), tokens), -1, device=device)
+    # Laid out on the host, so that one copy to the device serves all texts.
+    places = np.zeros((3, len(rows), tokens), np.int64)
+    ids, positions, turns = places
+    turns[:] = -1
     for number, row in enumerate(rows):
         begin = tokens - row.num_tokens
         for turn, start, text in row.texts:
             end = begin + len(text)
-            embeds[number, begin:end] = text
-            positions[number, begin:end] = torch.arange(start, start + len(text), device=device)
+            ids[number, begin:end] = text
+            positions[number, begin:end] = range(start, start + len(text))
             turns[number, begin:end] = turn
             begin = end
-    return embeds, positions, turns
+    token_ids, position_ids, token_turns = torch.from_numpy(places).to(generator.device)
+    embeds = generator.embed(token_ids.clamp(min=0)).masked_fill(token_turns[..., None] < 0, 0)
+    if cue is not None:
+        is_cue = token_ids[..., None] == _CUE
+        embeds = torch.where(is_cue, cue.to(generator.device, generator.dtype), embeds)
+    return embeds, position_ids, token_turns

@@ -401,13 +401,34 @@ def new_compressor(config: TrainConfig, generator: Generator) -> Compressor:
         raise ValueError(f"a compressor of method {made.method!r} has nothing to train")
     if config.init_from:
         folder = checkpoint.find(config.init_from, config.model) or config.init_from
-        weights = checkpoint.read(folder)[1]
+        initial, weights, *_ = checkpoint.read(folder)
+        weights = widened(weights, compressor, initial.lora_alpha / initial.lora_rank)
         if config.scorer_texts:
             # The scorer is fitted anyway, so that its weights may be missing.
             missing = compressor.fitted - weights.keys()
             weights |= {name: compressor.weights[name] for name in missing}
         compressor.load_weights(weights)
     return compressor
+
+
+def widened(
+    weights: Mapping[str, Tensor], compressor: Compressor, scale: float
+) -> dict[str, Tensor]:
+    """Weights whose LoRA of a lower rank is extended to the compressor's, with the same effect.
+
+    Args:
+        weights: Weights by name.
+        compressor: An untrained compressor; its further columns of LoRA's second matrix are zero.
+        scale: lora_alpha / lora_rank of the weights.
+    """
+    rescale = scale * compressor.config.lora_rank / compressor.config.lora_alpha
+    extended = dict(weights)
+    for name, untrained in compressor.weights.items():
+        if "lora_" in name and name in weights:
+            extended[name] = untrained.detach().clone()
+            place = extended[name][tuple(map(slice, weights[name].shape))]
+            place.copy_(weights[name] * (rescale if "lora_B" in name else 1))
+    return extended
 
 
 def _fit(config: TrainConfig, objective: Objective, rows: list[Row], tell: OnEvent) -> None:
@@ -457,6 +478,8 @@ def _arguments(
         report_to=[],
         disable_tqdm=True,
         optim="adamw_torch_fused" if on_cuda else "adamw_torch",
+        # LoRA computes in float32, for which most GPUs have much faster matrix units.
+        tf32=True if on_cuda and torch.cuda.get_device_capability() >= (8, 0) else None,
         # The filter would wait for the device at each step to read the loss.
         logging_nan_inf_filter=False,
         dataloader_num_workers=config.workers,

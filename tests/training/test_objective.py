@@ -136,9 +136,12 @@ def test_matching_plain_reading_costs_nothing_where_reading_is_plain(
     assert Objective(lossy, maker.prefix_ids, match=match).loss([row], 3) > without + 1e-3
 
 
-def test_matching_ratio_1_costs_nothing_there_and_teaches_the_others(own: Generator) -> None:
+@pytest.mark.parametrize("anchors", ["learned", "uniform"])
+def test_matching_ratio_1_costs_nothing_there_and_teaches_the_others(
+    own: Generator, anchors: str
+) -> None:
     maker = RowMaker(own, SPANS)
-    compressor = make_compressor(own, "learned")
+    compressor = make_compressor(own, "sac", anchors=anchors, anchor_embedding="none")
     row = maker.ask(*asked(0, 2))
     plain, taught = (
         Objective(compressor, maker.prefix_ids, match=match)  # type: ignore[arg-type]

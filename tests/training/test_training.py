@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import PROSE, make_model, make_tokenizer
+from support.models import PROSE, make_compressor, make_model, make_tokenizer
 from support.training import weights_of
 
 from sac_rag.compressors import checkpoint
 from sac_rag.lm.generator import Generator
 from sac_rag.training.ablation import Outcome, compare, to_markdown
 from sac_rag.training.config import TrainConfig
-from sac_rag.training.trainer import open_run_folder, train
+from sac_rag.training.trainer import new_compressor, open_run_folder, train
 
 
 @pytest.mark.slow
@@ -69,6 +69,21 @@ def test_a_run_begins_with_a_compressor_of_a_simpler_scorer_if_it_fits_its_own(
     assert all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="do not fit this model and config"):
         train(replace(on, scorer_texts=0), tmp_path / "as-is", generator=make_generator("llama"))
+
+
+def test_a_run_of_a_higher_rank_begins_where_a_compressor_of_a_lower_one_ended(
+    own: Generator, config: TrainConfig, tmp_path: Path
+) -> None:
+    first = make_compressor(own, "learned", lora_rank=4, lora_alpha=8)
+    checkpoint.save(first, tmp_path)
+    wider = replace(first.config, lora_rank=6, lora_alpha=24)
+    start = replace(config, init_from=str(tmp_path), scorer_texts=0, compressor=wider)
+    extended = new_compressor(start, own)
+    expected, got = (compressor.compress(PROSE[:1])[0] for compressor in (first, extended))
+    torch.testing.assert_close(got.values, expected.values)
+    assert torch.equal(got.heads, expected.heads)
+    trained = [extended.weights[name] for name in extended.weights if "lora_A" in name]
+    assert all(weight.shape[0] == 6 and weight[4:].any() for weight in trained)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from sac_rag.fetched import Fetched
 from sac_rag.kv import AnchorKV
 from sac_rag.prefix_cache import Prefixes
 from sac_rag.prompts.assemble import Part, Prompt, assemble, require_room
-from sac_rag.prompts.chat import Markup, Piece
+from sac_rag.prompts.chat import Markup, Piece, repeat_question
 from sac_rag.prompts.decode import Decoder
 from sac_rag.prompts.decoding import Decoding
 from sac_rag.prompts.generate import Generation
@@ -63,12 +63,15 @@ class Answerer:
         on_miss: What to do with a chunk that is not in the store.
         prefixes: KV of what prompts begin with.
         meter: Counts what is fetched and generated.
+        repeat_question: Whether prompts of a trained compressor repeat a question that stands
+            before the chunks.
     """
 
     compressor: CachedCompressor
     on_miss: OnMiss
     prefixes: Prefixes
     meter: Meter
+    repeat_question: bool = True
 
     @contextmanager
     def call(self) -> Iterator[Trace]:
@@ -106,7 +109,7 @@ class Answerer:
             ValueError: for a ratio that the compressor does not have.
         """
         compressor = self.compressor
-        rows = [[self._text_tokenized(piece) for piece in request.pieces] for request in requests]
+        rows = [[self._text_tokenized(p) for p in self._pieces(request)] for request in requests]
         fetched = self._fetch(rows, compressor.ratio_for(ratio), decoding.max_new_tokens)
         parts, reports = self._parts(rows, fetched)
         started = time.perf_counter()
@@ -135,6 +138,14 @@ class Answerer:
             compress_s=fetched.compress_s,
             relocate_s=elapsed - fetched.load_s - fetched.compress_s - prefix_s,
             prefix_s=prefix_s,
+        )
+
+    def _pieces(self, request: Request) -> Sequence[Piece]:
+        is_trained = bool(self.compressor.config.lora_targets)
+        return (
+            repeat_question(request.pieces)
+            if is_trained and self.repeat_question
+            else request.pieces
         )
 
     def _text_tokenized(self, piece: Piece) -> list[int] | Chunk:

@@ -43,6 +43,8 @@ class SacRAG:
             or "raise" ChunkMissError.
         decoding: Default of all calls.
         prefixes: KV of the beginnings of prompts, read once and kept in memory.
+        repeat_question: Whether a prompt with its question before the chunks repeats it behind
+            them, for a trained compressor (see `prompts.chat.repeat_question`).
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SacRAG:
         prompt_format: PromptFormat | None = None,
         on_miss: OnMiss = "compress",
         decoding: Decoding | None = None,
+        repeat_question: bool = True,
     ) -> None:
         require_on_miss(on_miss)
         if on_miss == "compress" and not compressor.computes:
@@ -62,6 +65,7 @@ class SacRAG:
         self.prompt_format = prompt_format or PromptFormat()
         self.on_miss: OnMiss = on_miss
         self.decoding = decoding or Decoding()
+        self.repeat_question = repeat_question
         self.prefixes = Prefixes(self.generator)
         self._meter = Meter(compressor.store.evictions)
         self._gatherer = Gatherer(self.generator)
@@ -111,7 +115,7 @@ class SacRAG:
             token: Access token of the Hub. Default: that of `hf auth login` or HF_TOKEN.
             cache_dir: Folder of downloads. Default: that of huggingface_hub.
             model_kwargs: Further arguments of `Generator.from_pretrained`, such as device_map.
-            **options: on_miss, decoding: see the class.
+            **options: on_miss, decoding, repeat_question: see the class.
 
         Raises:
             ValueError: for an unknown model or compressor.
@@ -166,7 +170,7 @@ class SacRAG:
                 is possible for learned anchors only.
             device: Default: CUDA if there is one, else CPU.
             model_kwargs: Further arguments of `Generator.from_pretrained`, such as revision.
-            **options: decoding: see the class.
+            **options: decoding, repeat_question: see the class.
 
         Raises:
             ValueError: if the file is no archive, if the model is another one, naming what differs,
@@ -445,7 +449,9 @@ class SacRAG:
     @property
     def _answerer(self) -> Answerer:
         """Made for each call: the settings may have been changed since the last one."""
-        return Answerer(self.compressor, self.on_miss, self.prefixes, self._meter)
+        return Answerer(
+            self.compressor, self.on_miss, self.prefixes, self._meter, self.repeat_question
+        )
 
     def _start(
         self,

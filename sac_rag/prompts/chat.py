@@ -12,6 +12,11 @@ from sac_rag.chunk import Chunk
 
 _ROLE = re.compile(r"[\w .-]+")
 
+# Fewer words than these behind the chunks ("Answer:") have no question among them.
+_FEW_WORDS = 4
+# More words than these before the chunks are examples rather than a question.
+_MANY_WORDS = 150
+
 
 @dataclass(frozen=True)
 class Message:
@@ -140,6 +145,27 @@ def leading(pieces: Sequence[Piece]) -> list[Markup | str]:
             break
         prefix.append(piece)
     return prefix
+
+
+def repeat_question(pieces: Sequence[Piece]) -> list[Piece]:
+    """A prompt that repeats its question behind the chunks, if it stands before them.
+
+    Chunks are compressed without the question, and a small model looks for the answer in them only
+    when it reads the question after them. What is repeated is the text before the chunks of the
+    last turn, if no question mark follows them, and it has one itself or hardly a word follows.
+    """
+    pieces = list(pieces)
+    last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Chunk)), default=-1)
+    markups = [i for i, piece in enumerate(pieces) if isinstance(piece, Markup)]
+    begin = max((i + 1 for i in markups if i < last), default=0)
+    end = min((i for i in markups if i > last), default=len(pieces))
+    before = "".join(text for text in leading(pieces[begin:end]) if isinstance(text, str))
+    after = "".join(text for text in pieces[last + 1 : end] if isinstance(text, str))
+    is_before = "?" not in after and ("?" in before or len(after.split()) < _FEW_WORDS)
+    is_last_turn = all(isinstance(piece, Markup) for piece in pieces[end:])
+    if last < 0 or not is_before or not is_last_turn or not 0 < len(before.split()) <= _MANY_WORDS:
+        return pieces
+    return [*pieces[: last + 1], f"\n\n{before}{after}", *pieces[end:]]
 
 
 def before_first_turn(tokenizer: Any, messages: Sequence[Message]) -> list[Markup | str]:

@@ -13,7 +13,7 @@ from sac_rag.chunk import Chunk
 from sac_rag.compressors.anchor_selection import REPEAT_PROMPT
 from sac_rag.evaluation.questions import Question
 from sac_rag.lm.generator import Generator
-from sac_rag.prompts.chat import Markup, Piece, leading
+from sac_rag.prompts.chat import Markup, Piece, leading, repeat_question
 from sac_rag.prompts.format import PromptFormat
 from sac_rag.training.prompts import DRAFT
 
@@ -214,7 +214,8 @@ class RowMaker:
         self, question: str, chunks: Sequence[Chunk], format: PromptFormat
     ) -> tuple[list[Piece], list[Markup | str]]:
         """The prompt up to its last chunk, and the rest."""
-        pieces = format.pieces(self._generator.tokenizer, question, chunks)
+        # As prompts are answered.
+        pieces = repeat_question(format.pieces(self._generator.tokenizer, question, chunks))
         tail: list[Markup | str] = []
         while not isinstance(pieces[-1], Chunk):
             tail.insert(0, pieces.pop())  # type: ignore[arg-type]

@@ -12,7 +12,15 @@ from support.models import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import processors
 
 from sac_rag.chunk import Chunk
-from sac_rag.prompts.chat import Markup, Message, before_first_turn, leading, opening, render
+from sac_rag.prompts.chat import (
+    Markup,
+    Message,
+    before_first_turn,
+    leading,
+    opening,
+    render,
+    repeat_question,
+)
 from sac_rag.prompts.format import SPANS, PromptFormat
 
 ONE, TWO = Chunk("first passage", id="d1", title="One"), Chunk("second passage")
@@ -548,3 +556,58 @@ def test_a_template_without_system_role_has_an_opening_too() -> None:
 def test_a_template_that_starts_with_the_content_opens_with_the_bos() -> None:
     bare = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     assert opening(make_tokenizer(bare)) == ""
+
+
+# --- questions before the chunks
+
+
+def turns(before: str, after: str, *later: Message) -> list[Any]:
+    """The pieces of a chat whose last turn has two chunks between texts, or of a longer one."""
+    asked = Message("user", (before, ONE, "\n", TWO, after))
+    return render(make_tokenizer(), [Message("system", ("Be brief?",)), asked, *later])
+
+
+def text_behind_the_chunks(pieces: list[Any]) -> list[str]:
+    last = max(i for i, piece in enumerate(pieces) if isinstance(piece, Chunk))
+    return [piece for piece in pieces[last + 1 :] if isinstance(piece, str)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Use the context.\nQuestion: who counted ships\nContext: ", "\nAnswer:"),
+        ("Who counted ships?\n\nSources:\n", "\n\nAnswer in a few short words."),
+    ],
+)
+def test_a_question_before_the_chunks_is_repeated_behind_them(before: str, after: str) -> None:
+    pieces = turns(before, after)
+    repeated = repeat_question(pieces)
+    assert text_behind_the_chunks(repeated) == [f"\n\n{before}{after}"]
+    end = pieces.index(after)
+    assert repeated[:end] == pieces[:end]
+    assert repeated[end + 1 :] == pieces[end + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Use the context.\n", "\nWho counted ships?"),
+        ("Why not? Use the context.\n", "\nWho counted ships?"),
+        ("Use the context.\n", "\nSay in a word who counted ships"),
+        ("", "\nShips?"),
+        ("Q: Who?\nA: Ann.\n\n" * 60, "\nSay in a word who counted ships"),
+    ],
+)
+def test_a_prompt_with_its_question_behind_the_chunks_stays(before: str, after: str) -> None:
+    pieces = turns(before, after)
+    assert repeat_question(pieces) == pieces
+
+
+def test_only_the_last_turn_is_repeated() -> None:
+    pieces = turns("Who?\n", "\n", Message("assistant", ("Ann.",)), Message("user", ("Sure?",)))
+    assert repeat_question(pieces) == pieces
+
+
+def test_the_examples_of_a_raw_format_are_not_repeated() -> None:
+    pieces = SPANS.pieces(make_tokenizer(), "Who counted ships?", [ONE])
+    assert repeat_question(pieces) == pieces

@@ -10,10 +10,11 @@ import pytest
 from support.models import PROSE, make_compressor
 from support.training import asked
 
+from sac_rag.answering import token_ids
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.lm.generator import Generator
-from sac_rag.pipeline import SacRAG
+from sac_rag.prompts.chat import repeat_question
 from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.training.prompts import HELD_OUT, TRAINED, named_prompt
 from sac_rag.training.rows import RowMaker, Source, Target, batched, padded_tokens
@@ -72,9 +73,10 @@ def test_rows_of_every_prompt_are_the_prompts_that_answers_are_written_in(
     target = row.targets[0]
     ids += target.ids[: len(target.ids) - target.predicted]
     shown = replace(prompt, user=prompt.user.replace("{draft}", "a draft"))
-    rag = SacRAG(CachedCompressor(make_compressor(llama, "learned"), {}), prompt_format=shown)
+    read = repeat_question(shown.pieces(llama.tokenizer, questions[0].text, chunks))
+    compressor = CachedCompressor(make_compressor(llama, "learned"), {})
     assert maker.prefix_ids == ()
-    assert ids == rag.prompt_ids(questions[0].text, chunks)
+    assert ids == token_ids(read, compressor)
 
 
 def test_prompts_to_validate_in_are_not_trained_in() -> None:

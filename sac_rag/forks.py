@@ -90,7 +90,7 @@ def _hold_off_others() -> None:
     _call_all(_befores)
 
 
-def _let_others_go_on() -> None:
+def _let_others_continue() -> None:
     for held in [*_of_others(), _adding]:
         with contextlib.suppress(RuntimeError):  # not held, where a Ctrl-C ended the waiting
             held.release()
@@ -105,11 +105,11 @@ def _renew_all() -> None:
 
 
 def _of_others() -> list[Any]:
-    own = threading.get_ident()
-    return [held for thread, held in list(_held_off.items()) if thread != own]
+    this = threading.get_ident()
+    return [held for thread, held in list(_held_off.items()) if thread != this]
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(
-        before=_hold_off_others, after_in_parent=_let_others_go_on, after_in_child=_renew_all
+        before=_hold_off_others, after_in_parent=_let_others_continue, after_in_child=_renew_all
     )

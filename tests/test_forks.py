@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.forks import TIMEOUT_S, exit_of
 from support.models import PROSE, make_compressor
 
 from sac_rag import forks
@@ -22,30 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-TIMEOUT_S = 60
 
 
-def exit_of(work: Callable[[], bool]) -> int | None:
-    """Exit status of a forked child that does work: 0 if it returns True; None if it hangs."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = 0 if work() else 2
-        finally:
-            os._exit(status)
-    ends = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < ends:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return None
-
-
-@pytest.mark.xfail(reason="a child hangs in some runs (8 of 16); the cause is not found yet")
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_children_of_a_process_whose_threads_answer_do_not_hang(
     llama: Generator, kind: str, tmp_path: Path

@@ -13,6 +13,7 @@ from sac_rag.cli import (
     archive,
     ask,
     bench,
+    bench_stores,
     convert,
     evaluate,
     fit,
@@ -52,6 +53,10 @@ store.app.command("import")(archive.import_)
 store.app.command()(archive.push)
 store.app.command()(archive.pull)
 for measurement in (
+    bench_stores.store,
+    bench_stores.objects,
+    bench_stores.scale,
+    bench_stores.load,
     training.choices,
     training.methods,
     training.anchors,

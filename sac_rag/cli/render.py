@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sac_rag.retrieval.index import Hit
     from sac_rag.stores.disk import StoreStats
     from sac_rag.training.anchor_oracle import AnchorChoice
-    from sac_rag.training.fit import FitFigure
+    from sac_rag.training.fit_figures import FitFigure
     from sac_rag.training.sinks import SinkScore
     from sac_rag.training.step_speed import StepSpeed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from sac_rag.benchmarks.objects import measure_object_reads
-from sac_rag.cli.bench import app
+from sac_rag.cli.commands import app
 
 
 def test_random_reads_of_small_entries_are_one_request_each(tmp_path: Path) -> None:
@@ -21,6 +21,8 @@ def test_random_reads_of_small_entries_are_one_request_each(tmp_path: Path) -> N
 
 
 def test_the_command_reports_them() -> None:
-    result = CliRunner().invoke(app, ["objects", "--entries", "20", "--reads", "5", "--json"])
+    result = CliRunner().invoke(
+        app, ["bench", "objects", "--entries", "20", "--reads", "5", "--json"]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["entries"] == 20

@@ -273,10 +273,10 @@ def test_counting_writes_nothing_at_every_read(disk: DiskStore) -> None:
 def test_noting_that_an_entry_was_used_is_not_flushed(disk: DiskStore) -> None:
     """It would make a read a hundred times slower; what is written is flushed."""
     disk[key_of(0)] = make_kv()
-    assert disk._entries.index.database.sql("PRAGMA synchronous").fetchone() == (2,)
+    assert disk._entries.index.database.sql("PRAGMA synchronous") == [(2,)]
     older(disk)
     disk[key_of(0)]
-    assert disk._entries.index.database.sql("PRAGMA synchronous").fetchone() == (1,)
+    assert disk._entries.index.database.sql("PRAGMA synchronous") == [(1,)]
     assert disk.stats().unused_s is not None
     assert disk.stats().unused_s < 60
 

@@ -24,7 +24,7 @@ from sac_rag.lm.generator import Generator
 from sac_rag.loading import default_compressor
 from sac_rag.pipeline import SacRAG
 from sac_rag.prompts.format import SPANS
-from sac_rag.training import fit as fitting
+from sac_rag.training import fit_figures
 from sac_rag.training.fit import PASSAGES, Fitted, fit
 
 CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -356,7 +356,7 @@ def test_it_is_a_public_name() -> None:
 def test_a_fifth_of_the_entries_serves_the_real_model_like_all_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fitting, "RATIOS", (5,))
+    monkeypatch.setattr(fit_figures, "RATIOS", (5,))
     result = fit("smollm2-135m", passages=20)
 
     def accuracy(ratio: int, budget: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeAlias
 
+from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.entries import Entries
 from sac_rag.stores.disk.index import Index, IndexRow
@@ -30,7 +31,7 @@ def check(
         except CorruptEntryError as error:
             problems.append(f"{_name(row)}: {error.detail}")
             if fix:
-                with index.transaction():
+                with forks.held_off(), index.transaction():
                     index.drop_unreadable_documents(row.key)
     if index.next_cipher is not None:
         problems.append(
@@ -65,7 +66,7 @@ def _bad(
 
 def _check_integrity(index: Index, fix: bool) -> list[str]:
     """Problems that SQLite finds in the file."""
-    rows = index.database.sql("PRAGMA integrity_check").fetchall()
+    rows = index.database.sql("PRAGMA integrity_check")
     problems = [f"index: {message}" for (message,) in rows if message != "ok"]
     if problems and fix:
         index.database.sql("REINDEX")
@@ -78,13 +79,13 @@ def _check_dangling(index: Index, quarantined: Collection[str], fix: bool) -> li
     for table in ("Owner", "Origin"):
         keys = "SELECT key FROM Cache WHERE key IS NOT NULL"
         select = f"SELECT DISTINCT CAST(key AS BLOB) FROM {table} WHERE key NOT IN ({keys})"  # noqa: S608
-        for (key,) in index.database.sql(select).fetchall():
+        for (key,) in index.database.sql(select):
             name = key.decode(errors="replace")
             if name in quarantined and table == "Owner":
                 continue
             problems.append(f"{name}: noted in {table}, and not there")
             if fix:
-                with index.transaction():
+                with forks.held_off(), index.transaction():
                     delete = f"DELETE FROM {table} WHERE CAST(key AS BLOB) = ?"  # noqa: S608
                     index.database.sql(delete, (key,))
     return problems
@@ -92,14 +93,14 @@ def _check_dangling(index: Index, quarantined: Collection[str], fix: bool) -> li
 
 def _check_totals(index: Index, fix: bool) -> list[str]:
     """Totals of the triggers that are not those of the rows."""
-    count, size = index.database.sql("SELECT COUNT(*), TOTAL(size) FROM Cache").fetchone()
+    [(count, size)] = index.database.sql("SELECT COUNT(*), TOTAL(size) FROM Cache")
     problems = []
     for name, actual in (("count", count), ("size", int(size))):
         recorded = index.noted(name)
         if recorded != actual:
             problems.append(f"the {name} of all entries is noted as {recorded}, is {actual}")
             if fix:
-                with index.transaction():
+                with forks.held_off(), index.transaction():
                     update = "UPDATE Settings SET value = ? WHERE key = ?"
                     index.database.sql(update, (actual, name))
     return problems

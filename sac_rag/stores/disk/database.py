@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import diskcache
 from diskcache.core import DBNAME, DEFAULT_SETTINGS, METADATA
+
+from sac_rag import forks
 
 VERSION = 3
 # Longest wait for others that write.
@@ -66,10 +68,36 @@ CREATE INDEX IF NOT EXISTS Cache_evictable ON Cache (access_time) WHERE tag IS N
 
 # Process, inode, and what is known of a file that nobody writes.
 _State: TypeAlias = tuple[int, int, tuple[int, ...] | None]
+_Result = TypeVar("_Result")
+
+
+class Connection(sqlite3.Connection):
+    """A connection that is closed before a fork.
+
+    A child must not inherit one: SQLite's locks on a file are the process's, and would be in the
+    child's memory without being the child's.
+    """
+
+    is_open = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_open = True
+        forks.before(self, Connection.close)
+
+    def close(self) -> None:
+        """Closes it, in any thread."""
+        with forks.held_off():
+            self.is_open = False
+            super().close()
+
+    def __del__(self) -> None:  # at the end of its thread
+        if self.is_open:
+            self.close()
 
 
 class Database:
-    """Connections to an existing file, one per thread and process.
+    """Connections to an existing file, one per thread, closed before a fork.
 
     A folder that was moved or deleted is a FileNotFoundError of every statement outside of a
     transaction; where another index is at the path by now, it is opened.
@@ -89,8 +117,8 @@ class Database:
 
     def sql(
         self, statement: str, values: tuple[Any, ...] = (), patience_s: float | None = None
-    ) -> sqlite3.Cursor:
-        """Executes a statement on this thread's connection.
+    ) -> list[Any]:
+        """Executes a statement on this thread's connection; all of its rows.
 
         Waits for locks here and not in SQLite, where no Ctrl-C would end the waiting.
 
@@ -99,12 +127,13 @@ class Database:
             values: Of its question marks.
             patience_s: Longest wait for others. Default: `lock_seconds`.
         """
-        patience_s = self.lock_seconds if patience_s is None else patience_s
-        return _execute(self._connection, statement, values, patience_s)
+        return self._patiently(
+            lambda: self._connection.execute(statement, values).fetchall(), patience_s
+        )
 
     def close(self) -> None:
         """Closes this thread's connection; the next statement opens another one."""
-        connection = getattr(self._local, "connection", None)
+        connection: Connection | None = getattr(self._local, "connection", None)
         self._local.connection = self._local.state = None
         if connection is not None:
             connection.close()
@@ -115,11 +144,12 @@ class Database:
         *,
         flush: bool = True,
         check: Callable[[], None] | None = None,
-    ) -> sqlite3.Connection:
+    ) -> Connection:
         """Begins a transaction, which `with` ends: all of its block takes effect or none of it.
 
         What is returned is the connection, because its exit is C code: no Ctrl-C can come between
-        the block and COMMIT or ROLLBACK, as it can where the exit is Python.
+        the block and COMMIT or ROLLBACK, as it can where the exit is Python. For the same reason
+        the caller holds off forks: `with forks.held_off(), database.transaction():`.
 
         Args:
             patience_s: Longest wait for others. Default: `lock_seconds`.
@@ -129,7 +159,7 @@ class Database:
         Raises:
             sqlite3.OperationalError: if others write for longer than it waits.
         """
-        connection = self._connection
+        connection = self._patiently(lambda: self._connection, patience_s)
         connection.rollback()
         try:
             # Flushing each commit takes 0.4 ms; diskcache's setting flushes at checkpoints only.
@@ -142,13 +172,13 @@ class Database:
             connection.rollback()
             raise
 
-    def best_effort(self, work: Callable[[], None]) -> bool:
+    def best_effort(self, work: Callable[[], object]) -> bool:
         """Writes hints, without waiting; False where the file is locked or cannot be written.
 
         A power cut may undo it.
         """
         try:
-            with self.transaction(patience_s=0, flush=False):
+            with forks.held_off(), self.transaction(patience_s=0, flush=False):
                 work()
         except (sqlite3.OperationalError, OSError):
             return False
@@ -166,7 +196,7 @@ class Database:
             self.sql(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
             while True:
                 # Busy at once, however long it may wait, where another checkpoint is running.
-                busy, _, _ = self.sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                [(busy, _, _)] = self.sql("PRAGMA wal_checkpoint(TRUNCATE)")
                 if not busy or time.monotonic() >= deadline:
                     break
                 time.sleep(0.01)
@@ -194,13 +224,34 @@ class Database:
             raise
         self._is_stuck = False
 
+    def _patiently(self, attempt: Callable[[], _Result], patience_s: float | None) -> _Result:
+        patience_s = self.lock_seconds if patience_s is None else patience_s
+        deadline, pause_s = None, 0.001
+        while True:
+            try:
+                with forks.held_off():
+                    return attempt()
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or self._in_transaction:
+                    raise
+                deadline = deadline or time.monotonic() + patience_s
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+
     @property
-    def _connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is not None and connection.in_transaction:
+    def _in_transaction(self) -> bool:
+        connection: Connection | None = getattr(self._local, "connection", None)
+        return connection is not None and connection.is_open and connection.in_transaction
+
+    @property
+    def _connection(self) -> Connection:
+        connection: Connection | None = getattr(self._local, "connection", None)
+        if connection is not None and self._in_transaction:
             return connection  # of this block, whatever happens to the folder
         state = self._state()
-        if connection is None or self._local.state != state:
+        if connection is None or not connection.is_open or self._local.state != state:
             self.close()
             connection = self._local.connection = self._connect(state)
             self._local.state = state
@@ -208,15 +259,13 @@ class Database:
 
     def _state(self) -> _State:
         """Where this changes, the connection cannot be used any longer."""
-        # SQLite's connections must not cross a fork.
         return os.getpid(), _inode(self.path), None
 
-    def _connect(self, state: _State) -> sqlite3.Connection:
+    def _connect(self, state: _State) -> Connection:
         connection = _connect(self.path)
         try:
             for pragma in ("cache_size", "mmap_size"):
-                setting = _SETTINGS[f"sqlite_{pragma}"]
-                _execute(connection, f"PRAGMA {pragma} = {setting}", (), self.lock_seconds)
+                connection.execute(f"PRAGMA {pragma} = {_SETTINGS[f'sqlite_{pragma}']}")
         except BaseException:
             connection.close()
             raise
@@ -242,7 +291,7 @@ class ReadOnlyDatabase(Database):
         status = os.stat(path)  # noqa: PTH116
         return os.getpid(), inode, (status.st_size, status.st_mtime_ns)
 
-    def _connect(self, state: _State) -> sqlite3.Connection:
+    def _connect(self, state: _State) -> Connection:
         *_, unshared = state
         return _connect(
             self.path, f"{self.path.as_uri()}?{'mode=ro' if unshared is None else 'immutable=1'}"
@@ -261,29 +310,12 @@ def open_database(folder: Path, max_bytes: int, read_only: bool) -> Database:
         if read_only:
             _require_version(database)
         else:
-            with _cache_table(database, max_bytes):
+            with forks.held_off(), _cache_table(database, max_bytes):
                 _upgrade(database)
     except BaseException:
         database.close()
         raise
     return database
-
-
-def _execute(
-    connection: sqlite3.Connection, statement: str, values: tuple[Any, ...], patience_s: float
-) -> sqlite3.Cursor:
-    deadline, pause_s = None, 0.001
-    while True:
-        try:
-            return connection.execute(statement, values)
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or connection.in_transaction:
-                raise
-            deadline = deadline or time.monotonic() + patience_s
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 0.05)
 
 
 def require_plain_files(path: Path) -> None:
@@ -301,10 +333,15 @@ def require_plain_files(path: Path) -> None:
                 )
 
 
-def _connect(path: Path, uri: str | None = None) -> sqlite3.Connection:
+def _connect(path: Path, uri: str | None = None) -> Connection:
     require_plain_files(path)
     connection = sqlite3.connect(
-        path if uri is None else uri, timeout=0, isolation_level=None, uri=uri is not None
+        path if uri is None else uri,
+        timeout=0,
+        isolation_level=None,
+        check_same_thread=False,  # closed by a thread that forks
+        factory=Connection,
+        uri=uri is not None,
     )
     # What others wrote into the tables need not be UTF-8.
     connection.text_factory = lambda text: text.decode(errors="replace")
@@ -352,7 +389,7 @@ def _upgrade(database: Database) -> None:
     """
     if _version(database) == VERSION:
         return
-    with database.transaction():
+    with forks.held_off(), database.transaction():
         version = _version(database)  # another may have been faster
         if version == 2:
             for column in ("num_tokens", "num_entries", "num_heads"):
@@ -361,7 +398,7 @@ def _upgrade(database: Database) -> None:
             for statement in _TABLES.split(";\n"):
                 database.sql(statement)
             tagged = "SELECT CAST(key AS TEXT), CAST(tag AS TEXT) FROM Cache WHERE tag IS NOT NULL"
-            for key, tag in database.sql(tagged).fetchall():
+            for key, tag in database.sql(tagged):
                 for document in _documents_of_format_1(tag):
                     database.sql("INSERT OR IGNORE INTO Owner VALUES (?, ?)", (document, key))
             database.sql("UPDATE Cache SET tag = NULL WHERE tag IS NOT NULL")
@@ -390,7 +427,7 @@ def _require_version(database: Database) -> None:
 
 
 def _version(database: Database) -> int:
-    return int(database.sql("PRAGMA user_version").fetchone()[0])
+    return int(database.sql("PRAGMA user_version")[0][0])
 
 
 def _documents_of_format_1(tag: str) -> list[bytes]:

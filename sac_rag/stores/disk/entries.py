@@ -71,7 +71,7 @@ class Entries:
         """
         index = self.index
         with self.files.written(entry.key, data, self.has_row) as name:
-            with index.transaction(patience_s):
+            with forks.held_off(), index.transaction(patience_s):
                 index.require_cipher(cipher)
                 obsolete = index.row(entry.key)
                 evicted: list[IndexRow] = []
@@ -90,7 +90,7 @@ class Entries:
     def replace(self, row: IndexRow, data: bytes) -> bool:
         """Rewrites an entry's bytes and changes nothing else; False if it was changed meanwhile."""
         with self.files.written(row.key, data, self.has_row) as name:
-            with self.index.transaction():
+            with forks.held_off(), self.index.transaction():
                 is_current = row.same_entry(self.index.row(row.key))
                 if is_current:
                     self.index.add(NewEntry(row.key, stored=row.stored), name, len(data))
@@ -110,7 +110,7 @@ class Entries:
 
     def refuse(self, key: str, nbytes: int) -> None:
         """Removes a key's entry because the next one alone is larger than the cap."""
-        with self.index.transaction():
+        with forks.held_off(), self.index.transaction():
             row = self.index.row(key)
             if row is None:
                 self.index.remove_traces(key, "evicted", keep_documents=True)
@@ -136,7 +136,7 @@ class Entries:
 
     def quarantine(self, row: IndexRow, reason: str, patience_s: float | None = None) -> bool:
         """Moves a bad entry to quarantine; False if it is no longer the one that was read."""
-        with self.index.transaction(patience_s):
+        with forks.held_off(), self.index.transaction(patience_s):
             if row.key and not row.same_entry(self.index.row(row.key)):
                 return False
             inline = self.index.remove(row, reason, keep_documents=True)
@@ -161,7 +161,7 @@ class Entries:
             OSError: if something could not be deleted; repeating it deletes the rest.
         """
         index = self.index
-        with index.transaction():
+        with forks.held_off(), index.transaction():
             orphans: set[str] = set()
             for document, keys in kept_keys.items():
                 same_texts = keys.union(*map(index.keys_of_same_text, keys))
@@ -191,7 +191,7 @@ class Entries:
             if time.time() - stat.st_ctime >= older_than_s:
                 path.unlink(missing_ok=True)
                 key = path.name.partition(".")[0]
-                with self.index.transaction():
+                with forks.held_off(), self.index.transaction():
                     if self.index.row(key) is None:
                         self.index.remove_traces(key, None)
                 count, nbytes = count + 1, nbytes + stat.st_size
@@ -245,7 +245,7 @@ class Entries:
     def _drop(
         self, rows: Iterable[IndexRow], reason: str | None, patience_s: float | None
     ) -> list[IndexRow]:
-        with self.index.transaction(patience_s):
+        with forks.held_off(), self.index.transaction(patience_s):
             current = [row for row in rows if row.same_entry(self.index.row(row.key))]
             for row in current:
                 self._remove(row, reason)

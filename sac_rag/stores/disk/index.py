@@ -17,7 +17,6 @@ import errno
 import hashlib
 import os
 import re
-import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diskcache.core import MODE_BINARY
 
 from sac_rag.errors import CorruptEntryError
-from sac_rag.stores.disk.database import open_database
+from sac_rag.stores.disk.database import Connection, open_database
 from sac_rag.stores.entry import is_key
 
 if TYPE_CHECKING:
@@ -164,11 +163,10 @@ class Index:
             raise
         self._salt = salt if isinstance(salt, bytes) and 0 < len(salt) <= 64 else b"\0"
 
-    def transaction(self, patience_s: float | None = None) -> sqlite3.Connection:
+    def transaction(self, patience_s: float | None = None) -> Connection:
         """Begins a transaction as `Database.transaction` does, with the store's key only."""
-        return self.database.transaction(
-            patience_s, check=partial(self.require_cipher, self.cipher)
-        )
+        check = partial(self.require_cipher, self.cipher)
+        return self.database.transaction(patience_s, check=check)
 
     # The store's key.
 
@@ -252,7 +250,7 @@ class Index:
             What the row held in place of a file, which no row of ours does.
         """
         select = "SELECT CAST(value AS BLOB) FROM Cache WHERE rowid = ?"
-        inline: bytes | None = self._sql(select, (row.rowid,)).fetchone()[0]
+        inline: bytes | None = self._sql(select, (row.rowid,))[0][0]
         self._sql("DELETE FROM Cache WHERE rowid = ?", (row.rowid,))
         self.remove_traces(row.key, reason, keep_documents=keep_documents)
         return inline
@@ -264,34 +262,36 @@ class Index:
         self._sql("DELETE FROM Origin WHERE key = ?", (key,))
         if reason is not None:
             replace = "INSERT OR REPLACE INTO Departed (digest, reason) VALUES (?, ?)"
-            last = self._sql(replace, (self._digest(key), reason)).lastrowid
-            self._sql("DELETE FROM Departed WHERE number <= ?", ((last or 0) - _TOMBSTONES,))
+            self._sql(replace, (self._digest(key), reason))
+            delete = "DELETE FROM Departed WHERE number <= last_insert_rowid() - ?"
+            self._sql(delete, (_TOMBSTONES,))
 
     def row(self, key: object) -> IndexRow | None:
         """The row of a key, or None."""
         if not is_key(key):
             return None
-        fields = self._sql(_SELECT + " WHERE key = ? AND raw = 1", (key,)).fetchone()
+        fields = self._first(_SELECT + " WHERE key = ? AND raw = 1", (key,))
         return None if fields is None else IndexRow(*fields)
 
     def rows(self) -> Iterator[IndexRow]:
         """All rows, read a thousand at a time, so that no snapshot is held open meanwhile."""
         last = 0
         select = _SELECT + " WHERE rowid > ? ORDER BY rowid LIMIT 1000"
-        while page := self._sql(select, (last,)).fetchall():
+        while page := self._sql(select, (last,)):
             yield from map(IndexRow._make, page)
             last = page[-1][0]
 
     def least_recently_used(self, excluded: str) -> IndexRow | None:
         """The row to evict next: neither a pinned one nor that of the excluded key."""
         select = _SELECT + " WHERE tag IS NULL AND key != ? ORDER BY access_time LIMIT 1"
-        fields = self._sql(select, (excluded,)).fetchone()
+        fields = self._first(select, (excluded,))
         return None if fields is None else IndexRow(*fields)
 
     def pin(self, key: str, pinned: bool) -> bool:
         """Pins or unpins an entry; False if there is none."""
         update = "UPDATE Cache SET tag = ? WHERE key = ? AND raw = 1"
-        return bool(self._sql(update, ("pinned" if pinned else None, key)).rowcount)
+        self._sql(update, ("pinned" if pinned else None, key))
+        return bool(self._sql("SELECT changes()")[0][0])
 
     def renew(self, row: IndexRow) -> None:
         """Records that an entry was used, if that was last recorded a while ago."""
@@ -321,7 +321,7 @@ class Index:
         self.require_cipher(self.cipher)
         select = "SELECT CAST(document AS BLOB) FROM Owner WHERE key = ?"
         names = set()
-        for (sealed,) in self._sql(select, (key,)).fetchall():
+        for (sealed,) in self._sql(select, (key,)):
             try:
                 names.add(self._unseal(sealed))
             except ValueError as error:
@@ -333,7 +333,7 @@ class Index:
         """Keys of a document's entries."""
         self.require_cipher(self.cipher)
         select = "SELECT key FROM Owner JOIN Cache USING (key) WHERE document = ? AND raw = 1"
-        keys = self._sql(select, (self._seal(document),)).fetchall()
+        keys = self._sql(select, (self._seal(document),))
         return [key for (key,) in keys if is_key(key)]
 
     def add_documents(self, key: str, documents: Iterable[str]) -> None:
@@ -347,23 +347,23 @@ class Index:
         sealed = self._seal(document)
         select = "SELECT key FROM Owner WHERE document = ?"
         orphans = []
-        for (key,) in self._sql(select, (sealed,)).fetchall():
+        for (key,) in self._sql(select, (sealed,)):
             if key in keep:
                 continue
             self._sql("DELETE FROM Owner WHERE document = ? AND key = ?", (sealed, key))
-            other = self._sql("SELECT 1 FROM Owner WHERE key = ?", (key,)).fetchone()
+            other = self._first("SELECT 1 FROM Owner WHERE key = ? LIMIT 1", (key,))
             if other is None and is_key(key):
                 orphans.append(key)
         return orphans
 
     def num_documents(self) -> int:
         """Number of documents that have entries."""
-        return int(self._sql("SELECT COUNT(DISTINCT document) FROM Owner").fetchone()[0])
+        return int(self._sql("SELECT COUNT(DISTINCT document) FROM Owner")[0][0])
 
     def drop_unreadable_documents(self, key: str) -> None:
         """Removes those of an entry's documents that cannot be read."""
         select = "SELECT document, CAST(document AS BLOB) FROM Owner WHERE key = ?"
-        for document, sealed in self._sql(select, (key,)).fetchall():
+        for document, sealed in self._sql(select, (key,)):
             try:
                 self._unseal(sealed)
             except ValueError:
@@ -372,7 +372,7 @@ class Index:
 
     def reencrypt_documents(self, cipher: Cipher | None) -> None:
         """Encrypts every document id with another key, or none; drops those it cannot read."""
-        for (sealed,) in self._sql("SELECT DISTINCT document FROM Owner").fetchall():
+        for (sealed,) in self._sql("SELECT DISTINCT document FROM Owner"):
             try:
                 name = sealed if self.cipher is None else self.cipher.unseal(sealed)
             except (TypeError, ValueError):
@@ -386,7 +386,7 @@ class Index:
     def origin(self, key: str) -> tuple[str | None, str | None]:
         """The text id and the fingerprint recorded for an entry."""
         select = "SELECT text_id, fingerprint FROM Origin WHERE key = ?"
-        text_id, fingerprint = self._sql(select, (key,)).fetchone() or (None, None)
+        text_id, fingerprint = self._first(select, (key,)) or (None, None)
         return text_id, fingerprint
 
     def add_origin(self, key: str, text_id: str | None, fingerprint: str | None) -> None:
@@ -401,7 +401,7 @@ class Index:
         """How much an entry holds of its chunk; None if it is absent or of an old format."""
         columns = ", ".join(f"CAST({name} AS INTEGER)" for name in Extent._fields)
         select = f"SELECT {columns} FROM Origin WHERE key = ?"  # noqa: S608 (names of our own)
-        numbers = self._sql(select, (key,)).fetchone() or (None,)
+        numbers = self._first(select, (key,)) or (None,)
         return None if None in numbers else Extent(*numbers)
 
     def other_fingerprints(self, text_id: str, excluded: str) -> list[str]:
@@ -410,18 +410,18 @@ class Index:
             "SELECT fingerprint FROM Origin JOIN Cache USING (key) WHERE text_id = ?"
             " AND fingerprint IS NOT NULL AND fingerprint IS NOT ? ORDER BY store_time DESC"
         )
-        return [str(name) for (name,) in self._sql(select, (text_id, excluded)).fetchall()]
+        return [str(name) for (name,) in self._sql(select, (text_id, excluded))]
 
     def keys_of_same_text(self, key: str) -> set[str]:
         """Keys of the entries of a key's text under all fingerprints."""
         text_id, _ = self.origin(key)
         select = "SELECT key FROM Origin WHERE text_id = ?"
-        return {key for (key,) in self._sql(select, (text_id,)).fetchall()}
+        return {key for (key,) in self._sql(select, (text_id,))}
 
     def reason(self, key: str) -> str | None:
         """Why an entry was removed; None if nothing is recorded of it."""
         select = "SELECT CAST(reason AS TEXT) FROM Departed WHERE digest = ?"
-        values = self._sql(select, (self._digest(key),)).fetchone()
+        values = self._first(select, (self._digest(key),))
         return None if values is None else str(values[0])
 
     # Counters and other values of the store.
@@ -439,12 +439,12 @@ class Index:
     def counts(self) -> dict[str, int]:
         """All counters."""
         select = "SELECT name, CAST(value AS INTEGER) FROM Meta WHERE name GLOB ?"
-        rows = self._sql(select, (_COUNT + "*",)).fetchall()
+        rows = self._sql(select, (_COUNT + "*",))
         return {name.removeprefix(_COUNT): int(value or 0) for name, value in rows}
 
     def meta(self, name: str) -> Any:
         """A value of the store's own, or None."""
-        values = self._sql("SELECT value FROM Meta WHERE name = ?", (name,)).fetchone()
+        values = self._first("SELECT value FROM Meta WHERE name = ?", (name,))
         return None if values is None else values[0]
 
     def set_meta(self, name: str, value: object, *, replace: bool = True) -> None:
@@ -460,28 +460,30 @@ class Index:
 
     def totals(self) -> Totals:
         """Figures of all entries."""
-        fields = self._sql(
+        [fields] = self._sql(
             f"SELECT COUNT(*), SUM(size), {_RATIO}, SUM(tag IS NOT NULL), MIN(store_time),"  # noqa: S608
             " MAX(store_time), MIN(CASE WHEN tag IS NULL THEN access_time END)"
             " FROM Cache LEFT JOIN Origin USING (key)"
-        ).fetchone()
+        )
         return Totals(*fields)
 
     def by_fingerprint(self) -> list[tuple[str | None, int, int, float | None]]:
         """Fingerprint, number of entries, their bytes and ratio; most entries first."""
-        rows: list[tuple[str | None, int, int, float | None]] = self._sql(
+        return self._sql(
             f"SELECT fingerprint, COUNT(*), IFNULL(SUM(size), 0), {_RATIO} FROM Cache"  # noqa: S608
             " LEFT JOIN Origin USING (key) GROUP BY fingerprint ORDER BY COUNT(*) DESC"
-        ).fetchall()
-        return rows
+        )
 
-    def _sql(self, statement: str, values: tuple[Any, ...] = ()) -> Any:
+    def _sql(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
         return self.database.sql(statement, values)
+
+    def _first(self, statement: str, values: tuple[Any, ...]) -> Any:
+        return next(iter(self._sql(statement, values)), None)
 
     def noted(self, name: str) -> int:
         """A figure that triggers keep up to date: "count" or "size" of all entries."""
         select = "SELECT CAST(value AS INTEGER) FROM Settings WHERE key = ?"
-        return int((self._sql(select, (name,)).fetchone() or [0])[0] or 0)
+        return int((self._first(select, (name,)) or [0])[0] or 0)
 
     def _digest(self, key: str) -> bytes:
         # Tombstones do not hold the key itself: where the namespace is known, it would tell whoever

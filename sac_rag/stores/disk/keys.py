@@ -11,6 +11,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING
 
+from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.entries import Entries
 from sac_rag.stores.disk.index import IndexRow, NewEntry, described, key_id
@@ -69,7 +70,7 @@ def rekey(entries: Entries, new: Cipher | None, on_progress: Progress | None = N
         )
     if not is_change and not others and index.next_cipher is None:
         return 0
-    with index.transaction():
+    with forks.held_off(), index.transaction():
         index.set_meta("rekey", key_id(new))
     count, last = 0, None
     for turn in itertools.count(1):
@@ -96,7 +97,7 @@ def _finish(entries: Entries, old: Cipher | None, new: Cipher | None, most: int)
     index = entries.index
     try:
         with contextlib.ExitStack() as files:  # closed behind the COMMIT
-            with index.transaction():
+            with forks.held_off(), index.transaction():
                 left = [row for row in index.rows() if _needs(entries, row, new)]
                 if len(left) > most:
                     return None

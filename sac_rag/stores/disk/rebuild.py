@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores.disk.database import SIDE_FILES, Database
 from sac_rag.stores.disk.files import Files, make_folder
@@ -80,7 +81,7 @@ def _fill(
 ) -> list[str]:
     """Enters every entry that can be read; a sentence for each file that cannot."""
     left_out = []
-    with index.transaction():
+    with forks.held_off(), index.transaction():
         for key, name, modified in _oldest_first(files):
             size = files.size(name)
             try:
@@ -125,8 +126,8 @@ def _is_intact(path: Path) -> bool:
         return False
     database = Database(path)
     try:
-        tables = {name for (name,) in database.sql("SELECT name FROM sqlite_master").fetchall()}
-        problems = database.sql("PRAGMA quick_check").fetchall()
+        tables = {name for (name,) in database.sql("SELECT name FROM sqlite_master")}
+        problems = database.sql("PRAGMA quick_check")
         return {"Cache", "Owner", "Origin"} <= tables and problems == [("ok",)]
     except sqlite3.DatabaseError:
         return False

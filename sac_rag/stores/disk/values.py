@@ -127,7 +127,7 @@ class StoredValues(DocumentStore):
                 if ids <= index.documents(key) and _is_known(index.origin(key), text_id):
                     return
                 self._require_writable()
-                with index.transaction(patience_s):
+                with forks.held_off(), index.transaction(patience_s):
                     if is_stored():
                         index.add_documents(key, ids)
                         index.add_origin(key, text_id, fingerprint)
@@ -180,7 +180,7 @@ class StoredValues(DocumentStore):
         self._require_writable()
         index = self._entries.index
         chosen = strings(keys, "keys")
-        with self._named_errors(), index.transaction():
+        with self._named_errors(), forks.held_off(), index.transaction():
             return sum(index.pin(key, pinned) for key in chosen)
 
     def _reason(self, key: str, text_id: str | None, fingerprint: str | None) -> str:

@@ -26,6 +26,7 @@ from sac_rag.cached import CachedCompressor
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.generate import Decoding
 from sac_rag.stores import DiskStore
+from sac_rag.stores.disk.database import Connection
 
 QUESTION = "Who counted the ships?"
 SHORT = Decoding(max_new_tokens=4)
@@ -50,7 +51,7 @@ class FullDisk:
 def disk_space(monkeypatch: pytest.MonkeyPatch) -> Iterator[FullDisk]:
     space = FullDisk()
 
-    class Connection(sqlite3.Connection):
+    class FullConnection(Connection):
         def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
             if WRITES.match(sql):
                 try:
@@ -79,9 +80,11 @@ def disk_space(monkeypatch: pytest.MonkeyPatch) -> Iterator[FullDisk]:
         monkeypatch.setattr(os, name, call)
 
     connect = sqlite3.connect
-    monkeypatch.setattr(
-        sqlite3, "connect", lambda *args, **keys: connect(*args, **keys, factory=Connection)
-    )
+
+    def connect_full(*arguments: Any, **keywords: Any) -> sqlite3.Connection:
+        return connect(*arguments, **{**keywords, "factory": FullConnection})
+
+    monkeypatch.setattr(sqlite3, "connect", connect_full)
     for name in ("open", "fsync", "replace", "mkdir"):
         failing(name)
     yield space

@@ -1,11 +1,10 @@
 """Budgets: which KV entries of a segment are kept over all heads, and in which order.
 
 Heads differ widely in how much they attend to a text. With one ranking over the entries of all of
-them, a fifth of the entries keep 96 % of the F1 of all, where the same number for every head keeps
-80 % (README, one passage). AdaKV (arXiv 2407.11550) ranks entries of all heads of a layer together,
-LKV (arXiv 2605.06676) learns budgets. Here the scores of a
-head predict how its attention is distributed over the text, and one fitted number per head how much
-of it there is.
+them, a fifth of the entries keep all of the F1, where the same number for every head keeps 70 %
+(docs/quality.md, one passage). AdaKV (arXiv 2407.11550) ranks entries of all heads of a layer
+together, LKV (arXiv 2605.06676) learns budgets. Here the scores of a head predict how its attention
+is distributed over the text, and one fitted number per head how much of it there is.
 
 Tried without improvement: a fixed number of entries for each head and length, from the mean of this
 ranking over training passages; attention weighted by the norm of the value's output.

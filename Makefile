@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 # Everything installed is newer than what asks for it.
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
+S3 := .venv-s3
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # Questions for the peers, and how many of them.
 DATA ?=
 N ?= 20
 
-.PHONY: setup demo test notebooks wheel check fix bench peers clean
+.PHONY: setup demo test s3 notebooks wheel check fix bench peers clean
 
 setup: $(INSTALLED)
 	@$(BIN)/sac-rag models pull
@@ -25,6 +27,17 @@ demo: setup
 
 test: setup check
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# ObjectStore on a server of S3's protocol. An environment of its own, since botocore refuses the
+# python-dateutil of constraints.txt: what it asks for stands before what is installed in .venv.
+s3: $(S3)/.installed
+	$(S3)/bin/python -m pytest tests/stores -k s3
+
+$(S3)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv --clear $(S3)
+	$(BIN)/python $(PURELIB) > "$$($(S3)/bin/python $(PURELIB))/seen.pth"
+	$(S3)/bin/python -m pip install --quiet s3fs==2026.9.0 'moto[s3]==5.2.5' boto3==1.43.117 flask flask-cors
+	@touch $@
 
 # Warnings are its libraries' own; a notebook takes one to two minutes.
 notebooks: setup
@@ -64,4 +77,4 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(S3) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

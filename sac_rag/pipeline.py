@@ -43,6 +43,7 @@ class SacRAG:
             or "raise" ChunkMissError.
         decoding: Default of all calls.
         prefixes: KV of the beginnings of prompts, read once and kept in memory.
+        gatherer: Answers what is submitted, several prompts at a time.
         repeat_question: Whether a prompt with its question before the chunks repeats it behind
             them, for a trained compressor (see `prompts.chat.repeat_question`).
     """
@@ -68,7 +69,7 @@ class SacRAG:
         self.repeat_question = repeat_question
         self.prefixes = Prefixes(self.generator)
         self._meter = Meter(compressor.store.evictions)
-        self._gatherer = Gatherer(self.generator)
+        self.gatherer = Gatherer(self.generator)
         self.self_check()
 
     @classmethod
@@ -405,7 +406,7 @@ class SacRAG:
         wait. The future can be cancelled until it has the answer or error, which ends its work.
         """
         asked, used = (question, chunks), decoding or self.decoding
-        return self._gatherer.submit(self._start, asked, used, ratio, on_text)
+        return self.gatherer.submit(self._start, asked, used, ratio, on_text)
 
     def submit_chat(
         self,
@@ -417,7 +418,7 @@ class SacRAG:
     ) -> Future[Answer]:
         """As `chat` for one conversation; see `submit`."""
         used = decoding or self.decoding
-        return self._gatherer.submit(self._start_chat, conversation, used, ratio, on_text)
+        return self.gatherer.submit(self._start_chat, conversation, used, ratio, on_text)
 
     def submit_complete(
         self,
@@ -427,7 +428,7 @@ class SacRAG:
         ratio: int | None = None,
     ) -> Future[Answer]:
         """As `complete` for one prompt; see `submit`."""
-        return self._gatherer.submit(self._start_plain, prompt, decoding or self.decoding, ratio)
+        return self.gatherer.submit(self._start_plain, prompt, decoding or self.decoding, ratio)
 
     def prompt_ids(self, question: str, chunks: Sequence[ChunkLike]) -> list[int]:
         """Token ids of the prompt with every chunk as text: what a plain LM would read."""

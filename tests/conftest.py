@@ -18,6 +18,7 @@ import pytest
 import torch
 from support.models import ARCHITECTURES, make_model, make_tokenizer
 from support.redis_server import RedisServer
+from support.s3_server import S3, s3_bucket
 from transformers import (
     PreTrainedTokenizerFast,
 )
@@ -97,6 +98,22 @@ def objects(tmp_path: Path) -> Iterator[Any]:
         yield store
 
 
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URL of an S3 bucket for all tests of a process."""
+    with s3_bucket() as url:
+        yield url
+
+
+@pytest.fixture
+def s3_objects(bucket: str) -> Iterator[Any]:
+    """Shards of a few entries each, in a bucket."""
+    from sac_rag.stores.objects import ObjectStore
+
+    with ObjectStore(f"{bucket}/{uuid.uuid4().hex}", shard_bytes=4000) as store:
+        yield store
+
+
 @pytest.fixture
 def tiered(disk: DiskStore) -> Iterator[TieredStore]:
     """Memory before a disk."""
@@ -104,16 +121,14 @@ def tiered(disk: DiskStore) -> Iterator[TieredStore]:
         yield store
 
 
-@pytest.fixture(params=["dict", "memory", "disk", "redis", "tiered", "objects"])
+@pytest.fixture(params=["dict", "memory", "disk", "redis", "tiered", "objects", *S3])
 def store(request: pytest.FixtureRequest) -> AnchorStore:
     """Every kind of store, empty."""
     if request.param == "dict":
         return {}
     if request.param == "memory":
         return MemoryStore()
-    name = {"disk": "disk", "redis": "redis_store", "tiered": "tiered", "objects": "objects"}[
-        request.param
-    ]
+    name = {"redis": "redis_store", "s3": "s3_objects"}.get(request.param, request.param)
     found: AnchorStore = request.getfixturevalue(name)
     return found
 

@@ -24,7 +24,7 @@ TIMEOUT = 120
 def rag(llama: Generator, home: Any, monkeypatch: pytest.MonkeyPatch) -> SacRAG:
     """A pipeline that waits for prompts as long as a loaded machine takes to submit a few."""
     rag = SacRAG(CachedCompressor(make_compressor(llama, "sac"), {}), decoding=SHORT)
-    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, window_s=0.5))
+    monkeypatch.setattr(rag, "gatherer", Gatherer(rag.generator, window_s=0.5))
     return rag
 
 
@@ -125,7 +125,7 @@ def test_a_cancelled_prompt_ends_its_batch(rag: SacRAG) -> None:
 def test_a_prompt_joins_those_that_are_answered_and_takes_the_place_of_one_that_ended(
     rag: SacRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, size=2, window_s=0.01))
+    monkeypatch.setattr(rag, "gatherer", Gatherer(rag.generator, size=2, window_s=0.01))
     longest, short = Decoding(max_new_tokens=60), Decoding(max_new_tokens=5)
     alone = [rag.chat([asking(0)], longest)[0], *(rag.chat([asking(n)], short)[0] for n in (1, 2))]
     assert alone[0].usage.generated_tokens > 20

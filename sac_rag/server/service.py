@@ -261,9 +261,16 @@ def _in_namespace(rag: SacRAG, namespace: str) -> SacRAG:
         return rag
     guard = cached.guard is not None
     other = CachedCompressor(cached.inner, cached.store, namespace=namespace, guard=guard)
-    return SacRAG(
-        other, prompt_format=rag.prompt_format, on_miss=rag.on_miss, decoding=rag.decoding
+    pipeline = SacRAG(
+        other,
+        prompt_format=rag.prompt_format,
+        on_miss=rag.on_miss,
+        decoding=rag.decoding,
+        repeat_question=rag.repeat_question,
     )
+    # Prompts of all namespaces are rows of one decoder; each was started by its own pipeline.
+    pipeline.gatherer = rag.gatherer
+    return pipeline
 
 
 def _require_turns(rag: SacRAG, messages: Sequence[Message]) -> None:

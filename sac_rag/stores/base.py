@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
+from typing_extensions import Self
+
 from sac_rag.kv import AnchorKV
 
 # How many of the first KV entries are wanted of a chunk of that many source tokens.
@@ -166,12 +168,15 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
         """Deletes what only these documents use; returns the number of entries deleted.
 
         Raises:
+            OSError: if something could not be deleted; repeating it deletes the rest.
             TypeError: if the store does not remember documents.
         """
-        raise TypeError(
-            "to forget a document, the store must remember documents, as a DiskStore does, "
-            f"was: {self.type_name}"
-        )
+        if not self.remembers_documents:
+            raise TypeError(
+                "to forget a document, the store must remember documents, as a DiskStore does, "
+                f"was: {self.type_name}"
+            )
+        return self.replace_documents(dict.fromkeys(strings(documents, "document ids"), ()))
 
     def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
         """Deletes what only these documents use, except some keys of each.
@@ -195,6 +200,12 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
 
     def close(self) -> None:
         """Releases what the store holds open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def type_name(self) -> str:

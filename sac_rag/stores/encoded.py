@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from typing_extensions import Self
-
 from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
@@ -122,20 +120,10 @@ class EncodedStore(DocumentStore):
         self._count_reads(results)
         return {key: results[key] for key in wanted}
 
-    def replace_document(self, document: str, keys: Iterable[str]) -> int:
-        """Does for one document what `replace_documents` does for several."""
-        return self.replace_documents({document: keys})
-
     @property
     def is_encrypted(self) -> bool:
         """Whether it takes a key to read the entries."""
         return self._cipher is not None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _one(self, key: str, wanted: Wanted | None) -> AnchorKV:
         entry = self.read_many({key: wanted})[key]

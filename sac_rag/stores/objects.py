@@ -185,16 +185,11 @@ class ObjectStore(EncodedStore):
         sealed = self._seal(document)
         return sorted(key for key, place in self._places() if sealed in place.documents)
 
-    def forget(self, *documents: str) -> int:
-        """Deletes what only these documents use from the index; `compact` deletes the bytes.
-
-        Raises:
-            OSError: if the store cannot be written; repeating it deletes the rest.
-        """
-        return self.replace_documents(dict.fromkeys(strings(documents, "document ids"), ()))
-
     def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
-        """Deletes what only these documents use, except some keys of each."""
+        """Takes what only these documents use, except some keys of each, out of the index.
+
+        `compact` deletes the bytes.
+        """
         self._require_writable()
         deleted = 0
         with self._lock:

@@ -218,18 +218,12 @@ class RedisStore(EncodedStore):
             keys = map(_text, client.smembers(self._document(document)))
             return sorted(filter(is_key, keys))
 
-    def forget(self, *documents: str) -> int:
-        """Deletes what only these documents use, and every record of it but the reason.
-
-        Where the server may evict records (an `allkeys-*` policy), all of them are read for it.
-
-        Raises:
-            OSError: if the server cannot be reached; repeating it deletes the rest.
-        """
-        return self.replace_documents(dict.fromkeys(strings(documents, "document ids"), ()))
-
     def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
-        """Deletes what only these documents use, except some keys of each."""
+        """Deletes what only these documents use, except some keys of each.
+
+        Of what is deleted only the reason is kept. Where the server may evict records (an
+        `allkeys-*` policy), all of them are read for it.
+        """
         keep = kept_keys(documents)
         if keep and self._evicts_records():
             for key in self._scan("m"):

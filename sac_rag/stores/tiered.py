@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from typing_extensions import Self
-
 from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
@@ -199,17 +197,6 @@ class TieredStore(DocumentStore):
         self.flush()
         return sorted({k for keys in self._ask(lambda tier: tier.keys_of(document)) for k in keys})
 
-    def forget(self, *documents: str) -> int:
-        """Deletes what only these documents use, in every tier.
-
-        Raises:
-            OSError: if a tier could not be reached; repeating it deletes the rest.
-            TypeError: if no tier remembers documents.
-        """
-        if not self.remembers_documents:
-            return super().forget(*documents)
-        return self.replace_documents(dict.fromkeys(strings(documents, "document ids"), ()))
-
     def replace_documents(self, documents: Mapping[str, Iterable[str]]) -> int:
         """Deletes what only these documents use, except some keys of each, in every tier."""
         keep = kept_keys(documents)
@@ -286,12 +273,6 @@ class TieredStore(DocumentStore):
         for number, tier in enumerate(self.tiers):
             with self._skipped(number):
                 tier.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _discard(self, keys: Sequence[str]) -> None:
         self.read_many(dict.fromkeys(keys))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from support.collection import make_collection, opened_chunk_by_chunk, passages
@@ -30,6 +30,9 @@ pytestmark = [pytest.mark.slow, *IGNORED]
 COUNT = 700 * int(os.environ.get("SAC_RAG_FAULTS", "1"))
 TIMEOUT = 300
 
+# By key, the bytes of an entry's file, and its documents.
+Content: TypeAlias = dict[str, tuple[bytes, tuple[str, ...]]]
+
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
@@ -46,6 +49,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local(made: Path, tmp_path: Path) -> Path:
     """A collection for the local job; `distributed` is one of the same model."""
     return Path(shutil.copytree(made, tmp_path / "local"))
+
+
+@pytest.fixture(scope="module")
+def expected(made: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """What the local job stores of the corpus."""
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("expected") / "collection"))
+    PrecompressJob(opened_chunk_by_chunk(folder), partial(read_documents, [corpus])).run()
+    return content(folder)
 
 
 @pytest.fixture
@@ -70,8 +81,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def content(folder: Path) -> dict[str, tuple[bytes, tuple[str, ...]]]:
-    """Of each entry the bytes of its file, and its documents."""
+def content(folder: Path) -> Content:
     with DiskStore(folder / "anchors") as store:
         assert store.check() == []
         return {
@@ -79,13 +89,6 @@ def content(folder: Path) -> dict[str, tuple[bytes, tuple[str, ...]]]:
             for path in store.folder.rglob("*.kv")
             for key in [path.stem.partition("-")[0]]
         }
-
-
-def run_locally(
-    folder: Path, corpus: Path, split: Any = None, opening: Any = open_compressor
-) -> Any:
-    reader = partial(read_documents, [corpus])
-    return PrecompressJob(opening(folder), reader, split=split).run()
 
 
 def ray_job(
@@ -112,7 +115,8 @@ def test_it_stores_and_reports_what_the_local_job_does_to_the_byte(
 ) -> None:
     for folder in (local, distributed):
         precompress(open_compressor(folder), [("d0", "A former version.")])
-    expected = run_locally(local, corpus, halves, opened_chunk_by_chunk)
+    reader = partial(read_documents, [corpus])
+    expected = PrecompressJob(opened_chunk_by_chunk(local), reader, split=halves).run()
     report = ray_job(distributed, read(corpus), opened_chunk_by_chunk, split=halves).run(2)
     assert content(distributed) == content(local)
     assert (report.documents, report.bad) == (COUNT, expected.bad)
@@ -124,21 +128,19 @@ def test_it_stores_and_reports_what_the_local_job_does_to_the_byte(
 
 
 def test_an_actor_that_is_killed_is_replaced_and_nothing_is_missing_or_twice(
-    address: str, local: Path, distributed: Path, corpus: Path
+    address: str, expected: Content, distributed: Path, corpus: Path
 ) -> None:
-    run_locally(local, corpus, opening=opened_chunk_by_chunk)
     killed = partial(opened_chunk_by_chunk, after=100)
     report = ray_job(distributed, read(corpus), killed).run(2)
     assert (distributed / "ended").exists()
     assert report.counts.workers_lost == 1
     assert report.counts.chunks == COUNT + 1  # the bad record
-    assert content(distributed) == content(local)
+    assert content(distributed) == expected
 
 
 def test_a_driver_that_is_killed_is_resumed_with_the_rest_only(
-    address: str, local: Path, distributed: Path, corpus: Path
+    address: str, expected: Content, distributed: Path, corpus: Path
 ) -> None:
-    run_locally(local, corpus, opening=opened_chunk_by_chunk)
     script = Path(__file__).parents[1] / "support" / "collection.py"
     command = [sys.executable, str(script), "ray", str(distributed), str(corpus), address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
@@ -148,7 +150,7 @@ def test_a_driver_that_is_killed_is_resumed_with_the_rest_only(
     report = ray_job(distributed, read(corpus), opened_chunk_by_chunk).run(2)
     assert report.counts.hits >= 256
     assert report.counts.hits + report.counts.computed == COUNT
-    assert content(distributed) == content(local)
+    assert content(distributed) == expected
 
 
 def test_a_dataset_of_anybodys_rows_is_compressed_and_a_full_disk_ends_it(

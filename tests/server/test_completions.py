@@ -16,6 +16,7 @@ from sac_rag.gathering import Gatherer
 from sac_rag.lm.generator import Generator
 from sac_rag.prompts.chat import joined
 from sac_rag.retrieval.index import ChunkIndex
+from sac_rag.server.schemas import ChatRequest
 from sac_rag.server.service import Service
 
 DOCUMENTS = [{"id": f"d{i}", "title": f"T{i}", "text": text} for i, text in enumerate(PROSE[:2])]
@@ -123,7 +124,7 @@ def test_decoding_is_that_of_the_request(served: Running, rag: SacRAG) -> None:
 def test_concurrent_requests_are_answered_together(
     served: Running, rag: SacRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, window_s=1.0))
+    monkeypatch.setattr(rag, "gatherer", Gatherer(rag.generator, window_s=1.0))
     texts: list[str] = []
     threads = [
         threading.Thread(target=lambda: texts.append(content(served.ask()))) for _ in range(4)
@@ -135,6 +136,23 @@ def test_concurrent_requests_are_answered_together(
             thread.join()
     assert max(passes) == 4
     assert len(texts) == 4 and len(set(texts)) == 1
+
+
+def test_requests_of_two_namespaces_share_passes_and_no_entries(
+    rag: SacRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = rag.answer("What is it?", CHUNKS[:1]).text
+    monkeypatch.setattr(rag, "gatherer", Gatherer(rag.generator, window_s=1.0))
+    service = Service(rag, "tiny", namespaces=["alice", "bob"])
+    message = {"role": "user", "content": "What is it?"}
+    request = ChatRequest(model="tiny", messages=[message], documents=DOCUMENTS[:1])
+    asked = [service.prepare(request, namespace) for namespace in ("alice", "bob")]
+    with passes_of(rag.generator) as passes:
+        answers = [future.result(120) for future in [one.submit() for one in asked]]
+    assert max(passes) == 2
+    for answer in answers:
+        assert answer.text == alone
+        assert [chunk.status for chunk in answer.chunks] == ["absent"]
 
 
 def test_the_model_is_listed(served: Running) -> None:

@@ -103,7 +103,7 @@ def test_a_request_that_waits_for_the_model_is_cancelled_with_its_client(
         return futures[-1]
 
     monkeypatch.setattr(gatherer, "submit", noting)
-    monkeypatch.setattr(rag, "_gatherer", gatherer)
+    monkeypatch.setattr(rag, "gatherer", gatherer)
     with blocked(rag.generator) as blocker:
         first = vanish(served)
         assert blocker.reached.wait(TIMEOUT)
@@ -191,7 +191,7 @@ def test_a_client_that_does_not_read_is_left(service: Service) -> None:
 def test_streams_and_answers_are_rows_of_one_batch(
     served: Running, rag: SacRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rag, "_gatherer", Gatherer(rag.generator, size=4))
+    monkeypatch.setattr(rag, "gatherer", Gatherer(rag.generator, size=4))
     rows: list[int] = []
     running, submitted = threading.Event(), threading.Event()
 
@@ -209,7 +209,7 @@ def test_streams_and_answers_are_rows_of_one_batch(
             for stream in (True, False, True)
         ]
         until(lambda: served.endpoint._answering.used == 4)
-        until(lambda: len(rag._gatherer._waiting) == 3)
+        until(lambda: len(rag.gatherer._waiting) == 3)
         submitted.set()
         answers = [client.result(TIMEOUT) for client in (first, *others)]
     handle.remove()

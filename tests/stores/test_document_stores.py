@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.s3_server import S3
 from support.stores import key_of, make_kv
 
 from sac_rag.namespace import Namespace
@@ -17,11 +18,11 @@ TEXT = "5e" * 32
 ONE, TWO = "f1" * 32, "f2" * 32
 
 
-@pytest.fixture(params=["disk", "redis", "tiered", "objects"])
+@pytest.fixture(params=["disk", "redis", "tiered", "objects", *S3])
 def documents(request: pytest.FixtureRequest) -> DocumentStore:
     """Every kind of store that remembers documents, empty."""
-    name = {"disk": "disk", "redis": "redis_store", "tiered": "tiered", "objects": "objects"}
-    store: DocumentStore = request.getfixturevalue(name[request.param])
+    name = {"redis": "redis_store", "s3": "s3_objects"}.get(request.param, request.param)
+    store: DocumentStore = request.getfixturevalue(name)
     return store
 
 

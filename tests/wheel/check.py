@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 EXTRAS = (
     *("langchain", "llama-index", "train", "eval", "parquet", "otel", "encrypt", "serve"),
-    *("redis", "ray"),
+    *("mcp", "redis", "ray"),
 )
 
 

@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import Self
-
 from sac_rag.kv import AnchorKV
 from sac_rag.stores.base import Wanted, strings
 from sac_rag.stores.disk import checks, keys, maintenance
@@ -142,12 +140,6 @@ class DiskStore(StoredValues):
         """Closes this thread's connection to the index; those of other threads end with them."""
         self._entries.counters.flush()
         self._entries.index.database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         opened = partial(

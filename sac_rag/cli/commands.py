@@ -23,6 +23,7 @@ from sac_rag.cli import (
     report,
     serve,
     store,
+    store_measurements,
     train,
     training,
 )
@@ -59,6 +60,10 @@ for measurement in (
     training.steps,
     peers.peers,
     perplexity.perplexity,
+    store_measurements.store,
+    store_measurements.objects,
+    store_measurements.scale,
+    store_measurements.load,
 ):
     bench.app.command()(measurement)
 app.add_typer(store.app, name="store")

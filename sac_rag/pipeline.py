@@ -139,8 +139,8 @@ class SacRAG:
             cache_dir=cache_dir,
             **(model_kwargs or {}),
         )
-        used_store = MemoryStore() if store is None else store
-        cached = CachedCompressor(loaded, used_store, namespace=namespace, guard=guard)
+        store = MemoryStore() if store is None else store
+        cached = CachedCompressor(loaded, store, namespace=namespace, guard=guard)
         return cls(cached, prompt_format=prompt_format, **options)
 
     @classmethod
@@ -183,14 +183,10 @@ class SacRAG:
         stored = load_stored(model, opened.origin, device, **(model_kwargs or {}))
         if ratio not in (None, stored.config.ratio):
             stored = stored.at_ratio(ratio)
-        used_store = opened if store is None else store
-        cached = CachedCompressor(stored, used_store, namespace=namespace, guard=False)
-        return cls(
-            cached,
-            prompt_format=prompt_format or opened.origin.prompt_format,
-            on_miss=on_miss,
-            **options,
-        )
+        store = opened if store is None else store
+        cached = CachedCompressor(stored, store, namespace=namespace, guard=False)
+        prompt_format = prompt_format or opened.origin.prompt_format
+        return cls(cached, prompt_format=prompt_format, on_miss=on_miss, **options)
 
     @property
     def generator(self) -> Generator:
@@ -222,8 +218,7 @@ class SacRAG:
         Raises:
             UnsupportedModelError: if the error is more than rounding.
         """
-        budget = self.compressor.config.budget
-        return self_check(self.generator, ragged=budget != "uniform")
+        return self_check(self.generator, ragged=self.compressor.config.budget != "uniform")
 
     def precompress(
         self,
@@ -257,6 +252,15 @@ class SacRAG:
             on_bad=on_bad,
             whole_documents=whole_documents,
         )
+
+    def prefetch(self, chunks: Sequence[ChunkLike]) -> None:
+        """Starts reading stored chunks that will soon be asked about, and returns at once.
+
+        Nothing is computed. What an answer says does not depend on it, only how long it waits:
+        see `prefetch` of the store.
+        """
+        store, key = self.compressor.store, self.compressor.key
+        store.prefetch([key(chunk.text) for chunk in _listed(chunks)])
 
     def forget(self, document_id: str) -> int:
         """Deletes the entries that only this document uses; returns their number.
@@ -328,13 +332,8 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> list[Answer]:
-        """Answers several questions in one padded batch, each from its chunks.
-
-        For decoding and ratio see `answer`.
-        """
-        if not questions:
-            return []
-        return self._start(questions, decoding, ratio).finish()
+        """Answers several questions in one padded batch, each from its chunks; see `answer`."""
+        return self._start(questions, decoding, ratio).finish() if questions else []
 
     def chat(
         self,
@@ -343,13 +342,8 @@ class SacRAG:
         *,
         ratio: int | None = None,
     ) -> list[Answer]:
-        """Generates the assistant's next turn of conversations with chunks anywhere in them.
-
-        For decoding and ratio see `answer`.
-        """
-        if not conversations:
-            return []
-        return self._start_chat(conversations, decoding, ratio).finish()
+        """Generates the next turn of conversations with chunks anywhere in them; see `answer`."""
+        return self._start_chat(conversations, decoding, ratio).finish() if conversations else []
 
     def stream_chat(
         self,
@@ -377,9 +371,7 @@ class SacRAG:
         Raises:
             ValueError: if a prompt does not end in text.
         """
-        if not prompts:
-            return []
-        return self._start_plain(prompts, decoding, ratio).finish()
+        return self._start_plain(prompts, decoding, ratio).finish() if prompts else []
 
     def stream_complete(
         self,
@@ -442,17 +434,7 @@ class SacRAG:
         return token_ids(self.prompt_format.beginning(self.generator.tokenizer), self.compressor)
 
     def _ask(self, question: str, chunks: Sequence[ChunkLike]) -> list[Piece]:
-        if isinstance(chunks, str):
-            raise TypeError("chunks must be a sequence of chunks, was: one str; put it in a list")
-        passages = [Chunk.of(chunk) for chunk in chunks]
-        return self.prompt_format.pieces(self.generator.tokenizer, question, passages)
-
-    @property
-    def _answerer(self) -> Answerer:
-        """Made for each call: the settings may have been changed since the last one."""
-        return Answerer(
-            self.compressor, self.on_miss, self.prefixes, self._meter, self.repeat_question
-        )
+        return self.prompt_format.pieces(self.generator.tokenizer, question, _listed(chunks))
 
     def _start(
         self,
@@ -460,14 +442,11 @@ class SacRAG:
         decoding: Decoding | None,
         ratio: int | None,
     ) -> Run:
-        answerer, stop = self._answerer, self.prompt_format.stop
-        with answerer.call() as trace:
-            requests = [
-                Request(self._ask(question, chunks), stop) for question, chunks in questions
-            ]
-            return answerer.start(
-                requests, self.beginning_ids(), decoding or self.decoding, ratio=ratio, trace=trace
-            )
+        def prepare() -> tuple[list[Request], list[int]]:
+            stop = self.prompt_format.stop
+            return [Request(self._ask(*asked), stop) for asked in questions], self.beginning_ids()
+
+        return self._run(prepare, decoding, ratio)
 
     def _start_chat(
         self,
@@ -475,33 +454,47 @@ class SacRAG:
         decoding: Decoding | None,
         ratio: int | None,
     ) -> Run:
-        answerer, tokenizer = self._answerer, self.generator.tokenizer
-        with answerer.call() as trace:
+        def prepare() -> tuple[list[Request], list[int]]:
+            tokenizer = self.generator.tokenizer
             requests = [Request(render(tokenizer, messages)) for messages in conversations]
             prefix = before_first_turn(tokenizer, conversations[0])
-            prefix_ids = token_ids(prefix, self.compressor)
+            return requests, token_ids(prefix, self.compressor)
+
+        return self._run(prepare, decoding, ratio)
+
+    def _start_plain(
+        self, prompts: Sequence[Sequence[str | Chunk]], decoding: Decoding | None, ratio: int | None
+    ) -> Run:
+        if any(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("a prompt must be a sequence of texts and chunks, was: one str")
+
+        def prepare() -> tuple[list[Request], list[int]]:
+            format = self.prompt_format
+            pieces = [plain(self.generator.tokenizer, prompt) for prompt in prompts]
+            stops = [format.stop if format.matches(prompt) else () for prompt in prompts]
+            return list(map(Request, pieces, stops)), self.beginning_ids()
+
+        return self._run(prepare, decoding, ratio)
+
+    def _run(
+        self,
+        prepare: Callable[[], tuple[list[Request], list[int]]],
+        decoding: Decoding | None,
+        ratio: int | None,
+    ) -> Run:
+        """Starts prompts, which are prepared with the ids that they are likely to begin with."""
+        # Made for each call: the settings may have been changed since the last one.
+        answerer = Answerer(
+            self.compressor, self.on_miss, self.prefixes, self._meter, self.repeat_question
+        )
+        with answerer.call() as trace:
+            requests, prefix_ids = prepare()
             return answerer.start(
                 requests, prefix_ids, decoding or self.decoding, ratio=ratio, trace=trace
             )
 
-    def _start_plain(
-        self,
-        prompts: Sequence[Sequence[str | Chunk]],
-        decoding: Decoding | None,
-        ratio: int | None,
-    ) -> Run:
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                raise TypeError("a prompt must be a sequence of texts and chunks, was: one str")
-        answerer, format = self._answerer, self.prompt_format
-        with answerer.call() as trace:
-            requests = [
-                Request(
-                    plain(self.generator.tokenizer, prompt),
-                    format.stop if format.matches(prompt) else (),
-                )
-                for prompt in prompts
-            ]
-            return answerer.start(
-                requests, self.beginning_ids(), decoding or self.decoding, ratio=ratio, trace=trace
-            )
+
+def _listed(chunks: Sequence[ChunkLike]) -> list[Chunk]:
+    if isinstance(chunks, str):
+        raise TypeError("chunks must be a sequence of chunks, was: one str; put it in a list")
+    return [Chunk.of(chunk) for chunk in chunks]

@@ -130,6 +130,7 @@ ONE_TEXT: dict[str, Callable[[SacRAG, Path], Any]] = {
         "ab" * 32, _kv(rag), TEXT
     ),
     "DiskStore.pin": lambda rag, place: DiskStore(place / "store").pin("ab" * 32),
+    "DiskStore.prefetch": lambda rag, place: DiskStore(place / "store").prefetch("ab" * 32),
     "DiskStore.put": lambda rag, place: DiskStore(place / "store").put("ab" * 32, _kv(rag), TEXT),
     "DiskStore.replace_document": lambda rag, place: DiskStore(place / "store").replace_document(
         "a", TEXT
@@ -163,6 +164,7 @@ ONE_TEXT: dict[str, Callable[[SacRAG, Path], Any]] = {
     "SacRAG.batch": lambda rag, _: rag.batch([("Who?", TEXT)]),
     "SacRAG.complete": lambda rag, _: rag.complete([TEXT]),
     "SacRAG.precompress": lambda rag, _: rag.precompress(TEXT),
+    "SacRAG.prefetch": lambda rag, _: rag.prefetch(TEXT),
     "SacRAG.prompt_ids": lambda rag, _: rag.prompt_ids("Who?", TEXT),
     "SacRAG.stream": lambda rag, _: rag.stream("Who?", TEXT),
     "SacRAG.stream_complete": lambda rag, _: rag.stream_complete(TEXT),

@@ -24,7 +24,7 @@ from sac_rag.lm.generator import Generator
 from sac_rag.prompts.chat import Message
 from sac_rag.prompts.format import SPANS, PromptFormat
 from sac_rag.prompts.generate import Decoding
-from sac_rag.stores import DiskStore
+from sac_rag.stores import DiskStore, MemoryStore, TieredStore
 
 SHORT = Decoding(max_new_tokens=8)
 PREFIX = 1  # a pipeline's first answer also reads the prefix, in a pass of its own
@@ -138,6 +138,23 @@ def test_a_store_on_disk_answers_as_none(
     with passes_of(llama) as passes:
         assert make_rag(compressor, disk).answer(QUESTION, PROSE).text == expected
     assert len(passes) == PREFIX + 8  # none of them the encoder's
+
+
+def test_prefetched_chunks_are_hits_with_the_same_answer(
+    make_rag: Callable[..., SacRAG], tmp_path: Path
+) -> None:
+    chunks = list(PROSE[:3])
+    with TieredStore([MemoryStore(), DiskStore(tmp_path / "store")]) as store:
+        rag = make_rag(store=store)
+        rag.precompress(chunks)
+        expected = rag.answer(QUESTION, chunks).text
+        store.tiers[0].clear()
+        rag.prefetch([*chunks, "A chunk that is not stored."])
+        answer = rag.answer(QUESTION, chunks)
+        assert answer.text == expected
+        assert [chunk.status for chunk in answer.chunks] == ["hit"] * 3
+        store.flush()
+        assert store.tiers[0].keys() == store.tiers[1].keys() and len(store) == 3
 
 
 def test_the_order_of_chunks_is_the_order_of_reading(rag: SacRAG) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import torch
 from sac_rag.benchmarks import contestants
 from sac_rag.benchmarks.contestants import Moments, Way
 from sac_rag.benchmarks.first_token import FORMAT, QUESTION, cut, full, untrained
+from sac_rag.benchmarks.store import drop_from_memory
 from sac_rag.benchmarks.timing import Times, in_turn, seconds_of
 from sac_rag.cached import CachedCompressor
 from sac_rag.compressors.base import Compressor
@@ -292,9 +292,7 @@ def _rows(
 
 def _cold(folder: Path, way: Way) -> Moments:
     """Answers with a store's files dropped from the system's memory."""
-    for path in folder.rglob("*.kv"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_from_memory(folder)
     return way()
 
 

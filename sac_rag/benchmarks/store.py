@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +18,14 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sac_rag.benchmarks.timing import Times, seconds_of, time_in_turn, time_over, time_repeated
+from sac_rag.benchmarks.timing import (
+    Times,
+    in_turn,
+    seconds_of,
+    time_in_turn,
+    time_over,
+    time_repeated,
+)
 from sac_rag.kv import AnchorKV, as_stored
 from sac_rag.stores.disk import DiskStore, Progress
 from sac_rag.stores.entry import decode, stored_dtype, to_bytes
@@ -120,6 +129,58 @@ def _measure(folder: Path, kv: AnchorKV, encrypted: bool, repeats: int) -> ReadS
         # In turn, so that all are disturbed alike.
         seconds = [times.best for times in time_in_turn(ways, repeats)]
         return ReadSpeed(stored_dtype(kv), encrypted, store.nbytes, *seconds)
+
+
+@dataclass(frozen=True)
+class PrefetchSpeed:
+    """Median milliseconds of reading eight chunks, as `measure_reads` has them, from a DiskStore.
+
+    Attributes:
+        warm_ms: Of files in the system's memory.
+        cold_ms: Of files on the disk alone.
+        prefetched_ms: Of files on the disk alone, prefetched a moment before.
+    """
+
+    warm_ms: float
+    cold_ms: float
+    prefetched_ms: float
+
+
+def measure_prefetch(folder: Path, *, ahead_s: float = 0.2, repeats: int = 10) -> PrefetchSpeed:
+    """Times reading entries with and without a prefetch, in turn.
+
+    Args:
+        folder: Of the store, which stays.
+        ahead_s: Seconds between the prefetch and reading.
+        repeats: Measurements of each.
+    """
+    kv, keys = chunk(), [key_of(number) for number in range(8)]
+    with DiskStore(folder) as store:
+        for key in keys:
+            store[key] = kv
+
+        def seconds(*, is_dropped: bool = True, is_prefetched: bool = False) -> float:
+            if is_dropped:
+                drop_from_memory(folder)
+            if is_prefetched:
+                store.prefetch(keys)
+                time.sleep(ahead_s)
+            return seconds_of(lambda: [store[key] for key in keys])
+
+        ways: list[Callable[[], float]] = [
+            partial(seconds, is_dropped=False),
+            seconds,
+            partial(seconds, is_prefetched=True),
+        ]
+        medians = [statistics.median(times) for times in in_turn(ways, repeats, warm_up=True)]
+    return PrefetchSpeed(*(1000 * median for median in medians))
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Drops the files of entries from the system's memory, on Linux."""
+    for path in folder.rglob("*.kv"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _use(tensors: Mapping[str, Tensor]) -> None:

@@ -322,6 +322,40 @@ def decode(
     write({"model": model, "rows": measured}, show, as_json=as_json)
 
 
+@app.command("same-answers")
+def same_answers(
+    data: Questions,
+    limit: Limit = 100,
+    k: NumChunks = 1,
+    seed: Seed = 0,
+    max_tokens: MaxNewTokens = 16,
+    model: Model = "smollm2-135m",
+    compressor: CompressorOrDefault = None,
+    dtype: Dtype = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Compares the decoder's greedy answers with those of transformers, token for token.
+
+    Exit code 1 if one differs. In fewer bits than float32, answers of another order of sums differ.
+    """
+    (sample,) = _samples(data, (k,), limit, seed)
+    pull_if_default(model)
+    with loading():
+        from sac_rag import SacRAG
+        from sac_rag.benchmarks.same_answers import measure
+
+        rag = SacRAG.from_pretrained(model, compressor=compressor, dtype=dtype.value)
+    with progress("answering", total=len(sample.trials), show=not as_json) as advance:
+        same = measure(rag, sample.trials, max_new_tokens=max_tokens, on_progress=advance)
+    line = (
+        f"of {same.questions} answers the same, from text: {same.from_text} ({same.tokens} "
+        f"tokens); from anchors: {same.from_anchors}"
+    )
+    write(same, lambda: out.print(line), as_json=as_json)
+    if same.from_text + same.from_anchors < 2 * same.questions:
+        raise typer.Exit(1)
+
+
 @app.command()
 def dtypes(
     data: Questions,

@@ -1,4 +1,4 @@
-"""bench store, objects, scale and load: reads of stores, and stores under load."""
+"""bench store, objects, scale and load: measurements of stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import typer
 from sac_rag.cli.console import loading
 from sac_rag.cli.options import AsJson, NumChunks, Repeats, Seed
 from sac_rag.cli.progress import progress
-from sac_rag.cli.render import out, print_load, print_lookups, print_reads, write
+from sac_rag.cli.render import (
+    out,
+    print_load,
+    print_lookups,
+    print_prefetch,
+    print_reads,
+    write,
+)
 
 
 def store(
@@ -20,24 +27,33 @@ def store(
     ] = None,
     repeats: Repeats = 200,
     entries: Annotated[
-        int, typer.Option(min=1, help="Entries of the store that is looked up in.")
-    ] = 10_000,
+        list[int] | None,
+        typer.Option(
+            min=1, help="Small synthetic entries to look up among; may be repeated. Default: 10000."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Times reading a chunk of 510 tokens at 5x, beside bare safetensors, and looking chunks up."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         with loading():
-            from sac_rag.benchmarks.store import measure_lookups, measure_reads
+            from sac_rag.benchmarks.store import measure_lookups, measure_prefetch, measure_reads
 
             rows = measure_reads(Path(place), repeats=repeats)
-        with progress("filling a store", total=entries, show=not as_json) as advance:
-            lookups = measure_lookups(Path(place) / "many", entries, repeats, advance)
+            prefetch = measure_prefetch(Path(place) / "prefetched")
+        counts = entries or [10_000]
+        with progress("filling stores", total=sum(counts), show=not as_json) as advance:
+            lookups = [
+                measure_lookups(Path(place) / f"{number}", count, repeats, advance)
+                for number, count in enumerate(counts)
+            ]
 
     def show() -> None:
         print_reads(rows)
         print_lookups(lookups)
+        print_prefetch(prefetch)
 
-    write({"reads": rows, "lookups": lookups}, show, as_json=as_json)
+    write({"reads": rows, "lookups": lookups, "prefetch": prefetch}, show, as_json=as_json)
 
 
 def objects(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sac_rag.benchmarks.dtypes import DtypeRow
     from sac_rag.benchmarks.load import LoadReport
     from sac_rag.benchmarks.serving import ServingReport
-    from sac_rag.benchmarks.store import LookupSpeed, ReadSpeed
+    from sac_rag.benchmarks.store import LookupSpeed, PrefetchSpeed, ReadSpeed
     from sac_rag.benchmarks.throughput import ThroughputRow
     from sac_rag.collection import Collection
     from sac_rag.demo import DemoResult
@@ -379,13 +379,21 @@ def print_reads(rows: Sequence[ReadSpeed]) -> None:
     _print_table(table)
 
 
-def print_lookups(speed: LookupSpeed) -> None:
-    """Times of a store with many entries."""
+def print_lookups(speeds: Sequence[LookupSpeed]) -> None:
+    """Times of stores by their number of entries."""
+    table = _table("entries", "read", "bytes alone", "miss", "write", "forget", "open", "index")
+    for speed in speeds:
+        ms = (speed.hit_ms, speed.read_ms, speed.miss_ms, speed.put_ms, speed.forget_ms)
+        times = [f"{value:.3f} ms" for value in (*ms, speed.open_ms)]
+        table.add_row(f"{speed.entries:,}", *times, human_bytes(speed.index_nbytes))
+    _print_table(table)
+
+
+def print_prefetch(speed: PrefetchSpeed) -> None:
+    """Times of reading with and without a prefetch."""
     out.print(
-        f"\n{speed.entries} entries: opened in {speed.open_ms:.1f} ms; looking up adds "
-        f"{speed.lookup_ms:.3f} ms to a read of {speed.read_ms:.3f} ms, a miss takes "
-        f"{speed.miss_ms:.3f} ms; a write takes {speed.put_ms:.1f} ms, forgetting a document "
-        f"{speed.forget_ms:.0f} ms; the index has {human_bytes(speed.index_nbytes)}"
+        f"eight entries: {speed.warm_ms:.1f} ms from the system's memory, {speed.cold_ms:.1f} ms "
+        f"from the disk, {speed.prefetched_ms:.1f} ms from the disk prefetched"
     )
 
 

@@ -148,6 +148,7 @@ class Service:
                 passages = rag.prompt_format.passages(chunks)
                 messages[-1] = Message("user", joined((*passages, "\n\n", question)))
             _require_turns(rag, messages)
+        rag.prefetch(chunks)  # while the request waits for its turn
         return Asked(
             rag=rag,
             chunks=chunks,

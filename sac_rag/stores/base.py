@@ -97,6 +97,16 @@ class DocumentStore(MutableMapping[str, AnchorKV]):
                 entries[key] = error
         return entries
 
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Starts reading entries that will soon be asked for, and returns at once.
+
+        What cannot be read is left out: asking for it says why. Default: nothing is done.
+
+        Raises:
+            TypeError: for keys that are one str.
+        """
+        strings(keys, "keys")
+
     def extent(self, key: str) -> tuple[int, int]:
         """Source tokens and stored KV entries of a chunk.
 

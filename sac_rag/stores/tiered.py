@@ -6,12 +6,14 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future
 from typing import TypeVar
 
 from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
+from sac_rag.stores.background import Background
 from sac_rag.stores.base import DocumentStore, Wanted, as_document_store, strings
 from sac_rag.stores.encoded import Read, kept_keys
 
@@ -55,7 +57,8 @@ class TieredStore(DocumentStore):
         if not tiers:
             raise ValueError("a TieredStore must have at least one tier, had none")
         self.tiers = [as_document_store(tier) for tier in tiers]
-        self.write_back, self.most_pending = write_back, most_pending
+        self.write_back = write_back
+        self._background = Background("sac_rag tiers", most_pending)
         self.failures = [0] * len(self.tiers)
         self.hits = [0] * len(self.tiers)
         self.remembers_documents = any(tier.remembers_documents for tier in self.tiers)
@@ -67,9 +70,8 @@ class TieredStore(DocumentStore):
         self._lock = threading.Lock()
         # Changes of one key reach the tiers in one order, and a fill is a change.
         self._changing = threading.RLock()
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: set[Future[None]] = set()
         self._copying: set[str] = set()
+        self._prefetching: dict[str, Future[None]] = {}
         self._generation = 0  # of deletions: what was read before one fills nothing after it
 
     # A mapping.
@@ -88,7 +90,16 @@ class TieredStore(DocumentStore):
         return self._one(key, wanted)
 
     def read_many(self, wanted: Mapping[str, Wanted | None]) -> dict[str, Read]:
-        """Reads several entries, from each tier those that the earlier ones do not have."""
+        """Reads several entries, from each tier those that the earlier ones do not have.
+
+        Waits for prefetches of them that have begun, and cancels those that have not.
+        """
+        with self._lock:
+            ahead = {self._prefetching[key] for key in wanted if key in self._prefetching}
+        futures.wait([future for future in ahead if not future.cancel()])
+        return self._read_many(wanted)
+
+    def _read_many(self, wanted: Mapping[str, Wanted | None]) -> dict[str, Read]:
         results: dict[str, Read] = {}
         missing = dict(wanted)
         generation = self._generation
@@ -249,33 +260,37 @@ class TieredStore(DocumentStore):
     # In the background.
 
     def prefetch(self, keys: Iterable[str]) -> None:
-        """Reads entries in the background, so that the first tier has them when they are asked."""
-        missing = [key for key in strings(keys, "keys") if key not in self.tiers[0]]
-        if missing:
-            self._submit(lambda: self._discard(missing))
+        """Reads entries into the first tier in the background; who asks meanwhile waits for it."""
+        wanted = strings(keys, "keys")
+        future = self._background.submit(lambda: self._read_ahead(wanted))
+        if future is None:
+            return
+        with self._lock:
+            self._prefetching.update(dict.fromkeys(wanted, future))
+        future.add_done_callback(self._prefetched)
 
     def flush(self) -> None:
         """Waits until all that was written or prefetched so far has reached its tiers."""
-        while True:
-            with self._lock:
-                pending = list(self._pending)
-            if not pending:
-                return
-            for future in pending:
-                future.result()
+        self._background.flush()
 
     def close(self) -> None:
         """Writes what is pending, and closes every tier."""
         self.flush()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._background.close()
         for number, tier in enumerate(self.tiers):
             with self._skipped(number):
                 tier.close()
 
-    def _discard(self, keys: Sequence[str]) -> None:
-        self.read_many(dict.fromkeys(keys))
+    def _read_ahead(self, keys: Sequence[str]) -> None:
+        with self._skipped(0):
+            missing = [key for key in keys if key not in self.tiers[0]]
+            self.tiers[0].prefetch(set(keys).difference(missing))
+            self._read_many(dict.fromkeys(missing))
+
+    def _prefetched(self, future: Future[None]) -> None:
+        with self._lock:
+            for key in [key for key, of in self._prefetching.items() if of is future]:
+                del self._prefetching[key]
 
     def _one(self, key: str, wanted: Wanted | None) -> AnchorKV:
         entry = self.read_many({key: wanted})[key]
@@ -311,7 +326,7 @@ class TieredStore(DocumentStore):
 
         if key not in self._copying:
             self._copying.add(key)
-            if not self._submit(copy):
+            if self._background.submit(copy) is None:
                 self._copying.discard(key)
 
     def _documents(self, key: str) -> set[str] | None:
@@ -342,7 +357,7 @@ class TieredStore(DocumentStore):
                     with contextlib.suppress(OSError):  # counted
                         self._write_to(rest, write)
 
-        if rest and not self._submit(later):
+        if rest and self._background.submit(later) is None:
             later()
 
     def _write_to(self, numbers: Sequence[int], write: Callable[[DocumentStore], None]) -> None:
@@ -370,20 +385,6 @@ class TieredStore(DocumentStore):
                     errors.append(error)
         if errors:
             raise errors[0]
-
-    def _submit(self, work: Callable[[], None]) -> bool:
-        with self._lock:
-            if len(self._pending) >= self.most_pending:
-                return False
-            self._pool = self._pool or ThreadPoolExecutor(1, "sac_rag tiers")
-            future = self._pool.submit(work)
-            self._pending.add(future)
-        future.add_done_callback(self._ended)
-        return True
-
-    def _ended(self, future: Future[None]) -> None:
-        with self._lock:
-            self._pending.discard(future)
 
     def _ask(self, ask: Callable[[DocumentStore], _T]) -> list[_T]:
         """Answers of the tiers that have not failed."""

@@ -8,7 +8,7 @@ import pytest
 from support.models import PROSE, make_compressor
 
 from sac_rag.benchmarks.dtypes import measure
-from sac_rag.benchmarks.store import chunk, measure_reads
+from sac_rag.benchmarks.store import chunk, measure_prefetch, measure_reads
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.evaluation.questions import QAExample, Question
@@ -57,3 +57,8 @@ def test_reading_is_timed_for_the_entry_and_for_its_bare_bytes(tmp_path: Path) -
 def test_encrypted_reading_is_timed_too(tmp_path: Path) -> None:
     rows = measure_reads(tmp_path, kv=chunk((2, 2, 6, 8)), encrypted=True, repeats=1)
     assert all(row.encrypted and row.store_s > 0 for row in rows)
+
+
+def test_reading_is_timed_with_and_without_a_prefetch(tmp_path: Path) -> None:
+    speed = measure_prefetch(tmp_path, ahead_s=0.01, repeats=1)
+    assert min(speed.warm_ms, speed.cold_ms, speed.prefetched_ms) > 0

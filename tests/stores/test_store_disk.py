@@ -7,12 +7,13 @@ import pickle
 import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.stores import entry_files, flip, make_kv
+from support.stores import entry_files, file_of, flip, make_kv
 
 from sac_rag.errors import CorruptEntryError
 from sac_rag.stores import DiskStore
@@ -192,3 +193,39 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         DiskStore(path)
     with pytest.raises(NotADirectoryError, match=str(path)):
         DiskStore(path / "store")
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux says what is in memory")
+def test_prefetched_entries_are_in_the_systems_memory(disk: DiskStore) -> None:
+    disk[KEY] = make_kv(anchors=4096)
+    path = file_of(disk, KEY)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        disk.prefetch([OTHER, KEY])
+        buffer = bytearray(path.stat().st_size)
+        deadline = time.monotonic() + 60
+        while _read_without_waiting(file.fileno(), buffer) < len(buffer):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert buffer == path.read_bytes()
+
+
+def _read_without_waiting(fileno: int, buffer: bytearray) -> int:
+    """Bytes at the beginning of a file that are in the system's memory."""
+    try:
+        return os.preadv(fileno, [buffer], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        pytest.skip(f"this file system does not say: {error}")
+
+
+def test_a_prefetch_of_what_is_damaged_or_gone_raises_nothing(disk: DiskStore) -> None:
+    disk[KEY], disk[OTHER] = make_kv(), make_kv()
+    file_of(disk, OTHER).unlink()
+    flip(disk, KEY)
+    disk.prefetch([KEY, OTHER])
+    with pytest.raises(CorruptEntryError):
+        disk[KEY]
+    with pytest.raises(CorruptEntryError):
+        disk[OTHER]

@@ -18,6 +18,7 @@ from support.stores import (
 )
 
 from sac_rag.stores import AnchorStore, DiskStore, MemoryStore
+from sac_rag.stores.base import as_document_store
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -32,6 +33,14 @@ def test_what_was_put_in_comes_out_bit_for_bit(store: AnchorStore, dtype: torch.
     kv.keys[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     store[KEY] = kv
     assert store[KEY].bit_equal(kv)
+
+
+def test_prefetching_changes_nothing_that_is_read(store: AnchorStore) -> None:
+    documents = as_document_store(store)
+    documents[KEY] = make_kv()
+    documents.prefetch([KEY, OTHER])
+    assert documents[KEY].bit_equal(make_kv())
+    assert list(documents) == [KEY]
 
 
 def test_an_entry_is_overwritten_by_the_next_of_its_key(store: AnchorStore) -> None:

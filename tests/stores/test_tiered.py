@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,59 @@ def test_prefetched_entries_are_in_the_first_tier(far: Failing) -> None:
         assert len(memory) == 3
         with pytest.raises(TypeError, match="keys must be several str"):
             store.prefetch(KEY)
+
+
+class Gated(MemoryStore):
+    """A store that waits, in each read of several entries, until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[list[str]] = []
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def read_many(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        self.reads.append(list(wanted))
+        self.reached.set()
+        assert self.go.wait(60)
+        return super().read_many(wanted)
+
+
+def test_what_is_being_prefetched_is_waited_for_and_read_once() -> None:
+    far = Gated()
+    far[KEY] = make_kv()
+    with TieredStore([MemoryStore(), far]) as store, ThreadPoolExecutor(1) as pool:
+        store.prefetch([KEY])
+        assert far.reached.wait(60)
+        asked = pool.submit(store.__getitem__, KEY)
+        far.go.set()
+        assert asked.result(60).bit_equal(make_kv())
+        assert far.reads == [[KEY]]
+
+
+def test_a_prefetch_that_has_not_begun_is_not_waited_for() -> None:
+    far = Gated()
+    far[KEY] = far[OTHER] = make_kv()
+    with TieredStore([MemoryStore(), far]) as store, ThreadPoolExecutor(1) as pool:
+        store.prefetch([KEY])
+        assert far.reached.wait(60)
+        store.prefetch([OTHER])
+        far.reached.clear()
+        asked = pool.submit(store.__getitem__, OTHER)
+        assert far.reached.wait(60)  # in the thread that asks
+        far.go.set()
+        assert asked.result(60).bit_equal(make_kv())
+        store.flush()
+        assert far.reads == [[KEY], [OTHER]]
+
+
+def test_a_prefetch_that_fails_leaves_the_answer_to_itself(far: Failing) -> None:
+    far[KEY] = make_kv()
+    with TieredStore([MemoryStore(), far]) as store:
+        far.fails = True
+        store.prefetch([KEY])
+        store.flush()
+        far.fails = False
+        assert store[KEY].bit_equal(make_kv())
 
 
 def test_an_answer_comes_from_the_tiers_that_are_there(far: Failing, llama: Generator) -> None:

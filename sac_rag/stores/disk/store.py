@@ -138,6 +138,7 @@ class DiskStore(StoredValues):
 
     def close(self) -> None:
         """Closes this thread's connection to the index; those of other threads end with them."""
+        self._background.close()
         self._entries.counters.flush()
         self._entries.index.database.close()
 
@@ -161,6 +162,10 @@ class DiskStore(StoredValues):
             ValueError: if fewer than 1 are wanted.
         """
         return self._get(key, wanted)
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Has the system read entries from the disk into its memory, in the background (Linux)."""
+        self._prefetch(strings(keys, "keys"))
 
     def extent(self, key: str) -> tuple[int, int]:
         """Source tokens and stored KV entries of a chunk, without reading its file.

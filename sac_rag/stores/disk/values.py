@@ -9,13 +9,14 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sac_rag import forks
 from sac_rag.errors import CorruptEntryError
 from sac_rag.kv import AnchorKV
+from sac_rag.stores.background import Background
 from sac_rag.stores.base import DocumentStore, Wanted, strings
 from sac_rag.stores.disk import keys
 from sac_rag.stores.disk.entries import Entries
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from sac_rag.stores.cipher import Cipher
 
 logger = logging.getLogger(__name__)
+
+# More are left out: their entries are read when they are asked for.
+_MOST_PREFETCHES = 64
 
 
 class StoredValues(DocumentStore):
@@ -47,6 +51,7 @@ class StoredValues(DocumentStore):
         self.evictions = 0
         self.quarantined = 0
         self._counting = forks.lock(self, "_counting")
+        self._background = Background("sac_rag prefetch", _MOST_PREFETCHES)
         self._manifests = Manifests(self.folder, read_only)
         with self._named_errors():
             version = open_folder(self.folder, read_only)
@@ -92,6 +97,16 @@ class StoredValues(DocumentStore):
         except FileNotFoundError:
             index.database.require_file()  # else the whole folder is gone, not one entry
             raise CorruptEntryError("its file is gone") from None
+
+    def _prefetch(self, keys: Sequence[str]) -> None:
+        def read_ahead() -> None:
+            for key in keys:
+                with contextlib.suppress(OSError, sqlite3.Error, CorruptEntryError):
+                    row = self._entries.index.row(key)
+                    if row is not None:
+                        self._entries.files.read_ahead(row)
+
+        self._background.submit(read_ahead)
 
     def _is_there(self, row: IndexRow | None) -> bool:
         """Whether an entry can be read, as far as its header says.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ TRIALS = [Trial(n, Question(str(n), "Who counted?", ()), (Chunk(PROSE[n]),)) for
 
 
 @pytest.fixture
-def rag(llama: Generator, home: Any) -> SacRAG:
-    return SacRAG(CachedCompressor(make_compressor(llama, "full"), {}))
+def rag(make_generator: Callable[..., Generator], home: Any) -> SacRAG:
+    generator = make_generator("llama")  # not shared: a hook of another test would take its step away
+    return SacRAG(CachedCompressor(make_compressor(generator, "full"), {}))
 
 
 def test_the_decoder_writes_what_transformers_writes(rag: SacRAG) -> None:

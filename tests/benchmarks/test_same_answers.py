@@ -23,7 +23,7 @@ TRIALS = [Trial(n, Question(str(n), "Who counted?", ()), (Chunk(PROSE[n]),)) for
 
 @pytest.fixture
 def rag(make_generator: Callable[..., Generator], home: Any) -> SacRAG:
-    generator = make_generator("llama")  # not shared: a hook of another test would take its step away
+    generator = make_generator("llama")  # not shared: hooks of other tests would take its step
     return SacRAG(CachedCompressor(make_compressor(generator, "full"), {}))
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from mcp import Client, StdioServerParameters
 
-COMMAND = str(Path(sys.executable).with_name("sac-rag"))
+# The command's script is in the environment of the bare package.
+COMMAND = [sys.executable, "-I", "-m", "sac_rag.cli"]
 TEXT = "The kiosk at the pier sells blue paint."
 
 
 async def use() -> None:
-    async with Client(StdioServerParameters(command=COMMAND, args=["mcp", "library"])) as client:
+    python, *args = [*COMMAND, "mcp", "library"]
+    async with Client(StdioServerParameters(command=python, args=args)) as client:
         tools = (await client.list_tools()).tools
         assert {tool.name for tool in tools} == {"ask", "search", "precompress"}
         question = {"question": "What does the kiosk sell?", "texts": [TEXT]}
@@ -22,6 +24,6 @@ async def use() -> None:
 
 
 Path("kiosk.txt").write_text(TEXT)
-precompress = [COMMAND, "precompress", "kiosk.txt", "--store", "library", "--no-index", "--as-is"]
+precompress = [*COMMAND, "precompress", "kiosk.txt", "--store", "library", "--no-index", "--as-is"]
 subprocess.run(precompress, check=True)
 asyncio.run(use())

@@ -141,12 +141,9 @@ class Answerer:
         )
 
     def _pieces(self, request: Request) -> Sequence[Piece]:
-        is_trained = bool(self.compressor.config.lora_targets)
-        return (
-            repeat_question(request.pieces)
-            if is_trained and self.repeat_question
-            else request.pieces
-        )
+        if self.repeat_question and self.compressor.config.lora_targets:
+            return repeat_question(request.pieces)
+        return request.pieces
 
     def _text_tokenized(self, piece: Piece) -> list[int] | Chunk:
         return piece if isinstance(piece, Chunk) else tokenize(piece, self.compressor)

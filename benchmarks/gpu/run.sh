@@ -77,11 +77,10 @@ fi
 if ! skips train; then
   echo "== training for $MINUTES minutes on $DEVICE"
   [ -n "$CONFIGS" ] || CONFIGS=$(find "$HERE" -name '*.toml' | sort | paste -sd,)
-  [ -e "$DATA/configs" ] || ln -s "$ROOT/configs" "$DATA/configs"
   pids=()
   for config in ${CONFIGS//,/ }; do
     name=$(basename "$config" .toml) config=$(realpath "$config")
-    # The configs name data files without their folder, and initial weights from the root.
+    # Data files are named without their folder in the configs.
     (cd "$DATA" && exec $PYTHON -m sac_rag.cli train --config "$config" --out "$WORK/runs/$name" \
       max_minutes="$MINUTES" device="$DEVICE" ${TRAIN_SETTINGS:-}) >"$OUT/$name.log" 2>&1 &
     pids+=($!)

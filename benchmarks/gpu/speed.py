@@ -36,7 +36,6 @@ def main() -> None:
     """Measures every setting and prints it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--compressor", default="shipped")
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
     parser.add_argument("--k", type=int, nargs="*", default=[1, 8, 15])
     parser.add_argument("--repeats", type=int, default=5)
@@ -44,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
 
     generator = Generator.from_pretrained("smollm2-135m", device=options.device)
-    folder = checkpoint.find(options.compressor, "smollm2-135m") or options.compressor
+    folder = checkpoint.find("shipped", "smollm2-135m")
     compressor = checkpoint.load(folder, generator)
     texts = chunks_of(generator, max(options.k, default=1))
     rows: list[dict[str, Any]] = []

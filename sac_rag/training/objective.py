@@ -79,13 +79,14 @@ class Objective:
         Shape: ().
         """
         compressor = self.compressor.at_ratio(ratio)
-        if self.match == "self" and ratio > 1 and compressor.is_nested:
+        is_taught = self.match == "self" and ratio > 1
+        if is_taught and compressor.is_nested:
             # One encoding serves both: the entries kept at a ratio are the first of all entries.
             every = self.encode(compressor.at_ratio(1), rows)
             kvs = [kv.first(compressor.num_entries(kv.num_tokens)) for kv in every]
         else:
             kvs = self.encode(compressor, rows)
-            if self.match == "self" and ratio > 1:
+            if is_taught:
                 with torch.no_grad():
                     every = self.encode(compressor.at_ratio(1), rows)
         prompt = self.prompt(rows, kvs)

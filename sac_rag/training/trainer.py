@@ -416,6 +416,8 @@ def widened(
 ) -> dict[str, Tensor]:
     """Weights whose LoRA of a lower rank is extended to the compressor's, with the same effect.
 
+    Those of other shapes, as of another model, stay as they are.
+
     Args:
         weights: Weights by name.
         compressor: An untrained compressor; its further columns of LoRA's second matrix are zero.
@@ -424,10 +426,15 @@ def widened(
     rescale = scale * compressor.config.lora_rank / compressor.config.lora_alpha
     extended = dict(weights)
     for name, untrained in compressor.weights.items():
-        if "lora_" in name and name in weights:
-            extended[name] = untrained.detach().clone()
-            place = extended[name][tuple(map(slice, weights[name].shape))]
-            place.copy_(weights[name] * (rescale if "lora_B" in name else 1))
+        if "lora_" not in name or name not in weights:
+            continue
+        is_second = "lora_B" in name
+        weight = (weights[name] * (rescale if is_second else 1)).to(untrained)
+        # LoRA's first matrix has a row for each rank, its second one a column.
+        ranks = 1 if is_second else 0
+        further = untrained.detach().transpose(0, ranks)[weight.shape[ranks] :].transpose(0, ranks)
+        if further.shape[1 - ranks] == weight.shape[1 - ranks]:
+            extended[name] = torch.cat([weight, further], dim=ranks)
     return extended
 
 

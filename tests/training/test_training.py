@@ -84,6 +84,9 @@ def test_a_run_of_a_higher_rank_begins_where_a_compressor_of_a_lower_one_ended(
     assert torch.equal(got.heads, expected.heads)
     trained = [extended.weights[name] for name in extended.weights if "lora_A" in name]
     assert all(weight.shape[0] == 6 and weight[4:].any() for weight in trained)
+    narrower = replace(first.config, lora_rank=2, lora_alpha=4)
+    with pytest.raises(ValueError, match="do not fit this model and config"):
+        new_compressor(replace(start, compressor=narrower), own)
 
 
 @pytest.mark.slow

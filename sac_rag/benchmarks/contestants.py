@@ -26,18 +26,25 @@ Moments: TypeAlias = list[float]
 Way: TypeAlias = Callable[[], Moments]
 
 
-def from_anchors(rag: SacRAG, question: str, chunks: Sequence[ChunkLike], tokens: int) -> Moments:
-    """Chunks out of the pipeline's store, everything included but turning tokens into text."""
+def from_anchors(
+    rag: SacRAG, questions: Sequence[tuple[str, Sequence[ChunkLike]]], tokens: int
+) -> Moments:
+    """Chunks out of the pipeline's store, everything included but turning tokens into text.
+
+    Several questions, each with its chunks, are answered in one batch: each moment has a token of
+    every answer.
+    """
     clock = _Clock()
     decoding = Decoding(max_new_tokens=tokens)
     answerer = Answerer(rag.compressor, rag.on_miss, rag.prefixes, Meter())
-    pieces = rag.prompt_format.pieces(
-        rag.generator.tokenizer, question, list(map(Chunk.of, chunks))
-    )
-    with answerer.call() as trace:
-        run = answerer.start(
-            [Request(pieces)], rag.beginning_ids(), decoding, ratio=None, trace=trace
+    requests = [
+        Request(
+            rag.prompt_format.pieces(rag.generator.tokenizer, question, list(map(Chunk.of, chunks)))
         )
+        for question, chunks in questions
+    ]
+    with answerer.call() as trace:
+        run = answerer.start(requests, rag.beginning_ids(), decoding, ratio=None, trace=trace)
     with run.accounted():
         decoder = Decoder(rag.generator)
         run.begin(decoder)

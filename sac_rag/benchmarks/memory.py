@@ -102,7 +102,7 @@ def _answer(way: str, folder: str, chunks: list[str], options: dict[str, Any]) -
     if way == "text":
         contestants.from_text(rag.generator, rag.prompt_ids(QUESTION, chunks), 1)
     else:
-        contestants.from_anchors(rag, QUESTION, chunks, 1)
+        contestants.from_anchors(rag, [(QUESTION, chunks)], 1)
     return [loaded, _peak_bytes()]
 
 

@@ -214,7 +214,7 @@ def _ours(
     longest = max(settings.answer_tokens)
     for one in filled:
         rag = one.rag
-        way = partial(contestants.from_anchors, rag, QUESTION, chunks, longest)
+        way = partial(contestants.from_anchors, rag, [(QUESTION, chunks)], longest)
         config = rag.compressor.config
         fetched = rag.compressor.fetch(chunks)
         yield _Entrant(
@@ -231,7 +231,7 @@ def _ours(
         )
     rag = filled[0].rag
     yield _Entrant(
-        partial(contestants.from_anchors, rag, QUESTION, [], longest),
+        partial(contestants.from_anchors, rag, [(QUESTION, [])], longest),
         {"system": FLOOR, "dtype": rag.generator.dtype_name},
     )
 

@@ -11,18 +11,14 @@ from pathlib import Path
 
 import torch
 
-from sac_rag.benchmarks.first_token import cut
+from sac_rag.benchmarks.first_token import cut, full, untrained
 from sac_rag.benchmarks.timing import Times, in_turn, seconds_of
 from sac_rag.cached import CachedCompressor
 from sac_rag.chunk import Chunk
 from sac_rag.compressors.base import Compressor
 from sac_rag.compressors.batching import passes
-from sac_rag.compressors.config import CompressorConfig
-from sac_rag.compressors.full import Full
-from sac_rag.compressors.sac import SAC
 from sac_rag.lm.generator import Generator
 from sac_rag.precompress.job import precompress
-from sac_rag.prompts.chat import opening
 from sac_rag.stores.disk import DiskStore
 
 
@@ -31,8 +27,8 @@ class ThroughputRow:
     """Throughput of one compressor.
 
     Attributes:
-        method: "full", or "sac" with LoRA as it is trained, or merged as it compresses chunks for a
-            store.
+        method: "full", or the compressor's with LoRA as it is trained, or merged as it compresses
+            chunks for a store.
         ratio: Source tokens per anchor.
         dtype: Dtype that the model computes in.
         batch_tokens: Most tokens of a pass, on both sides.
@@ -64,6 +60,7 @@ def measure(
     generator: Generator,
     texts: Iterable[str],
     *,
+    compressor: Compressor | None = None,
     chunks: int = 16,
     chunk_tokens: int = 256,
     batch_tokens: int = 2048,
@@ -72,11 +69,11 @@ def measure(
 ) -> Iterator[ThroughputRow]:
     """Times compressors in this process, in turn with a plain prefill.
 
-    SAC runs without trained weights: its speed does not depend on them.
-
     Args:
         generator: Model, dtype and threads that all rows share.
         texts: Prose to cut the chunks from.
+        compressor: With LoRA, for the rows beside that of "full". Default: SAC without trained
+            weights, which has no scorer.
         chunks: Number of chunks.
         chunk_tokens: Tokens of the longest; the shortest have half as many.
         batch_tokens: Most tokens of a pass, pads included.
@@ -100,26 +97,26 @@ def measure(
             batch_tokens=batch_tokens,
         )
     ]
-    for method, compressor, is_stored in _compressors(generator):
-        compressor.batch_tokens = batch_tokens
+    for method, timed, is_stored in _compressors(generator, compressor):
+        timed.batch_tokens = batch_tokens
         tokens = sum(map(len, ids))
         # A short pass of each warms up; whole ones would take as long as a repeat.
-        compressor.compress_tokens(ids[:1])
+        timed.compress_tokens(ids[:1])
         plain_prefill(generator, batches[-1:])
         ways = [
             partial(seconds_of, partial(plain_prefill, generator, batches)),
-            partial(seconds_of, partial(compressor.compress_tokens, ids)),
+            partial(seconds_of, partial(timed.compress_tokens, ids)),
         ]
         if is_stored:
-            ways.append(partial(_stored_seconds, generator, compressor, ids))
+            ways.append(partial(_stored_seconds, generator, timed, ids))
         plain, ours, *stored = (Times(tuple(times)) for times in in_turn(ways, repeats))
         yield ThroughputRow(
             method=method,
-            ratio=compressor.config.ratio,
+            ratio=timed.config.ratio,
             dtype=generator.dtype_name,
             batch_tokens=batch_tokens,
             source_tokens=tokens,
-            padding=1 - tokens / compressor.tokens_read([len(row) for row in ids]),
+            padding=1 - tokens / timed.tokens_read([len(row) for row in ids]),
             plain_tokens_per_s=tokens / plain.median,
             tokens_per_s=tokens / ours.median,
             relative=ours.speed_relative_to(plain),
@@ -146,12 +143,14 @@ def plain_prefill(generator: Generator, batches: Sequence[Sequence[Sequence[int]
         torch.cuda.synchronize()
 
 
-def _compressors(generator: Generator) -> Iterator[tuple[str, Compressor, bool]]:
-    sink, dtype = opening(generator.tokenizer), generator.dtype_name
-    yield "full", Full(generator, Full.default_config(sink=sink, stored_dtype=dtype)), True
-    lora = SAC(generator, CompressorConfig(sink=sink, stored_dtype=dtype))  # type: ignore[arg-type]
-    yield "sac, LoRA apart", lora, False
-    yield "sac", lora.merged(), True
+def _compressors(
+    generator: Generator, trained: Compressor | None
+) -> Iterator[tuple[str, Compressor, bool]]:
+    yield "full", full(generator), True
+    lora = trained or untrained(generator).at_ratio(5)
+    lora = lora.storing(generator.dtype_name)  # type: ignore[arg-type]
+    yield f"{lora.config.method}, LoRA apart", lora, False
+    yield lora.config.method, lora.merged(), True
 
 
 def _stored_seconds(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from sac_rag.cli.console import loading, pull_if_default
 from sac_rag.cli.options import (
@@ -46,7 +45,7 @@ from sac_rag.cli.render import (
 if TYPE_CHECKING:
     from sac_rag.evaluation.sample import Sample
 
-_TEXT = "wikipedia-leads"  # what speed is measured on
+SPEED_TEXT = "wikipedia-leads"  # what speed is measured on
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can take again.")
 
@@ -87,7 +86,7 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Times first token and answer from anchors, in turn with HF and llama.cpp reading the text."""
-    pull_if_default(model, _TEXT)
+    pull_if_default(model, SPEED_TEXT)
     with loading():
         import torch
 
@@ -151,7 +150,7 @@ def quality(
     as_json: AsJson = False,
 ) -> None:
     """Answers the same questions from text, from nothing and from anchors at several ratios."""
-    samples = _samples(data, k or (1, 4), limit, seed)
+    samples = samples_of(data, k or (1, 4), limit, seed)
     pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
@@ -216,7 +215,7 @@ def dropin(
     as_json: AsJson = False,
 ) -> None:
     """Answers in LangChain's and LlamaIndex's own prompts, through the adapters."""
-    samples = _samples(data, k or (1, 4), limit, seed)
+    samples = samples_of(data, k or (1, 4), limit, seed)
     with loading():
         from sac_rag.evaluation.dropin import measure, select_prompts
 
@@ -257,6 +256,7 @@ def dropin(
 @app.command()
 def precompress(
     model: Model = "smollm2-135m",
+    compressor: CompressorOrDefault = None,
     dtype: DtypeOrDefault = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks compressed each time.")] = 16,
     chunk_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the longest.")] = 256,
@@ -267,18 +267,21 @@ def precompress(
     as_json: AsJson = False,
 ) -> None:
     """Times compressing into a store, in turn with a plain prefill of the same tokens."""
-    pull_if_default(model, _TEXT)
+    pull_if_default(model, SPEED_TEXT)
     with loading():
         from sac_rag.benchmarks.throughput import measure
+        from sac_rag.compressors import checkpoint
         from sac_rag.demo import wikipedia_leads
         from sac_rag.lm.generator import Generator
 
         generator = Generator.from_pretrained(model, dtype=name_of(dtype))
+        trained = checkpoint.find(compressor or checkpoint.default(model), model)
     rows = []
     with progress("measuring", show=not as_json) as advance:
         for row in measure(
             generator,
             (lead.text for lead in wikipedia_leads()),
+            compressor=checkpoint.load(trained, generator) if trained else None,
             chunks=chunks,
             chunk_tokens=chunk_tokens,
             batch_tokens=batch_tokens,
@@ -287,73 +290,6 @@ def precompress(
             advance(1)
             rows.append(row)
     write({"rows": rows}, lambda: print_throughput(model, rows), as_json=as_json)
-
-
-@app.command()
-def decode(
-    rows: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Answers written together; may be repeated. Default: 1 and 8."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens timed each time.")] = 16,
-    model: Model = "smollm2-135m",
-    dtype: DtypeOrDefault = None,
-    repeats: Repeats = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Times the tokens of answers: transformers' generate, the decoder, and it in fewer bits."""
-    pull_if_default(model, _TEXT)
-    with loading():
-        from sac_rag.benchmarks.decode import measure
-        from sac_rag.demo import wikipedia_leads
-        from sac_rag.lm.generator import Generator
-
-        generator = Generator.from_pretrained(model, dtype=name_of(dtype))
-        text = wikipedia_leads()[0].text
-    measured = measure(generator, text, rows=rows or (1, 8), tokens=tokens, repeats=repeats)
-
-    def show() -> None:
-        table = Table("way", "rows", "per token", "tokens/s", "of generate's", title=model)
-        for row in measured:
-            figures = f"{row.token_ms:.1f} ms", f"{row.tokens_per_s:.1f}", f"{row.relative:.2f}x"
-            table.add_row(row.way, str(row.rows), *figures)
-        out.print(table)
-
-    write({"model": model, "rows": measured}, show, as_json=as_json)
-
-
-@app.command("same-answers")
-def same_answers(
-    data: Questions,
-    limit: Limit = 100,
-    k: NumChunks = 1,
-    seed: Seed = 0,
-    max_tokens: MaxNewTokens = 16,
-    model: Model = "smollm2-135m",
-    compressor: CompressorOrDefault = None,
-    dtype: Dtype = Dtype.float32,
-    as_json: AsJson = False,
-) -> None:
-    """Compares the decoder's greedy answers with those of transformers, token for token.
-
-    Exit code 1 if one differs. In fewer bits than float32, answers of another order of sums differ.
-    """
-    (sample,) = _samples(data, (k,), limit, seed)
-    pull_if_default(model)
-    with loading():
-        from sac_rag import SacRAG
-        from sac_rag.benchmarks.same_answers import measure
-
-        rag = SacRAG.from_pretrained(model, compressor=compressor, dtype=dtype.value)
-    with progress("answering", total=len(sample.trials), show=not as_json) as advance:
-        same = measure(rag, sample.trials, max_new_tokens=max_tokens, on_progress=advance)
-    line = (
-        f"of {same.questions} answers the same, from text: {same.from_text} ({same.tokens} "
-        f"tokens); from anchors: {same.from_anchors}"
-    )
-    write(same, lambda: out.print(line), as_json=as_json)
-    if same.from_text + same.from_anchors < 2 * same.questions:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -370,7 +306,7 @@ def dtypes(
     as_json: AsJson = False,
 ) -> None:
     """Compares stored dtypes: bytes, logits, greedy answers and their F1."""
-    (sample,) = _samples(data, (k,), limit, seed)
+    (sample,) = samples_of(data, (k,), limit, seed)
     pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
@@ -402,7 +338,7 @@ def memory(
     as_json: AsJson = False,
 ) -> None:
     """Measures the peak memory of a process that answers: from a store, an archive, the text."""
-    pull_if_default(model, _TEXT)
+    pull_if_default(model, SPEED_TEXT)
     with loading():
         from sac_rag.benchmarks.memory import measure_memory
         from sac_rag.demo import wikipedia_leads
@@ -439,7 +375,7 @@ def serve(
 
     Exit code 1 if a request has failed.
     """
-    pull_if_default(model, _TEXT)
+    pull_if_default(model, SPEED_TEXT)
     with loading():
         from sac_rag import SacRAG
         from sac_rag.benchmarks.serving import measure_serving
@@ -460,7 +396,9 @@ def serve(
         raise typer.Exit(1)
 
 
-def _samples(data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int) -> list[Sample]:
+def samples_of(
+    data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int
+) -> list[Sample]:
     """The same questions for each number of chunks."""
     from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw

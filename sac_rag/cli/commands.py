@@ -13,6 +13,7 @@ from sac_rag.cli import (
     archive,
     ask,
     bench,
+    bench_answers,
     bench_stores,
     convert,
     evaluate,
@@ -53,6 +54,8 @@ store.app.command("import")(archive.import_)
 store.app.command()(archive.push)
 store.app.command()(archive.pull)
 for measurement in (
+    bench_answers.decode,
+    bench_answers.batch,
     bench_stores.store,
     bench_stores.objects,
     bench_stores.scale,
@@ -66,6 +69,7 @@ for measurement in (
     perplexity.perplexity,
 ):
     bench.app.command()(measurement)
+bench.app.command("same-answers")(bench_answers.same_answers)
 app.add_typer(store.app, name="store")
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

@@ -214,10 +214,11 @@ class Masks:
 
 def _padding(turns: Tensor) -> list[int] | None:
     """See `Masks.padding`. Shape: (rows, kv_heads, entries)."""
-    rows, heads, entries = turns.shape
-    if rows > 1 or heads == 1 or not entries or turns.device.type != "cpu":
+    _, heads, entries = turns.shape
+    if heads == 1 or not entries or turns.device.type != "cpu":
         return None
-    padding: list[int] = (turns[0] >= 0).int().argmax(dim=1).tolist()
+    # Of several rows, what none of them has.
+    padding: list[int] = (turns >= 0).any(dim=0).int().argmax(dim=1).tolist()
     return padding if any(padding) else None
 
 

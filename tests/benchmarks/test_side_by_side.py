@@ -109,7 +109,7 @@ def test_ways_read_what_they_say_and_write_as_many_tokens_as_asked(
         assert len(contestants.from_text_behind_prefix(rag, QUESTION, chunks, 3)) == 3
         assert passes == [len(ids) - prefix, 1, 1]
         passes.clear()
-        assert len(contestants.from_anchors(rag, QUESTION, chunks, 3)) == 3
+        assert len(contestants.from_anchors(rag, [(QUESTION, chunks)], 3)) == 3
         assert passes[0] < len(ids) / 2
         assert passes[1:] == [1, 1]
     finally:

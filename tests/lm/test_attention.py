@@ -197,6 +197,24 @@ def test_layers_differ_and_so_do_their_masks(llama: Generator) -> None:
     assert {prompt.masks[layer].shape[1] for layer in range(3)} == {2}
 
 
+@torch.no_grad()
+def test_slots_that_are_padding_in_all_rows_are_not_attended_to(
+    llama: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kvs = ragged(llama, 4)
+    rows: list[list[Part]] = [[*kvs[:2], WHO], [kvs[2], WHY, kvs[3], WHO], [kvs[3], WHO]]
+    prompt = assemble(rows, llama)
+    for layer, cached in enumerate(prompt.cache.layers):
+        begins = prompt.masks.padding(layer)
+        entries = cached.keys.any(dim=-1).any(dim=0)  # padding is zero
+        assert (begins or [0, 0]) == entries.int().argmax(dim=1).tolist()
+    assert any(prompt.masks.padding(layer) for layer in range(3))
+    skipped = llama.model(**prompt.inputs()).logits
+    monkeypatch.setattr(Masks, "padding", lambda self, layer: None)
+    attended = llama.model(**assemble(rows, llama).inputs()).logits
+    torch.testing.assert_close(skipped[:, -3:], attended[:, -3:], atol=TOLERANCE, rtol=0)
+
+
 # --- reading
 
 

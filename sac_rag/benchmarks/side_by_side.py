@@ -85,11 +85,15 @@ class SpeedRow:
         return f"{self.system}, {entries}{heads}, {self.store}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; times with their median and spread."""
-        return asdict(self) | {
-            name: None if times is None else times.to_dict()
-            for name, times in (("first_token", self.first_token), ("answer", self.answer))
-        }
+        """The fields as JSON values, and the name; times with their median and spread."""
+        return (
+            {"name": self.name}
+            | asdict(self)
+            | {
+                name: None if times is None else times.to_dict()
+                for name, times in (("first_token", self.first_token), ("answer", self.answer))
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Report: one HTML page of everything that was measured on the same questions.
 
 It is made from the files that `quality.evaluate` leaves, so that it can be made again at any time,
-and holds its plots inside: one file to send to a colleague.
+and holds its plots inside: one file to send to a colleague. Times of `sac-rag bench speed --out` in
+the same folder are shown too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,6 +30,7 @@ from sac_rag.evaluation.scores import interval, paired_interval, raw_exact_match
 from sac_rag.whole_file import whole_file
 
 TEMPLATE = "report.html.j2"
+SPEED, SPEED_PLOT = "speed.json", "speed.png"
 _EXAMPLES = 12  # questions whose answers are shown
 _OWN = "anchors"
 _SYSTEMS = ("full-text", "truncated", "closed-book", "compressed")
@@ -116,7 +119,7 @@ def write_report(
         title: Default: one that names the number of questions.
 
     Raises:
-        ValueError: as `read_measured` does.
+        ValueError: as `read_measured` does, and for a speed.json that is something else.
         OSError: if it cannot be written.
     """
     measured = read_measured(folder)
@@ -132,6 +135,7 @@ def write_report(
         about=", ".join([str(first["labels"].get("model", "")), first["dtype"], *_data(first)]),
         warnings=_warnings(measured),
         groups=[_group(k, of_k) for k, of_k in by_k.items()],
+        speed=_speed(Path(folder)),
         examples=_examples(next(iter(by_k.values()))),
         sources=_sources(measured),
         prompt=json.dumps(first.get("prompt"), indent=2, ensure_ascii=False),
@@ -333,6 +337,45 @@ def _plot(measured: Sequence[Measured], label: str, place: Callable[[Measured], 
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _speed(folder: Path) -> dict[str, Any] | None:
+    """Times of the longest answer in all ways, by number of chunks; None if there are none."""
+    path = folder / SPEED
+    if not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        longest = max(row["answer_tokens"] for row in rows)
+        groups: dict[int, list[dict[str, str]]] = {}
+        for row in rows:
+            if row["answer_tokens"] == longest:
+                groups.setdefault(row["k"], []).append(_speed_row(row))
+        first = rows[0]
+        about = f"{first['dtype']}, {first['threads']} threads of {first['device']}"
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be what `sac-rag bench speed --out` writes, but: {error!r}; take it out "
+            "of the folder"
+        ) from error
+    plot = folder / SPEED_PLOT
+    image = b64encode(plot.read_bytes()).decode() if plot.is_file() else ""
+    return {"groups": groups, "tokens": longest, "about": about, "image": image}
+
+
+def _speed_row(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "name": row["name"],
+        "kv": f"{row['kv_bytes'] / 2**20:,.1f}" if row["kv_bytes"] else "",
+        "skipped": row["skipped"] or "",
+        **{name: _seconds(row[name]) for name in ("first_token", "answer")},
+    }
+
+
+def _seconds(times: Mapping[str, float] | None) -> str:
+    if times is None:
+        return ""
+    return f"{times['median_s']:.2f} s ({times['best_s']:.2f} to {times['worst_s']:.2f})"
 
 
 def _share(values: Sequence[float]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from sac_rag.benchmarks.side_by_side import SpeedRow, write_files
+from sac_rag.benchmarks.timing import Times
 from sac_rag.evaluation.report import read_measured, write_report
 from sac_rag.evaluation.scores import paired_interval
 
@@ -165,6 +167,40 @@ def test_answers_without_times_are_reported_without_them(folder: Path) -> None:
         path.write_text("\n".join([first, *map(json.dumps, rows)]) + "\n")
     text = write_report(folder, folder / "report.html").read_text(encoding="utf-8")
     assert Page(text).tags.count("svg") == 1
+
+
+def test_times_of_all_ways_are_on_the_page_with_their_plot(folder: Path) -> None:
+    common = {
+        **{"k": 8, "dtype": "float32", "device": "cpu", "threads": 2, "source_tokens": 4080},
+        **{"compress_s": 0.0, "store": None, "ratio": None, "budget": None, "kv_bytes": 0},
+    }
+    anchors = {"ratio": 5, "budget": "shared", "store": "disk", "kv_bytes": 3 * 2**20}
+    times = Times((0.5, 0.25, 1.0)), Times((2.0, 3.0, 1.5))
+    rows = [
+        SpeedRow(**{**common, **way}, answer_tokens=tokens, first_token=times[0], answer=times[1])
+        for way in ({"system": "sac", **anchors}, {"system": "HF, text"})
+        for tokens in (1, 32)
+    ]
+    missing = {"first_token": None, "answer": None, "skipped": "not installed"}
+    rows.append(SpeedRow(**common, system="llama.cpp, text", answer_tokens=32, **missing))
+    write_files(rows, folder)
+    page = Page(text_of(folder))
+    rows_of_page = [[cell.strip() for cell in row] for row in page.rows]
+    by_name = {row[0]: row[1:] for row in rows_of_page if len(row) == 4}
+    seconds = ["0.50 s (0.25 to 1.00)", "2.00 s (1.50 to 3.00)"]
+    assert by_name["sac, 5x, disk"] == ["3.0", *seconds]
+    assert by_name["HF, text"] == ["", *seconds]
+    assert by_name["llama.cpp, text"] == ["", "not installed", ""]
+    assert ["8 chunks"] in rows_of_page
+    (image,) = page.fetched
+    assert image.startswith("data:image/png;base64,")
+
+
+def test_a_speed_file_of_something_else_is_refused(folder: Path) -> None:
+    for text in ("[]", "{}", '[{"k": 1}]', "x"):
+        (folder / "speed.json").write_text(text)
+        with pytest.raises(ValueError, match=r"speed.json must be what `sac-rag bench speed"):
+            text_of(folder)
 
 
 def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:

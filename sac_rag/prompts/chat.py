@@ -153,6 +153,7 @@ def repeat_question(pieces: Sequence[Piece]) -> list[Piece]:
     Chunks are compressed without the question, and a small model looks for the answer in them only
     when it reads the question after them. What is repeated is the text before the chunks of the
     last turn, if no question mark follows them, and it has one itself or hardly a word follows.
+    For a turn of chunks alone, as of a tool, it is what the same speaker asked in an earlier turn.
     """
     pieces = list(pieces)
     last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Chunk)), default=-1)
@@ -161,11 +162,29 @@ def repeat_question(pieces: Sequence[Piece]) -> list[Piece]:
     end = min((i for i in markups if i > last), default=len(pieces))
     before = "".join(text for text in leading(pieces[begin:end]) if isinstance(text, str))
     after = "".join(text for text in pieces[last + 1 : end] if isinstance(text, str))
+    if not f"{before}{after}".split():
+        before = _asked_earlier(pieces[:begin])
     is_before = "?" not in after and ("?" in before or len(after.split()) < _FEW_WORDS)
     is_last_turn = all(isinstance(piece, Markup) for piece in pieces[end:])
     if last < 0 or not is_before or not is_last_turn or not 0 < len(before.split()) <= _MANY_WORDS:
         return pieces
     return [*pieces[: last + 1], f"\n\n{before}{after}", *pieces[end:]]
+
+
+def _asked_earlier(pieces: Sequence[Piece]) -> str:
+    """The last text that the next speaker, who has every second turn, wrote without chunks."""
+    turns: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if isinstance(piece, Markup):
+            turns.append([])
+        else:
+            turns[-1].append(piece)
+    # The last one is the turn that follows.
+    for turn in turns[-3::-2]:
+        text = "".join(piece for piece in turn if isinstance(piece, str))
+        if text.split() and not any(isinstance(piece, Chunk) for piece in turn):
+            return text
+    return ""
 
 
 def before_first_turn(tokenizer: Any, messages: Sequence[Message]) -> list[Markup | str]:

@@ -608,6 +608,27 @@ def test_only_the_last_turn_is_repeated() -> None:
     assert repeat_question(pieces) == pieces
 
 
+CALL = Message("assistant", ('search({"query": "ships?"})',))
+FOUND = Message("user", (ONE, "\n\n", TWO))
+
+
+@pytest.mark.parametrize("calls", [[CALL, FOUND], [CALL, FOUND, CALL, FOUND]])
+def test_behind_chunks_of_a_tool_the_question_of_an_earlier_turn_is_repeated(
+    calls: list[Message],
+) -> None:
+    asked = [Message("system", ("Be brief?",)), Message("user", ("Say who counted ships.",))]
+    pieces = render(make_tokenizer(), [*asked, *calls])
+    repeated = repeat_question(pieces)
+    assert text_behind_the_chunks(repeated) == ["\n\nSay who counted ships."]
+    assert repeated[:-2] == pieces[:-1]
+
+
+def test_without_an_earlier_question_chunks_of_a_tool_stay_as_they_are() -> None:
+    for earlier in ([], [Message("user", (ONE, "Who?")), CALL]):
+        pieces = render(make_tokenizer(), [*earlier, FOUND])
+        assert repeat_question(pieces) == pieces
+
+
 def test_the_examples_of_a_raw_format_are_not_repeated() -> None:
     pieces = SPANS.pieces(make_tokenizer(), "Who counted ships?", [ONE])
     assert repeat_question(pieces) == pieces

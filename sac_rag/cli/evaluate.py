@@ -22,6 +22,7 @@ from sac_rag.cli.options import (
     NumChunks,
     Questions,
     Seed,
+    WeightsOrDefault,
     name_of,
 )
 from sac_rag.cli.progress import progress
@@ -87,6 +88,7 @@ def evaluate(
         ),
     ] = None,
     dtype: DtypeOrDefault = None,
+    weights: WeightsOrDefault = None,
     batch_size: BatchSize = 8,
     max_new_tokens: MaxNewTokens = 32,
     out: Annotated[
@@ -124,6 +126,7 @@ def evaluate(
             ratio=ratio if system is System.compressed else None,
             prompt_format=prompt_format or SPANS,
             dtype=name_of(dtype),
+            model_kwargs={"weights": weights.value} if weights else None,
         )
     if by_rank:
         sample = _ranked(sample, rag)

@@ -17,6 +17,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Weights(str, Enum):
+    """What matrices are packed as for the tokens of answers."""
+
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
+
+
 _MODEL = "Default model, local folder or hub id."
 _COMPRESSOR = "'shipped', 'fitted', 'full' or the folder of a compressor."
 _RATIO = "Source tokens per anchor"
@@ -37,6 +45,10 @@ ModelOfCompressor = Annotated[str, typer.Option(help="The model that the compres
 Compressor = Annotated[str, typer.Option(help=_COMPRESSOR)]
 CompressorOrDefault = Annotated[str | None, typer.Option(help=_COMPRESSOR)]
 DtypeOrDefault = Annotated[Dtype | None, typer.Option(help="Default: the fastest here.")]
+WeightsOrDefault = Annotated[
+    Weights | None,
+    typer.Option(help="Of answers' tokens after the first, on a CPU. Default: as they are."),
+]
 
 RatioOrDefault = Annotated[int | None, typer.Option(min=1, help=f"{_RATIO}.")]
 Ratios = Annotated[

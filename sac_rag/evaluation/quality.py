@@ -321,6 +321,7 @@ def _settings(
         "max_new_tokens": decoding.max_new_tokens,
         "stop": list(rag.prompt_format.stop if decoding.stop is None else decoding.stop),
         "dtype": rag.generator.dtype_name,
+        "weights": rag.generator.weights,
         "model": digest_json(rag.generator.identity),
         "fingerprint": answering.fingerprint,
     }

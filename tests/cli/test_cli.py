@@ -339,6 +339,15 @@ def test_evaluate_takes_every_system(
     assert list(settings["labels"]["data"]) == ["data.json"]
 
 
+def test_evaluate_writes_answers_with_packed_weights(tiny: Path) -> None:
+    out = tiny / "packed.jsonl"
+    evaluated(tiny, "--limit", "2", "--out", str(out), "--weights", "int8")
+    assert json.loads(out.read_text().splitlines()[0])["weights"] == "int8"
+    done = CliRunner().invoke(app, evaluate_arguments(tiny, "--limit", "2", "--out", str(out)))
+    assert done.exit_code == 1
+    assert "'weights': ('int8', None)" in str(done.exception)
+
+
 def test_evaluate_shows_every_system_the_prompt_of_the_compressor(tiny: Path) -> None:
     common = ("--limit", "1", "--compressor", str(tiny / "formatted"))
     prompts = {

@@ -137,6 +137,13 @@ def quality(
     ratio: Ratios = None,
     limit: LimitOrAll = 500,
     seed: Seed = 0,
+    close_distractors: Annotated[
+        bool,
+        typer.Option(
+            "--close-distractors",
+            help="Other passages are those with most of the question's words, as a search finds.",
+        ),
+    ] = False,
     model: Model = "smollm2-135m",
     compressor: Compressor = "shipped",
     only: Annotated[
@@ -150,7 +157,7 @@ def quality(
     as_json: AsJson = False,
 ) -> None:
     """Answers the same questions from text, from nothing and from anchors at several ratios."""
-    samples = samples_of(data, k or (1, 4), limit, seed)
+    samples = samples_of(data, k or (1, 4), limit, seed, close=close_distractors)
     pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
@@ -397,11 +404,11 @@ def serve(
 
 
 def samples_of(
-    data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int
+    data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int, *, close: bool = False
 ) -> list[Sample]:
-    """The same questions for each number of chunks."""
+    """The same questions for each number of chunks; for the arguments see `sample.draw`."""
     from sac_rag.evaluation.questions import read_questions
     from sac_rag.evaluation.sample import draw
 
     examples = list(read_questions(data))
-    return [draw(examples, k=k, limit=limit, seed=seed) for k in ks]
+    return [draw(examples, k=k, limit=limit, seed=seed, close=close) for k in ks]

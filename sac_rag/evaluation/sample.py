@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sac_rag.chunk import Chunk
 from sac_rag.evaluation.passages import PassagePool
@@ -50,6 +50,7 @@ def draw(
     k: int = 1,
     limit: int | None = None,
     seed: int = 0,
+    close: bool = False,
     retrieve: Callable[[str, int], Sequence[Chunk]] | None = None,
 ) -> Sample:
     """Draws questions with the passages of each: its gold ones among distractors, or retrieved.
@@ -61,6 +62,8 @@ def draw(
         k: Passages per question, its gold ones among them.
         limit: Questions to draw; None for all, in the data's order.
         seed: Makes it repeatable; not negative.
+        close: Whether distractors are those with the most words in common with the question; see
+            `PassagePool.passages_for`.
         retrieve: Returns the k passages that a search finds for a question, best first. Default:
             the gold passages among distractors.
 
@@ -84,7 +87,8 @@ def draw(
     for number in numbers:
         example, question = asked[number]
         if retrieve is None:
-            chunks = pool.passages_for(example, k, random.Random(f"{seed} {number}"))
+            asking = replace(example, questions=(question,)) if close else example
+            chunks = pool.passages_for(asking, k, random.Random(f"{seed} {number}"), close=close)
         else:
             chunks = list(retrieve(question.text, k))
             num_hits += not {c.text for c in chunks}.isdisjoint(c.text for c in example.gold)

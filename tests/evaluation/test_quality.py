@@ -110,6 +110,27 @@ def test_retrieved_passages_are_asked_about_and_their_recall_is_noted() -> None:
     assert draw(EXAMPLES, k=2).recall is None
 
 
+def test_close_distractors_have_words_of_the_question_itself() -> None:
+    texts = [
+        "Owls hunt mice.",
+        "Ships carry coal.",
+        "Old ships sink.",
+        "Owls sleep.",
+        "Rain falls.",
+    ]
+    asked = (
+        Question("0", "What do owls hunt?", ("mice",)),
+        Question("1", "Do ships sink?", ("coal",)),
+    )
+    examples = [
+        QAExample(gold=(Chunk(text),), questions=asked if number == 0 else ())
+        for number, text in enumerate(texts)
+    ]
+    of_owls, of_ships = draw(examples, k=2, close=True).trials
+    assert {chunk.text for chunk in of_owls.chunks} == {"Owls hunt mice.", "Owls sleep."}
+    assert {chunk.text for chunk in of_ships.chunks} == {"Owls hunt mice.", "Old ships sink."}
+
+
 # --- who reads what
 
 

@@ -137,6 +137,15 @@ def quality(
     ratio: Ratios = None,
     limit: LimitOrAll = 500,
     seed: Seed = 0,
+    held_out_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Ask about this share of each file alone, the last articles, which `train` leaves "
+            "out if it has the same share. Default: all.",
+        ),
+    ] = 1.0,
     close_distractors: Annotated[
         bool,
         typer.Option(
@@ -157,7 +166,7 @@ def quality(
     as_json: AsJson = False,
 ) -> None:
     """Answers the same questions from text, from nothing and from anchors at several ratios."""
-    samples = samples_of(data, k or (1, 4), limit, seed, close=close_distractors)
+    samples = samples_of(data, k or (1, 4), limit, seed, close_distractors, held_out_share)
     pull_if_default(model)
     with loading():
         from sac_rag import SacRAG
@@ -404,11 +413,17 @@ def serve(
 
 
 def samples_of(
-    data: Sequence[Path], ks: Sequence[int], limit: int | None, seed: int, *, close: bool = False
+    data: Sequence[Path],
+    ks: Sequence[int],
+    limit: int | None,
+    seed: int,
+    close: bool = False,
+    held_out_share: float = 1.0,
 ) -> list[Sample]:
-    """The same questions for each number of chunks; for the arguments see `sample.draw`."""
-    from sac_rag.evaluation.questions import read_questions
+    """The same questions for each number of chunks; see `sample.draw` and `questions.hold_out`."""
+    from sac_rag.evaluation.questions import hold_out, read_questions
     from sac_rag.evaluation.sample import draw
 
-    examples = list(read_questions(data))
+    files = [list(read_questions([path])) for path in data]
+    examples = [one for of_file in files for one in hold_out(of_file, held_out_share)[1]]
     return [draw(examples, k=k, limit=limit, seed=seed, close=close) for k in ks]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import math
 import re
 import string
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -103,6 +104,29 @@ def read_questions(
         if not file.is_file():
             raise FileNotFoundError(f"question data must be a file that exists, was: '{file}'")
     return chain.from_iterable(_examples(file, on_bad or _refuse) for file in files)
+
+
+def hold_out(
+    examples: Sequence[QAExample], share: float
+) -> tuple[list[QAExample], list[QAExample]]:
+    """Splits the examples of a file by articles, as training does: the last ones are held out.
+
+    Args:
+        examples: In the order of the file.
+        share: Of the articles, from 0 to 1, rounded up to a whole number of them.
+
+    Returns:
+        The other examples, and those held out.
+    """
+    # Examples without an article each count as one.
+    names = [example.article or f"example {i}" for i, example in enumerate(examples)]
+    articles = list(dict.fromkeys(names))
+    last = set(articles[len(articles) - math.ceil(share * len(articles)) :])
+    pairs = list(zip(names, examples, strict=True))
+    return (
+        [example for name, example in pairs if name not in last],
+        [example for name, example in pairs if name in last],
+    )
 
 
 def _refuse(place: str, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import TypeVar
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sac_rag.evaluation.passages import PassagePool
-from sac_rag.evaluation.questions import QAExample, Question, read_questions
+from sac_rag.evaluation.questions import QAExample, Question, hold_out, read_questions
 from sac_rag.training.config import TrainConfig
 from sac_rag.training.instructions import read_instructions
 from sac_rag.training.rows import SHORTEST_TEXT, Row, RowMaker, batched
@@ -48,7 +47,7 @@ def split_examples(config: TrainConfig) -> tuple[list[list[QAExample]], list[QAE
     if config.validation:
         held_out = list(read_questions(config.validation))
     else:
-        parts = [_hold_out(examples, config.held_out_share) for examples in files]
+        parts = [hold_out(examples, config.held_out_share) for examples in files]
         files = [learned for learned, _ in parts]
         held_out = [example for _, last in parts for example in last]
     if config.text_share < 1 and not any(files):
@@ -62,21 +61,6 @@ def split_examples(config: TrainConfig) -> tuple[list[list[QAExample]], list[QAE
             f"({config.held_out_share})"
         )
     return files, held_out
-
-
-def _hold_out(
-    examples: Sequence[QAExample], share: float
-) -> tuple[list[QAExample], list[QAExample]]:
-    """Training examples, and those of the last articles."""
-    # Examples without an article each count as one.
-    names = [example.article or f"example {i}" for i, example in enumerate(examples)]
-    articles = list(dict.fromkeys(names))
-    last = set(articles[len(articles) - math.ceil(share * len(articles)) :])
-    pairs = list(zip(names, examples, strict=True))
-    return (
-        [example for name, example in pairs if name not in last],
-        [example for name, example in pairs if name in last],
-    )
 
 
 def rows_for_scorer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import pytest
 
 from sac_rag.chunk import Chunk
 from sac_rag.evaluation.passages import PassagePool
-from sac_rag.evaluation.questions import QAExample, Question, normalised, read_questions, says
+from sac_rag.evaluation.questions import (
+    QAExample,
+    Question,
+    hold_out,
+    normalised,
+    read_questions,
+    says,
+)
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -305,3 +313,17 @@ def test_real_data_is_read_whole() -> None:
     hotpot = list(read_questions([SHARED / "hotpot-train-100.jsonl.gz"]))
     assert len(hotpot) == 100
     assert all(len(example.gold) == 2 for example in hotpot)
+
+
+def test_the_last_articles_are_held_out_whole() -> None:
+    examples = [
+        QAExample(gold=(Chunk(f"Text {n}."),), questions=(), article=article)
+        for n, article in enumerate(["a", "a", "b", "c", "c", "b"])
+    ]
+    others, held_out = hold_out(examples, 0.3)
+    assert [example.article for example in held_out] == ["c", "c"]
+    assert [example.article for example in others] == ["a", "a", "b", "b"]
+    assert hold_out(examples, 1.0) == ([], examples)
+    assert hold_out(examples, 0.0) == (examples, [])
+    alone = [replace(example, article=None) for example in examples]
+    assert hold_out(alone, 0.3)[1] == alone[4:]

@@ -68,8 +68,27 @@ def test_concurrent_completions_have_the_answers_they_have_alone(rag: SacRAG) ->
 
 
 def test_a_batch_has_at_most_its_size(rag: SacRAG, batches: list[int]) -> None:
-    results([rag.submit_chat(asking(number % 8)) for number in range(11)])
-    assert sorted(batches) == [3, 8]
+    results([rag.submit_chat(asking(number % 8)) for number in range(19)])
+    assert sorted(batches) == [3, 16]
+
+
+@pytest.mark.parametrize(("lengths", "started"), [([3, 6], [2]), ([3, 60], [1, 1])])
+def test_places_are_given_to_several_at_a_time_unless_that_takes_long(
+    rag: SacRAG,
+    batches: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    started: list[int],
+) -> None:
+    monkeypatch.setattr(rag, "gatherer", Gatherer(rag.generator, size=8))
+    # Answers of these lengths, whatever the model writes.
+    monkeypatch.setattr(type(rag.generator), "eos_ids", frozenset())
+    limits = [60] * 6 + lengths
+    futures = [rag.submit_chat(asking(n), Decoding(max_new_tokens=m)) for n, m in enumerate(limits)]
+    futures += [rag.submit_chat(asking(n), Decoding(max_new_tokens=7)) for n in range(2)]
+    results(futures)
+    assert batches[-len(started) :] == started
+    assert sum(batches) == 10
 
 
 def test_prompts_with_other_settings_are_batches_of_their_own(

@@ -1,4 +1,4 @@
-"""fit: a compressor for a model as it is."""
+"""fit and average: compressors without a training run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from typing import Annotated
 import typer
 
 from sac_rag.cli.console import loading, pull_if_default
-from sac_rag.cli.options import AsJson, DtypeOrDefault, Model, Seed, name_of
+from sac_rag.cli.options import (
+    AsJson,
+    DtypeOrDefault,
+    Model,
+    ModelOfCompressor,
+    Seed,
+    name_of,
+)
 from sac_rag.cli.progress import fit_progress
-from sac_rag.cli.render import human_bytes, human_time, out, print_fit, print_json
+from sac_rag.cli.render import human_bytes, human_time, out, print_fit, print_json, write
 
 
 def fit(
@@ -87,3 +94,25 @@ def fit(
         f'\nrag = SacRAG.from_pretrained("{model}", compressor="{place}")\n'
         'answer = rag.answer("Who …?", chunks)',
     )
+
+
+def average(
+    compressors: Annotated[list[Path], typer.Argument(help="Folders of trained compressors.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the mean.")],
+    model: ModelOfCompressor = "smollm2-135m",
+    as_json: AsJson = False,
+) -> None:
+    """Writes the mean of compressors' weights, of runs that began from one another."""
+    pull_if_default(model)
+    with loading():
+        import torch
+
+        from sac_rag.compressors import checkpoint
+        from sac_rag.lm.generator import Generator
+        from sac_rag.training.average import average as mean_of
+
+        mean = mean_of(compressors, Generator.from_pretrained(model))
+        prompt_format = checkpoint.load_prompt_format(compressors[0])
+        checkpoint.save(mean, folder, prompt_format=prompt_format, dtype=torch.float16)
+    text = f"{folder}; fit its scorer and budgets again: sac-rag fit --compressor {folder} …"
+    write({"out": str(folder)}, lambda: out.print(text, markup=False), as_json=as_json)

@@ -116,6 +116,15 @@ def test_the_table_of_the_fitted_compressor_is_that_of_its_figures() -> None:
     assert all(shown[key] == round(expected[key], 3) for key in shown)
 
 
+def test_the_table_of_peers_is_that_of_its_figures() -> None:
+    from sac_rag.evaluation.comparison import to_markdown
+    from sac_rag.evaluation.quality import QualityResult
+
+    table = to_markdown([QualityResult(**row) for row in rows_of("docs/peers.json")])
+    page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    assert f"<!-- peers -->\n{table}<!-- /peers -->" in page
+
+
 def test_the_tables_of_choices_in_the_guide_are_those_of_their_figures() -> None:
     from sac_rag.training.ablation import CHOICES, Outcome, to_markdown
 

@@ -232,13 +232,12 @@ class Gatherer:
         """Whether prompts that wait are started now, or wait for more places than are free."""
         with self._arrival:
             wanted = min(len(self._waiting), max(1, self._size // 4))
-        if num_free < 1 or wanted < 1:
+        if 0 < num_free < wanted and self._waited < _PATIENCE:
+            self._waited += 1
             return False
-        self._waited += 1
-        if num_free < wanted and self._waited <= _PATIENCE:
-            return False
-        self._waited = 0
-        return True
+        if num_free > 0:
+            self._waited = 0
+        return num_free > 0 and wanted > 0
 
     def _has_prompts(self) -> bool:
         """Waits for all that come at the same time; the thread must end if there are none."""

@@ -147,8 +147,7 @@ def _compressors(
     generator: Generator, trained: Compressor | None
 ) -> Iterator[tuple[str, Compressor, bool]]:
     yield "full", full(generator), True
-    lora = trained or untrained(generator).at_ratio(5)
-    lora = lora.storing(generator.dtype_name)  # type: ignore[arg-type]
+    lora = (trained or untrained(generator).at_ratio(5)).storing(generator.dtype_name)  # type: ignore[arg-type]
     yield f"{lora.config.method}, LoRA apart", lora, False
     yield lora.config.method, lora.merged(), True
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sac_rag.cli.bench import samples_of
 from sac_rag.cli.console import loading, pull_if_default, pull_missing
 from sac_rag.cli.options import (
     AsJson,
@@ -66,11 +67,7 @@ def peers(
         raise ValueError("give questions with --data FILE, or list the peers with --list")
     if not chosen:
         raise ValueError("none of these peers can run here")
-    from sac_rag.evaluation.questions import read_questions
-    from sac_rag.evaluation.sample import draw
-
-    examples = list(read_questions(data))
-    samples = [draw(examples, k=number, limit=limit, seed=seed) for number in k or (1,)]
+    samples = samples_of(data, k or (1,), limit, seed)
     pull_if_default(model)
     if needed := sorted({name for one in chosen for name in one.models}):
         pull_missing(needed)

@@ -75,6 +75,7 @@ class QualityResult:
         positions: Mean number of KV entries that each head attends to, the prompt's own included;
             None where that is not recorded, as the next one.
         first_token_s: Mean time until the first token of a batch, in seconds.
+        weights: What matrices were packed as for single tokens; None for exact ones.
         recall: Share of questions of which a gold passage was retrieved; None where the gold
             passages are given.
         provenance: Labels of the answers: see `provenance.provenance`. None where there are none.
@@ -100,6 +101,7 @@ class QualityResult:
     raw_em: float | None = None
     positions: float | None = None
     first_token_s: float | None = None
+    weights: str | None = None
     recall: float | None = None
     provenance: Mapping[str, Any] | None = None
 
@@ -256,6 +258,7 @@ def evaluate_answering(
         raw_em=_mean([raw_exact_match(row["prediction"], row["golds"]) for row in rows]),
         positions=_mean_of(rows, "positions"),
         first_token_s=_mean_of(rows, "first_token_s"),
+        weights=generator.weights,
         recall=sample.recall,
         provenance=answers.labels or None,
     )

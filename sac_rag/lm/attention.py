@@ -193,7 +193,7 @@ class Masks:
         return torch.cat([to_entries.transpose(1, 2), to_tokens], dim=-1)
 
     def padding(self, layer: int) -> list[int] | None:
-        """Slots before the first entry of each head; None if skipping them would save no time."""
+        """Slots before the first entry of each head in any row; None if skipping saves no time."""
         return self._padding[layer]
 
     def inputs(self) -> dict[str, Any]:

@@ -341,7 +341,8 @@ def test_evaluate_takes_every_system(
 
 def test_evaluate_writes_answers_with_packed_weights(tiny: Path) -> None:
     out = tiny / "packed.jsonl"
-    evaluated(tiny, "--limit", "2", "--out", str(out), "--weights", "int8")
+    printed = evaluated(tiny, "--limit", "2", "--out", str(out), "--weights", "int8")
+    assert printed["weights"] == "int8"
     assert json.loads(out.read_text().splitlines()[0])["weights"] == "int8"
     done = CliRunner().invoke(app, evaluate_arguments(tiny, "--limit", "2", "--out", str(out)))
     assert done.exit_code == 1
